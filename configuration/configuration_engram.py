@@ -1,0 +1,338 @@
+"""EngramConfig: everything that decides where a row of the memory lies and how it is read.
+
+Promises: field names follow the released DeepSeek-V4.1 checkpoint where it has one; an unknown `engram_*` name, a
+value out of range and an impossible combination are refused with the value, what is needed and what to do; another
+model's `config.json` is never read as an Engram with default values. Never imports a model or touches a weight file.
+Source: Engram (arXiv 2601.07372), sections 2 and 4.1 and Table 5; the demo `engram_demo_v1.py` for what the paper
+leaves open.
+"""
+
+import difflib
+from dataclasses import fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+FORMAT_VERSION = 1
+
+# Backbones whose residual stream has a shape that Engram cannot add to, by the config field that says so.
+FOREIGN_STREAMS = {
+    "altup_num_inputs": "AltUp keeps its streams in front of the batch (Gemma 3n)",
+    "hc_count": "its streams are folded into the hidden dimension (Qwen4-Exp, which has a memory of its own)",
+}
+
+
+class EngramFormatError(ValueError):
+    """A checkpoint does not hold what its configuration and index say: damaged, incomplete or of another memory."""
+
+
+@strict
+class EngramConfig(PreTrainedConfig):
+    r"""
+    Configuration of a causal language model with an Engram memory around any backbone of Transformers.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama configuration):
+            Configuration of the backbone, any causal language model of Transformers.
+        engram_layer_ids (`list[int]`, *optional*, defaults to `[1, 14]`):
+            Decoder layers that read the memory, counted from 0 (the paper's layers 2 and 15, counted from 1). The order
+            is kept: the primes, and so every address, depend on it.
+        engram_vocab_size (`int` or `list[int]`, *optional*, defaults to 2262400):
+            Lower bound for the rows of one head; every head gets a prime number of rows of its own at or above it. One
+            number, or one for each order (paper Table 5: 2262400 for 27B, 7239680 for 40B).
+        engram_max_ngram_size (`int`, *optional*, defaults to 3):
+            Longest n-gram N; the orders are 2..N.
+        engram_n_heads (`int`, *optional*, defaults to 8):
+            Heads (hash functions) for each order.
+        engram_head_dim (`int`, *optional*, defaults to 80):
+            Width of a row in values. The memory vector has (N - 1) x heads x width values (paper: 1280).
+        engram_compressed_vocab_size (`int`, *optional*):
+            Classes of token ids after compression; the hash multipliers are derived from it. Defaults to the
+            backbone's vocabulary, which means that no compression is used.
+        engram_pad_token_id (`int`, *optional*):
+            Token id that stands for "nothing" where an n-gram reaches before the text. Defaults to the backbone's pad,
+            end or begin token, or 0. `engram_pad_id` is read too.
+        engram_seed (`int`, *optional*, defaults to 0):
+            Seed of the hash multipliers.
+        engram_kernel_size (`int`, *optional*, defaults to 4):
+            Taps of the short causal convolution, at distance N of each other; 0 leaves it out, as V4.1 does.
+        engram_hc_mult (`int`, *optional*):
+            Residual streams, each with a key of its own. Defaults to the backbone's (`hc_mult` or 1) and must equal it.
+        engram_gate (`"signed_sqrt"` or `"sigmoid"`, *optional*, defaults to `"signed_sqrt"`):
+            `sigmoid` is the paper's equation 4; `signed_sqrt` takes the signed square root before the sigmoid, as the
+            demo and V4.1 do.
+        engram_projection_bias (`bool`, *optional*, defaults to `False`):
+            Whether key and value projections have biases. Only for imported demo weights: with a bias an n-gram that
+            was never trained contributes something.
+        engram_norm_eps (`float`, *optional*, defaults to 1.1920928955078125e-07):
+            Epsilon of the key and query norms (demo: float32's machine epsilon; V4.1: 1e-20).
+        engram_conv_norm_eps (`float`, *optional*, defaults to 1e-05):
+            Epsilon of the norm in front of the convolution.
+        engram_initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of fresh key projections.
+        engram_value_initializer_range (`float`, *optional*, defaults to 0.1):
+            Standard deviation of fresh value projections. Larger than the keys' because the gradient of a zero table
+            passes through it (measured, see docs/design.md).
+        engram_table_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*, defaults to `"float32"`):
+            Type of the rows, in memory and on disk, whatever `dtype=` a model is loaded with.
+        engram_table_parts (`int`, *optional*, defaults to 1):
+            Parameters for each layer and order. Fixed at the graft: a part is the smallest unit that a file can hold.
+        engram_hash_scheme (`"deepseek"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
+            `deepseek` is the paper's multiplicative-XOR hash. `one_row` gives every head a single row: the control
+            that has the memory's dense weights and no n-gram knowledge.
+        engram_format_version (`int`, *optional*, defaults to 1):
+            Version of the checkpoint format (docs/format.md).
+        engram_token_map_sha256 (`str`, *optional*):
+            SHA-256 of the token map. None means that every id is a class of its own.
+        engram_hash_sha256 (`str`, *optional*):
+            SHA-256 of the hash constants, filled in when they are first derived.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig
+    >>> from engram_transformers import EngramConfig, EngramForCausalLM
+
+    >>> config = EngramConfig(text_config=LlamaConfig(num_hidden_layers=4, hidden_size=64, intermediate_size=128),
+    ...                       engram_layer_ids=[1], engram_vocab_size=1000, engram_head_dim=8)
+    >>> model = EngramForCausalLM(config)
+    ```"""
+
+    model_type = "engram_lm"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    engram_layer_ids: list[int] | tuple[int, ...] = (1, 14)
+    engram_vocab_size: int | list[int] | tuple[int, ...] = 2_262_400
+    engram_max_ngram_size: int = 3
+    engram_n_heads: int = 8
+    engram_head_dim: int = 80
+    engram_compressed_vocab_size: int | None = None
+    engram_pad_token_id: int | None = None
+    engram_seed: int = 0
+    engram_kernel_size: int = 4
+    engram_hc_mult: int | None = None
+    engram_gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
+    engram_projection_bias: bool = False
+    engram_norm_eps: float = 1.1920928955078125e-07
+    engram_conv_norm_eps: float = 1e-05
+    engram_initializer_range: float = 0.02
+    engram_value_initializer_range: float = 0.1
+    engram_table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    engram_table_parts: int = 1
+    engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
+    engram_format_version: int = FORMAT_VERSION
+    engram_token_map_sha256: str | None = None
+    engram_hash_sha256: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if (pad_id := kwargs.pop("engram_pad_id", None)) is not None:
+            if self.engram_pad_token_id not in (None, pad_id):
+                raise ValueError(
+                    f"engram_pad_id={pad_id} and engram_pad_token_id={self.engram_pad_token_id} are two names of one "
+                    "value and differ: give one of them."
+                )
+            self.engram_pad_token_id = pad_id
+        refuse_unknown_names(kwargs)
+        super().__post_init__(**kwargs)
+        text = self.text_config
+        self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+        self.engram_layer_ids = list(self.engram_layer_ids)
+        if not isinstance(self.engram_vocab_size, int):
+            self.engram_vocab_size = list(self.engram_vocab_size)
+        if self.engram_hc_mult is None:
+            self.engram_hc_mult = backbone_streams(text)
+        if self.engram_compressed_vocab_size is None:
+            self.engram_compressed_vocab_size = text.vocab_size
+        if self.engram_pad_token_id is None:
+            self.engram_pad_token_id = default_pad_token_id(text)
+        # Checked here too: an error from `validate_architecture` alone reaches the user as StrictDataclassError, which
+        # is no ValueError (huggingface_hub 2.4).
+        self.check_engram()
+
+    def validate_architecture(self):
+        """Part of `@strict` validation: runs at construction and again before a config is saved."""
+        super().validate_architecture()
+        self.check_engram()
+
+    def check_engram(self) -> None:
+        """Refuses every combination of Engram fields that no checkpoint can have.
+
+        Raises:
+            `ValueError`: with the value, what is needed and what to do.
+        """
+        refuse_unknown_names(vars(self))
+        check_layers(self)
+        check_sizes(self)
+        check_streams(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Reads a `config.json`, refusing one that belongs to another kind of model.
+
+        Args:
+            config_dict (`dict[str, Any]`): the parsed file.
+
+        Raises:
+            `ValueError`: if the file is a donor's, or an adapter of another package that also says "engram".
+        """
+        found = config_dict.get("model_type")
+        if found != cls.model_type:
+            raise ValueError(foreign_config_message(found, config_dict))
+        return super().from_dict(config_dict, **kwargs)
+
+    # Derived sizes, in one place because shapes on disk depend on them.
+
+    @property
+    def engram_orders(self) -> list[int]:
+        """Orders of the n-grams, 2..N."""
+        return list(range(2, self.engram_max_ngram_size + 1))
+
+    @property
+    def engram_vocab_sizes(self) -> list[int]:
+        """Lower bound for a head's rows, one for each order."""
+        if isinstance(self.engram_vocab_size, int):
+            return [self.engram_vocab_size] * len(self.engram_orders)
+        return list(self.engram_vocab_size)
+
+    @property
+    def engram_memory_dim(self) -> int:
+        """Values in the memory vector of one token: orders x heads x row width."""
+        return len(self.engram_orders) * self.engram_n_heads * self.engram_head_dim
+
+
+def refuse_unknown_names(names: dict[str, Any]) -> None:
+    """Raises ValueError for a name that starts with `engram_` and is no field; `@strict` alone keeps it silently."""
+    known = [field.name for field in fields(EngramConfig)]
+    for name in names:
+        if name.startswith("engram_") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known names: {', '.join(sorted(known_engram(known)))}."
+            raise ValueError(f"EngramConfig has no field `{name}` (value {names[name]!r}): {hint}")
+
+
+def known_engram(known: list[str]) -> list[str]:
+    """The `engram_*` names among `known`."""
+    return [name for name in known if name.startswith("engram_")]
+
+
+def backbone_streams(text_config: PreTrainedConfig) -> int:
+    """Residual streams that the backbone carries between its layers (1 for everything but hyper-connections)."""
+    return int(getattr(text_config, "hc_mult", None) or 1)
+
+
+def default_pad_token_id(text_config: PreTrainedConfig) -> int:
+    """The id that stands for "nothing" in an n-gram when the user names none: pad, else end, else begin, else 0."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(text_config, name, None)
+        value = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(value, int) and 0 <= value < text_config.vocab_size:
+            return value
+    return 0
+
+
+def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> str:
+    """What to tell somebody who hands us another model's `config.json`."""
+    if found == "engram":
+        origin = (
+            "engram-peft" if {"engram_version", "engine", "target_layers"} & set(config_dict) else "another package"
+        )
+        return (
+            f"this folder says model_type 'engram', which is {origin}'s adapter format, not an engram_transformers "
+            "checkpoint ('engram_lm'). Its rows lie at other addresses and cannot be copied: graft the base model with "
+            "`engram graft DONOR OUT` and train the memory again."
+        )
+    if found is None:
+        return "this config.json names no model_type; an Engram checkpoint says 'engram_lm'."
+    return (
+        f"this folder holds a '{found}' model without an Engram memory, and EngramConfig would have to make one up. "
+        "Graft one with `engram graft DONOR OUT --layers 1,10 --rows 200000` or "
+        "`EngramForCausalLM.from_donor(DONOR, tokenizer, engram_layer_ids=[1, 10])`, or wrap the configuration with "
+        "EngramConfig(text_config=AutoConfig.from_pretrained(DONOR), ...)."
+    )
+
+
+def check_layers(config: EngramConfig) -> None:
+    """Layer ids must exist in the backbone and be named once."""
+    ids, depth = config.engram_layer_ids, config.text_config.num_hidden_layers
+    if not ids:
+        raise ValueError("engram_layer_ids is empty: name at least one decoder layer, counted from 0.")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"engram_layer_ids={ids} names a layer twice: a layer has one table, so name each layer once.")
+    outside = [layer for layer in ids if isinstance(layer, bool) or not 0 <= layer < depth]
+    if outside:
+        raise ValueError(
+            f"engram_layer_ids={ids} names layers {outside}, but the backbone ({config.text_config.model_type}) has "
+            f"layers 0..{depth - 1} (counted from 0): choose from those."
+        )
+
+
+def check_sizes(config: EngramConfig) -> None:
+    """Every size must be one that a table can have."""
+    for name, least in (
+        ("engram_max_ngram_size", 2),
+        ("engram_n_heads", 1),
+        ("engram_head_dim", 1),
+        ("engram_kernel_size", 0),
+        ("engram_hc_mult", 1),
+        ("engram_table_parts", 1),
+        ("engram_seed", 0),
+        ("engram_compressed_vocab_size", 1),
+    ):
+        value = getattr(config, name)
+        if value < least:
+            raise ValueError(f"{name}={value} is too small: it must be at least {least}.")
+    sizes = config.engram_vocab_sizes
+    if len(sizes) != len(config.engram_orders):
+        raise ValueError(
+            f"engram_vocab_size={config.engram_vocab_size} has {len(sizes)} entries, but "
+            f"engram_max_ngram_size={config.engram_max_ngram_size} makes {len(config.engram_orders)} orders "
+            f"({config.engram_orders}): give one number, or one for each order."
+        )
+    if min(sizes) < 1:
+        raise ValueError(f"engram_vocab_size={config.engram_vocab_size}: a head needs at least 1 row.")
+    vocabulary = config.text_config.vocab_size
+    if not 0 <= config.engram_pad_token_id < vocabulary:
+        raise ValueError(
+            f"engram_pad_token_id={config.engram_pad_token_id} is outside the vocabulary of {vocabulary} ids: name the "
+            "tokenizer's pad or end token."
+        )
+    if config.engram_token_map_sha256 is None and config.engram_compressed_vocab_size > vocabulary:
+        raise ValueError(
+            f"engram_compressed_vocab_size={config.engram_compressed_vocab_size} is larger than the vocabulary of "
+            f"{vocabulary} ids: compression can only merge ids."
+        )
+    for name in ("engram_norm_eps", "engram_conv_norm_eps", "engram_initializer_range"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name}={getattr(config, name)} must be larger than 0.")
+    if config.engram_value_initializer_range <= 0:
+        raise ValueError(
+            f"engram_value_initializer_range={config.engram_value_initializer_range} must be larger than 0: with zero "
+            "tables and a zero value projection no gradient would ever reach the memory."
+        )
+    if config.engram_format_version != FORMAT_VERSION:
+        raise ValueError(
+            f"engram_format_version={config.engram_format_version}, but this package reads version {FORMAT_VERSION}: "
+            "install the engram-transformers release that wrote the checkpoint (or a newer one)."
+        )
+
+
+def check_streams(config: EngramConfig) -> None:
+    """The memory adds to the residual stream, so it must know the stream's shape."""
+    for name, reason in FOREIGN_STREAMS.items():
+        if getattr(config.text_config, name, None):
+            raise ValueError(
+                f"the backbone {config.text_config.model_type} has {name}={getattr(config.text_config, name)}: "
+                f"{reason}. Engram needs streams of shape batch x length x hidden, or batch x length x hc_mult x hidden."
+            )
+    streams = backbone_streams(config.text_config)
+    if config.engram_hc_mult != streams:
+        raise ValueError(
+            f"engram_hc_mult={config.engram_hc_mult}, but the backbone ({config.text_config.model_type}) carries "
+            f"{streams} residual stream(s): leave engram_hc_mult out, or set it to {streams}."
+        )

@@ -1,0 +1,45 @@
+"""Engram for Hugging Face: a memory of hashed n-grams for any causal language model of Transformers.
+
+Importing this package registers [`EngramConfig`], [`EngramModel`] and [`EngramForCausalLM`] with the Auto classes, so
+that `AutoModelForCausalLM.from_pretrained(folder)` reads an Engram checkpoint. It loads no model and no trainer.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .compression_engram import TokenCompressor
+from .configuration_engram import EngramConfig, EngramFormatError
+from .hashing_engram import NgramHasher
+from .layer_engram import EngramLayer
+from .modeling_engram import EngramForCausalLM, EngramModel
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EngramConfig",
+    "EngramForCausalLM",
+    "EngramFormatError",
+    "EngramLayer",
+    "EngramModel",
+    "EngramTrainer",
+    "NgramHasher",
+    "TokenCompressor",
+]
+
+AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)
+AutoModel.register(EngramConfig, EngramModel, exist_ok=True)
+AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM, exist_ok=True)
+
+# With these, every save carries the code that `trust_remote_code=True` needs on a machine without this package.
+EngramConfig.register_for_auto_class()
+EngramModel.register_for_auto_class("AutoModel")
+EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+def __getattr__(name: str):
+    # EngramTrainer pulls in transformers' Trainer, which inference does not need.
+    if name == "EngramTrainer":
+        from .training import EngramTrainer
+
+        return EngramTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

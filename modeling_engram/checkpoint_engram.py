@@ -1,0 +1,193 @@
+"""Loading and saving: one checkpoint of ordinary Transformers files, with the memory in shards of its own.
+
+Promises: `save_pretrained` replaces a folder's checkpoint whole or not at all and removes what an earlier save left;
+`from_pretrained` checks files before and constants after loading, and never fills a memory with random rows; tables in
+their own dtype are mapped from the file on a CPU, not copied. Never writes into the files of another checkpoint.
+Source: docs/format.md.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from .configuration_engram import EngramFormatError
+from .memory_engram import MEMORY_PREFIX, SHARD_PREFIXES, EngramMemory
+from .shards_engram import (
+    DTYPE_NAMES,
+    INDEX_NAME,
+    MAX_MEMORY_SHARD_SIZE,
+    MEMORY_STEM,
+    MODEL_STEM,
+    SINGLE_NAME,
+    check_folder,
+    parse_size,
+    read_header,
+    shard_name,
+    whole_save,
+    write_index,
+    write_shards,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# Classes of this package that a checkpoint's own copy of the code offers to `trust_remote_code=True`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_engram.EngramConfig",
+    "AutoModel": "modeling_engram.EngramModel",
+    "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
+}
+
+
+class EngramCheckpointMixin:
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for models with a memory."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in Transformers, refusing a checkpoint whose memory is incomplete or another's.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
+            kwargs: arguments of `PreTrainedModel.from_pretrained`. `dtype` leaves tables in their own type.
+
+        Raises:
+            `FileNotFoundError`: if a file is missing.
+            [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        folder = local_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+        if folder is not None:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
+            check_folder(folder, expected_shards(config))
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise EngramFormatError(
+                f"a weight file of '{pretrained_model_name_or_path}' cannot be read ({error}): it is truncated or "
+                "damaged, or larger than this machine's RAM and swap can map. Download it again, or graft with smaller "
+                "files (max_memory_shard_size)."
+            ) from error
+        refuse_incomplete_checkpoint(pretrained_model_name_or_path, info)
+        if model.memory.hashing.token_map.device.type != "meta":
+            model.memory.hashing.check(model.config)
+        return (model, info) if wants_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        max_memory_shard_size: int | str = MAX_MEMORY_SHARD_SIZE,
+        **kwargs,
+    ) -> None:
+        """Saves the model, the tables, token map and hash constants in `engram-memory-*.safetensors` files.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): a folder; an older checkpoint in it is replaced.
+            is_main_process (`bool`, *optional*, defaults to `True`): other processes write nothing.
+            state_dict (`dict[str, torch.Tensor]`, *optional*): what to save; `self.state_dict()` if None.
+            push_to_hub (`bool`, *optional*, defaults to `False`): also upload (`repo_id`, `token`, ... in kwargs).
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): for the files of the rest.
+            max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): for memory shards.
+            kwargs: further arguments of `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            `ValueError`: for arguments that the format has no place for.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):  # adapters only, no tables
+            super().save_pretrained(
+                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size=max_shard_size, **kwargs
+            )
+            return
+        for name in ("variant", "distributed_checkpoint"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"save_pretrained({name}=...) is not supported for a model with memory shards.")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise NotADirectoryError(f"'{folder}' is a file: name a folder to save into.")
+        hub = {
+            name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs
+        }
+        state = self.state_dict() if state_dict is None else state_dict
+        shards = {name: tensor for name, tensor in state.items() if name.startswith(SHARD_PREFIXES)}
+        rest = {name: tensor for name, tensor in state.items() if name not in shards}
+        self.config.auto_map = dict(AUTO_MAP)
+        with whole_save(folder) as draft:
+            super().save_pretrained(draft, state_dict=rest, max_shard_size=max_shard_size, **kwargs)
+            weight_map = number_rest_files(draft)
+            weight_map |= write_shards(draft, MEMORY_STEM, shards, parse_size(max_memory_shard_size))
+            write_index(draft, weight_map, sum(tensor.nbytes for tensor in state.values()))
+        if push_to_hub:
+            self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        sizes = {path.name: path.stat().st_size for path in Path(working_dir).iterdir() if path.is_file()}
+        memory = sum(size for name, size in sizes.items() if name.startswith(MEMORY_STEM))
+        # At warning level because the default verbosity hides the rest, and an upload may cost hours.
+        logger.warning(
+            f"Uploading {sum(sizes.values()):,} bytes in {len(sizes)} files to {repo_id}, {memory:,} of them memory "
+            "shards (zeros of a sparse file are sent as bytes)."
+        )
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def local_checkpoint(path, subfolder: str) -> Path | None:
+    """The folder of a local checkpoint; None for a Hub id, an adapter's folder or no path at all."""
+    if path is None:
+        return None
+    folder = Path(path) / (subfolder or "")
+    return folder if (folder / "config.json").is_file() else None
+
+
+def expected_shards(config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and safetensors type of every tensor that a configuration's memory shards hold."""
+    with torch.device("meta"):
+        memory = EngramMemory(config)
+    named = {MEMORY_PREFIX + name: tensor for name, tensor in memory.state_dict().items()}
+    return {
+        name: (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+        for name, tensor in named.items()
+        if name.startswith(SHARD_PREFIXES)
+    }
+
+
+def refuse_incomplete_checkpoint(path, info: dict) -> None:
+    """Raises EngramFormatError if loading left anything unset: Transformers alone would fill it with random values."""
+    missing = sorted(info["missing_keys"])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"] if MEMORY_PREFIX in str(key))
+    if mismatched:
+        raise EngramFormatError(
+            f"'{path}' holds parts of the memory in other shapes than its config.json: {', '.join(mismatched[:3])}. "
+            "Load the config.json that was saved beside the shards."
+        )
+    if any(name.startswith(MEMORY_PREFIX) for name in missing):
+        raise EngramFormatError(
+            f"'{path}' has no or not the whole memory ({len(missing)} tensors missing, first {missing[0]}), and a "
+            "memory is never filled with random rows. Graft one with `engram graft DONOR OUT` or from_donor."
+        )
+    if missing:
+        raise EngramFormatError(
+            f"'{path}' lacks {len(missing)} backbone weights, first {missing[0]}. If it was saved by EngramModel it "
+            "has no language-model head: load it with AutoModel."
+        )
+
+
+def number_rest_files(draft: Path) -> dict[str, str]:
+    """Gives the files that Transformers wrote their place in the common index.
+
+    A lone `model.safetensors` would be read instead of the index, so it is renamed.
+    """
+    if (draft / SINGLE_NAME).exists():
+        os.rename(draft / SINGLE_NAME, draft / shard_name(MODEL_STEM, 1, 1))
+    (draft / INDEX_NAME).unlink(missing_ok=True)
+    files = sorted(draft.glob(f"{MODEL_STEM}-*.safetensors"))
+    return {name: path.name for path in files for name in read_header(path)}

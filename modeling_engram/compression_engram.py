@@ -1,0 +1,126 @@
+"""Token compression: token ids that read the same become one class, so that " Apple", "apple" and "APPLE" share rows.
+
+Promises: the map depends on the tokenizer alone and is built once, at the graft; a checkpoint stores it as integers, so
+loading needs no tokenizer. Never guesses for ids without a tokenizer entry: they are dead (class -1), break the n-gram
+and shut the gate.
+Source: Engram (arXiv 2601.07372), section 2.1 and appendix C; exact procedure of the demo's CompressedTokenizer.
+"""
+
+import hashlib
+
+import torch
+from tokenizers import Regex, normalizers
+
+
+# Class of an id that has no tokenizer entry, and of every position that is no text.
+DEAD = -1
+
+# Stands for a text that is exactly one space while the others are stripped (a private-use character).
+LONE_SPACE = "\ue000"
+
+NORMALIZER = normalizers.Sequence(
+    [
+        normalizers.NFKC(),
+        normalizers.NFD(),
+        normalizers.StripAccents(),
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        normalizers.Replace(Regex(r"^ $"), LONE_SPACE),
+        normalizers.Strip(),
+        normalizers.Replace(LONE_SPACE, " "),
+    ]
+)
+
+
+def normalize_text(text: str) -> str:
+    """The key under which a decoded token is merged; the text itself where nothing would be left of it."""
+    return NORMALIZER.normalize_str(text) or text
+
+
+class TokenCompressor:
+    """Map from token ids to classes, in order of first appearance.
+
+    Args:
+        lookup_table (`torch.LongTensor` of shape `(tokens,)`):
+            Class of every id, 0..size-1, or -1 for a dead id.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from engram_transformers import TokenCompressor
+
+    >>> compressor = TokenCompressor.from_tokenizer(AutoTokenizer.from_pretrained("gpt2"))
+    >>> compressor.size < len(compressor.lookup_table)
+    True
+    ```"""
+
+    def __init__(self, lookup_table: torch.Tensor):
+        self.lookup_table = lookup_table.to(torch.int64)
+
+    @property
+    def size(self) -> int:
+        """Number of classes."""
+        return int(self.lookup_table.max()) + 1
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer) -> "TokenCompressor":
+        """Builds the map from a tokenizer's own decoding, special and added tokens included.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): the donor's tokenizer.
+
+        Returns:
+            [`TokenCompressor`] over `len(tokenizer)` ids.
+        """
+        classes: dict[str, int] = {}
+        table = [classes.setdefault(token_key(tokenizer, token_id), len(classes)) for token_id in range(len(tokenizer))]
+        return cls(torch.tensor(table, dtype=torch.int64))
+
+    def token_map(self, vocab_size: int) -> torch.Tensor:
+        """The map as a checkpoint stores it, one entry for every row of the backbone's vocabulary.
+
+        Args:
+            vocab_size (`int`): rows of the backbone's input embedding.
+
+        Returns:
+            `torch.LongTensor` of shape `(vocab_size,)`, -1 where the tokenizer has no entry.
+
+        Raises:
+            `ValueError`: if the tokenizer has more ids than the backbone has embeddings.
+        """
+        known = len(self.lookup_table)
+        if known > vocab_size:
+            raise ValueError(
+                f"the tokenizer has {known} ids, but the backbone embeds only {vocab_size}: tokens were added without "
+                f"resizing. Call donor.resize_token_embeddings({known}) and save the donor first, or use the "
+                "tokenizer that the donor came with."
+            )
+        token_map = torch.full((vocab_size,), DEAD, dtype=torch.int64)
+        token_map[:known] = self.lookup_table
+        return token_map
+
+
+def token_key(tokenizer, token_id: int) -> str:
+    """What one token is merged by: its normalised text, or its raw form where it is no complete UTF-8."""
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    if "\ufffd" in text:
+        return str(tokenizer.convert_ids_to_tokens(token_id))
+    return normalize_text(text)
+
+
+def token_map_sha256(token_map: torch.Tensor) -> str:
+    """SHA-256 of a token map: entries up to the last live one, little-endian int64, in order of the ids.
+
+    Dead entries at the end do not count, so that a donor whose vocabulary is padded may be trimmed.
+    """
+    live = torch.nonzero(token_map != DEAD).flatten()
+    entries = token_map[: int(live[-1]) + 1] if len(live) else token_map[:0]
+    return hashlib.sha256(entries.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def differing_ids(stored: torch.Tensor, other: torch.Tensor) -> list[int]:
+    """Ids whose classes differ between two maps; ids that only one of them has count as differing unless dead."""
+    length = max(len(stored), len(other))
+    padded = [torch.cat([m.cpu(), m.new_full((length - len(m),), DEAD).cpu()]) for m in (stored, other)]  # (ids,)
+    return torch.nonzero(padded[0] != padded[1]).flatten().tolist()

@@ -1,0 +1,222 @@
+"""Hash constants: the multipliers, head sizes and offsets that decide where every row of a memory lies.
+
+Promises: derived from the configuration alone, the same everywhere and in every version; head sizes of 16 million rows
+are found in milliseconds. A checkpoint stores them and a model uses the stored ones; `check_constants` refuses stored
+constants that cannot belong to the configuration. Never reads a file.
+Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for multipliers and the order of the primes.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .compression_engram import DEAD
+from .configuration_engram import EngramFormatError
+
+
+INT64_MAX = 2**63 - 1
+
+# Distance between the random streams of two layers (the demo's constant).
+LAYER_SEED_STEP = 10007
+
+# Deterministic Miller-Rabin bases for every integer below 3.3e24.
+WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
+
+
+def is_prime(n: int) -> bool:
+    """Whether `n` is prime; exact for every int64."""
+    if n < 2:
+        return False
+    for p in WITNESSES:
+        if n % p == 0:
+            return n == p
+    odd, twos = n - 1, 0
+    while odd % 2 == 0:
+        odd, twos = odd // 2, twos + 1
+    for base in WITNESSES:
+        x = pow(base, odd, n)
+        if x in (1, n - 1):
+            continue
+        for _ in range(twos - 1):
+            x = x * x % n
+            if x == n - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def multiplier_bound(compressed_vocab_size: int) -> int:
+    """Exclusive upper bound of the random halves: no product of a class and a multiplier leaves int64."""
+    return max(1, (INT64_MAX // compressed_vocab_size) // 2)
+
+
+def derive_multipliers(layer_ids: list[int], orders: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
+    """Odd multipliers, one for each look-back distance.
+
+    Args:
+        layer_ids (`list[int]`): Engram layers, counted from 0.
+        orders (`int`): longest n-gram N.
+        compressed_vocab_size (`int`): classes V'.
+        seed (`int`): `engram_seed`.
+
+    Returns:
+        `np.ndarray` of int64 and shape `(layers, N)`; entry i belongs to the token i places back.
+    """
+    bound = multiplier_bound(compressed_vocab_size)
+    streams = (np.random.default_rng(seed + LAYER_SEED_STEP * layer) for layer in layer_ids)
+    return np.stack([2 * rng.integers(0, bound, size=orders, dtype=np.int64) + 1 for rng in streams])
+
+
+def derive_primes(layers: int, vocab_sizes: list[int], heads: int) -> np.ndarray:
+    """Rows of every head: ascending primes from the order's size on, none used twice in the whole model.
+
+    Args:
+        layers (`int`): number of Engram layers.
+        vocab_sizes (`list[int]`): least rows of a head, one entry for each order.
+        heads (`int`): heads for each order.
+
+    Returns:
+        `np.ndarray` of int64 and shape `(layers, orders, heads)`.
+    """
+    seen: set[int] = set()
+    primes = np.zeros((layers, len(vocab_sizes), heads), dtype=np.int64)
+    for layer, order, head in np.ndindex(primes.shape):
+        candidate = vocab_sizes[order] if head == 0 else int(primes[layer, order, head - 1]) + 1
+        while candidate in seen or not is_prime(candidate):
+            candidate += 1
+        seen.add(candidate)
+        primes[layer, order, head] = candidate
+    return primes
+
+
+@dataclass(frozen=True)
+class HashConstants:
+    """What turns classes into rows, as tensors of int64.
+
+    Args:
+        multipliers (`torch.LongTensor` of shape `(layers, N)`): odd factors by look-back distance.
+        primes (`torch.LongTensor` of shape `(layers, orders, heads)`): rows of every head.
+        offsets (`torch.LongTensor` of shape `(layers, orders, heads)`): first row of every head in its layer.
+        pad_class (`torch.LongTensor` of shape `(1,)`): class that stands for "nothing".
+    """
+
+    multipliers: torch.Tensor
+    primes: torch.Tensor
+    offsets: torch.Tensor
+    pad_class: torch.Tensor
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The tensors under the names that a checkpoint gives them."""
+        return {
+            "multipliers": self.multipliers,
+            "primes": self.primes,
+            "offsets": self.offsets,
+            "pad_class": self.pad_class,
+        }
+
+    def order_rows(self) -> list[list[int]]:
+        """Rows of every order, for each layer."""
+        return self.primes.sum(-1).tolist()
+
+    def sha256(self) -> str:
+        """SHA-256 over name, shape and little-endian int64 entries of each tensor, in the order of `named()`."""
+        digest = hashlib.sha256()
+        for name, tensor in self.named().items():
+            digest.update(f"{name}:{','.join(map(str, tensor.shape))};".encode())
+            digest.update(tensor.cpu().contiguous().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def head_offsets(primes: torch.Tensor) -> torch.Tensor:
+    """First row of every head: exclusive sum of the rows before it in (order, head) order, for each layer."""
+    flat = primes.flatten(1)  # (layers, orders * heads)
+    return (flat.cumsum(1) - flat).view_as(primes)  # (layers, orders, heads)
+
+
+def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:
+    """Derives all hash constants from a configuration.
+
+    Args:
+        config ([`EngramConfig`]): sizes, layers and seed.
+        token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): None where every id is its own class.
+
+    Returns:
+        [`HashConstants`]
+
+    Raises:
+        `ValueError`: if the pad id is dead in the token map.
+    """
+    layers, orders = config.engram_layer_ids, config.engram_orders
+    multipliers = derive_multipliers(
+        layers, config.engram_max_ngram_size, config.engram_compressed_vocab_size, config.engram_seed
+    )
+    if config.engram_hash_scheme == "one_row":
+        primes = np.ones((len(layers), len(orders), config.engram_n_heads), dtype=np.int64)
+    else:
+        primes = derive_primes(len(layers), config.engram_vocab_sizes, config.engram_n_heads)
+    pad_class = config.engram_pad_token_id if token_map is None else int(token_map[config.engram_pad_token_id])
+    if pad_class == DEAD:
+        raise ValueError(
+            f"engram_pad_token_id={config.engram_pad_token_id} has no entry in the tokenizer: name an id that has one."
+        )
+    primes = torch.from_numpy(primes)
+    return HashConstants(
+        torch.from_numpy(multipliers), primes, head_offsets(primes), torch.tensor([pad_class], dtype=torch.int64)
+    )
+
+
+def check_constants(constants: HashConstants, config) -> None:
+    """Refuses stored constants that cannot belong to the configuration.
+
+    Args:
+        constants ([`HashConstants`]): as read from a checkpoint.
+        config ([`EngramConfig`]): the configuration saved beside it.
+
+    Raises:
+        [`EngramFormatError`]: naming the constant, its value and what is needed.
+    """
+    if config.engram_hash_sha256 not in (None, constants.sha256()):
+        raise EngramFormatError(
+            f"the stored hash constants have SHA-256 {constants.sha256()[:16]}..., config.json says "
+            f"{config.engram_hash_sha256[:16]}...: the memory shard belongs to another checkpoint. Restore the "
+            "`engram-memory-*.safetensors` files that were saved together with this config.json."
+        )
+    multipliers, primes = constants.multipliers.cpu(), constants.primes.cpu()
+    bound = 2 * multiplier_bound(config.engram_compressed_vocab_size)
+    bad = multipliers[(multipliers % 2 == 0) | (multipliers < 1) | (multipliers >= bound)]
+    if len(bad):
+        raise EngramFormatError(
+            f"stored hash multiplier {int(bad[0])} must be odd, positive and below {bound} for "
+            f"{config.engram_compressed_vocab_size} classes: the memory shard is damaged, restore it."
+        )
+    if config.engram_hash_scheme == "deepseek":
+        check_primes(primes, config.engram_vocab_sizes)
+    elif not bool((primes == 1).all()):
+        raise EngramFormatError("engram_hash_scheme='one_row' needs one row in every head: restore the memory shard.")
+    if not torch.equal(constants.offsets.cpu(), head_offsets(primes)):
+        raise EngramFormatError("stored head offsets are not the sums of the head sizes: restore the memory shard.")
+    if not 0 <= int(constants.pad_class) < config.engram_compressed_vocab_size:
+        raise EngramFormatError(
+            f"stored pad class {int(constants.pad_class)} is outside the {config.engram_compressed_vocab_size} "
+            "classes: restore the memory shard."
+        )
+
+
+def check_primes(primes: torch.Tensor, vocab_sizes: list[int]) -> None:
+    """Head sizes `(layers, orders, heads)` must be prime, distinct, and at least their order's configured size."""
+    flat = primes.flatten().tolist()
+    for size in flat:
+        if not is_prime(size):
+            raise EngramFormatError(f"stored head size {size} is not prime: restore the memory shard.")
+    if len(set(flat)) != len(flat):
+        raise EngramFormatError("two heads have the same number of rows: restore the memory shard.")
+    for order, least in enumerate(vocab_sizes):
+        smallest = int(primes[:, order].min())
+        if smallest < least:
+            raise EngramFormatError(
+                f"a head of order {order + 2} has {smallest} rows, engram_vocab_size asks for at least {least}: config "
+                "and memory shard belong to different checkpoints."
+            )

@@ -1,0 +1,104 @@
+"""Donors: the model that receives an Engram memory, and the configuration that fits it.
+
+Promises: a donor is complete (no weight of it missing, none left over) and its tokenizer is its own; the configuration
+records the token map's digest. Never unpickles code and never trusts remote code unless told to.
+Source: docs/design.md, "Grafting".
+"""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from .compression_engram import TokenCompressor, token_map_sha256
+from .configuration_engram import EngramConfig
+
+
+def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool = False, **kwargs):
+    """Loads a donor and its tokenizer, or takes them as they are.
+
+    Args:
+        donor (`PreTrainedModel` or `str`): a causal language model, a folder or a Hub id.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or None): the donor's tokenizer; None for a folder or id.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): for donors with code of their own.
+        kwargs: arguments of `from_pretrained`.
+
+    Returns:
+        `tuple` of model and tokenizer.
+
+    Raises:
+        `TypeError`: if the donor is no model, or a model comes without a tokenizer.
+        `ValueError`: if the donor has a memory already, or its files do not hold every weight.
+    """
+    if isinstance(donor, PreTrainedModel):
+        if tokenizer is None:
+            raise TypeError("from_donor(model) needs the model's tokenizer as well: pass tokenizer=...")
+        if kwargs:
+            raise TypeError(f"unexpected arguments for a donor that is loaded already: {sorted(kwargs)}.")
+    else:
+        source = str(donor)
+        donor, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
+        )
+        refuse_incomplete_donor(source, info)
+        tokenizer = source if tokenizer is None else tokenizer
+    if isinstance(tokenizer, str):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
+    if donor.config.model_type == EngramConfig.model_type:
+        raise ValueError(
+            "the donor already has an Engram memory: load it with from_pretrained, or graft its own donor."
+        )
+    return donor, tokenizer
+
+
+def refuse_incomplete_donor(source: str, info: dict) -> None:
+    """Raises ValueError if a donor's files leave weights unset, hold unknown ones, or ones of other shapes."""
+    problems = [
+        f"{len(info[kind])} {label} ({', '.join(sorted(map(str, info[kind]))[:3])}, ...)"
+        for kind, label in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unknown"),
+            ("mismatched_keys", "misshapen"),
+        )
+        if info.get(kind)
+    ]
+    if problems:
+        raise ValueError(
+            f"the donor '{source}' does not load cleanly: {'; '.join(problems)}. A graft of it would be partly random: "
+            "repair the donor (AutoModelForCausalLM.from_pretrained must report nothing) and graft again."
+        )
+
+
+def default_layer_ids(depth: int) -> list[int]:
+    """The paper's choice at any depth: the second decoder layer and the one in the middle, counted from 0."""
+    return sorted({min(1, depth - 1), max(0, depth // 2 - 1)})
+
+
+def engram_config(
+    donor_config: PreTrainedConfig, tokenizer, engram_layer_ids: list[int] | None = None, **fields
+) -> tuple[EngramConfig, torch.Tensor]:
+    """Configuration and token map of a fresh memory on a donor.
+
+    Args:
+        donor_config (`PreTrainedConfig`): the donor's; copied.
+        tokenizer (`PreTrainedTokenizerBase`): the donor's.
+        engram_layer_ids (`list[int]`, *optional*): layers that read; `default_layer_ids` if None.
+        fields: other fields of [`EngramConfig`].
+
+    Returns:
+        `tuple` of [`EngramConfig`] and the token map, a `torch.LongTensor` of shape `(vocab_size,)`.
+    """
+    text_config = copy.deepcopy(donor_config)
+    token_map = TokenCompressor.from_tokenizer(tokenizer).token_map(text_config.vocab_size)
+    if fields.get("engram_pad_token_id") is None and fields.get("engram_pad_id") is None:
+        named = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        fields["engram_pad_token_id"] = next((i for i in named if i is not None), None)
+    config = EngramConfig(
+        text_config=text_config,
+        engram_layer_ids=engram_layer_ids or default_layer_ids(text_config.num_hidden_layers),
+        engram_compressed_vocab_size=int(token_map.max()) + 1,
+        engram_token_map_sha256=token_map_sha256(token_map),
+        dtype=text_config.dtype,
+        **fields,
+    )
+    return config, token_map

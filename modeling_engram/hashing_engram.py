@@ -1,0 +1,244 @@
+"""N-gram hashing: classes of token ids to table rows.
+
+Promises: pure integer arithmetic in int64, the same rows on every device, dtype, batch shape and chunking; tables on
+disk depend on it. `naive_hash_ids` is the readable twin of the fast path. Never reads a file.
+Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's NgramHashMapping for the heads' order.
+"""
+
+import torch
+from torch import nn
+
+from .compression_engram import DEAD, token_map_sha256
+from .configuration_engram import EngramFormatError
+from .constants_engram import HashConstants, check_constants, derive_constants
+
+
+def identity_map(config) -> torch.Tensor:
+    """The token map of a memory without compression: every id of the vocabulary is a class of its own."""
+    return torch.arange(config.text_config.vocab_size, dtype=torch.int64)
+
+
+class NgramHasher(nn.Module):
+    """Token ids to table rows, for all Engram layers and heads in a handful of tensor operations.
+
+    Heads come in (order, head) order: all heads of bigrams, then all of trigrams, and so on. A dead position (pad,
+    non-text, id without tokenizer entry) turns itself and everything older into the pad class.
+
+    Args:
+        layer_ids (`list[int]`): Engram layers, in the order of the constants.
+        token_map (`torch.LongTensor` of shape `(vocab_size,)`): class of every id, -1 for dead ones.
+        constants ([`HashConstants`]): stored or derived constants.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from engram_transformers import EngramConfig, NgramHasher
+
+    >>> config = EngramConfig(engram_layer_ids=[1], engram_vocab_size=1000, engram_n_heads=2)
+    >>> hasher = NgramHasher.from_config(config, torch.arange(config.text_config.vocab_size))
+    >>> hasher.rows(torch.tensor([[5, 6, 7]]), layer_id=1).shape
+    torch.Size([1, 3, 4])
+    ```"""
+
+    def __init__(self, layer_ids: list[int], token_map: torch.Tensor, constants: HashConstants):
+        super().__init__()
+        self.layer_ids = list(layer_ids)
+        self.register_buffer("token_map", token_map)
+        for name, tensor in constants.named().items():
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    def from_config(cls, config, token_map: torch.Tensor | None = None) -> "NgramHasher":
+        """Makes the hasher of a new memory.
+
+        Args:
+            config ([`EngramConfig`]): sizes, layers and seed.
+            token_map (`torch.LongTensor` of shape `(tokens,)`, *optional*):
+                Class of every id, as `TokenCompressor.lookup_table` or `.token_map(vocab_size)` gives it. None makes
+                every id a class of its own.
+
+        Returns:
+            [`NgramHasher`]
+        """
+        constants = derive_constants(config, token_map)
+        return cls(config.engram_layer_ids, identity_map(config) if token_map is None else token_map, constants)
+
+    @property
+    def constants(self) -> HashConstants:
+        """The constants in use."""
+        return HashConstants(self.multipliers, self.primes, self.offsets, self.pad_class)
+
+    @property
+    def context_length(self) -> int:
+        """Classes of earlier tokens that a position needs: N - 1."""
+        return self.multipliers.shape[1] - 1
+
+    def compress(self, input_ids: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
+        """Classes of token ids; negative ids and positions that are not alive are dead.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): ids inside the vocabulary, or negative.
+            alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False at pads.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, length)`.
+        """
+        text = input_ids >= 0
+        if alive is not None:
+            text = text & alive
+        return torch.where(text, self.token_map[input_ids.clamp(min=0)], DEAD)
+
+    def lookback(self, classes: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+        """Every position's n-gram, with everything at or before a dead position replaced by the pad class.
+
+        Args:
+            classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`.
+            history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position;
+                None at the start of a text.
+
+        Returns:
+            `torch.LongTensor` of shape `(N, batch, length)`; entry i is i places back.
+        """
+        batch, length = classes.shape
+        n = self.context_length + 1
+        if history is None:
+            history = classes.new_full((batch, n - 1), DEAD)
+        full = torch.cat([history, classes], dim=1)  # (batch, N - 1 + length)
+        shifted = torch.stack([full[:, n - 1 - i : n - 1 - i + length] for i in range(n)])  # (N, batch, length)
+        blocked = shifted.cummin(dim=0).values < 0  # a running minimum below 0: something dead at or after this place
+        return torch.where(blocked, self.pad_class, shifted)
+
+    def hash_lookback(self, lookback: torch.Tensor) -> torch.Tensor:
+        """Hashes of all layers and heads.
+
+        Args:
+            lookback (`torch.LongTensor` of shape `(N, batch, length)`): from `lookback`.
+
+        Returns:
+            `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`, before offsets.
+        """
+        products = lookback * self.multipliers[:, :, None, None]  # (layers, N, batch, length)
+        mix, mixes = products[:, 0], []
+        for i in range(1, products.shape[1]):
+            mix = mix ^ products[:, i]  # (layers, batch, length)
+            mixes.append(mix)
+        mixed = torch.stack(mixes, dim=-1)[..., None]  # (layers, batch, length, orders, 1)
+        return torch.remainder(mixed, self.primes[:, None, None])  # (layers, batch, length, orders, heads)
+
+    def hash_ids(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:
+        """Hashes of one layer, each within its own head.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): token ids, negative where there is no text.
+            layer_id (`int`): an Engram layer.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, length, orders * heads)`.
+
+        Raises:
+            `ValueError`: for a layer without a memory.
+        """
+        hashes = self.hash_lookback(self.lookback(self.compress(input_ids)))
+        return hashes[self.layer_index(layer_id)].flatten(-2)  # (batch, length, orders * heads)
+
+    def rows(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:
+        """Rows of one layer's table: `hash_ids` plus the head's first row.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): token ids, negative where there is no text.
+            layer_id (`int`): an Engram layer.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, length, orders * heads)`.
+        """
+        return self.hash_ids(input_ids, layer_id) + self.offsets[self.layer_index(layer_id)].flatten()
+
+    def forward(self, classes: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of all layers at once, each counted from the first row of its order.
+
+        Args:
+            classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`.
+            history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position.
+
+        Returns:
+            `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`.
+        """
+        within_order = self.offsets - self.offsets[:, :, :1]  # (layers, orders, heads)
+        return self.hash_lookback(self.lookback(classes, history)) + within_order[:, None, None]
+
+    def layer_index(self, layer_id: int) -> int:
+        """Place of a layer among the constants."""
+        if layer_id not in self.layer_ids:
+            raise ValueError(f"layer {layer_id} has no memory; the Engram layers are {self.layer_ids}.")
+        return self.layer_ids.index(layer_id)
+
+    def check(self, config) -> None:
+        """Refuses stored constants or a token map that do not belong to `config`; see `check_constants`."""
+        check_constants(self.constants, config)
+        original = self.original_token_map(config.engram_compressed_vocab_size)
+        digest = token_map_sha256(original)
+        identity = torch.equal(original.cpu(), torch.arange(len(original)))
+        if config.engram_token_map_sha256 is None and identity:
+            return
+        if digest != config.engram_token_map_sha256:
+            raise EngramFormatError(
+                f"the stored token map has SHA-256 {digest[:16]}..., config.json says "
+                f"{str(config.engram_token_map_sha256)[:16]}...: the memory shard belongs to another checkpoint. "
+                "Restore the `engram-memory-*.safetensors` files that were saved together with this config.json."
+            )
+
+    def resize(self, vocab_size: int, compressed_vocab_size: int) -> None:
+        """Follows a resized vocabulary: new ids get classes of their own after all others, old addresses stay.
+
+        Args:
+            vocab_size (`int`): rows of the resized input embedding.
+            compressed_vocab_size (`int`): classes V' at the graft.
+
+        Raises:
+            `ValueError`: if ids that have rows in the memory would go.
+        """
+        known = len(self.token_map)
+        if vocab_size < known:
+            if bool((self.token_map[vocab_size:] != DEAD).any()):
+                raise ValueError(
+                    f"the vocabulary cannot shrink from {known} to {vocab_size} ids: the memory's token map uses the "
+                    "ids in between. Graft the donor again with the smaller vocabulary."
+                )
+            self.token_map = self.token_map[:vocab_size].clone()
+        elif vocab_size > known:
+            first = max(compressed_vocab_size, int(self.token_map.max()) + 1)
+            added = torch.arange(first, first + vocab_size - known, device=self.token_map.device)
+            self.token_map = torch.cat([self.token_map, added])  # (vocab_size,)
+
+    def original_token_map(self, compressed_vocab_size: int) -> torch.Tensor:
+        """The map as it was at the graft: without the ids that a later resize appended (classes at or above V')."""
+        added = torch.nonzero(self.token_map >= compressed_vocab_size).flatten()
+        return self.token_map[: int(added[0])] if len(added) else self.token_map
+
+
+def naive_hash_ids(
+    classes: list[int], multipliers: list[int], primes: list[list[int]], pad_class: int, start: int = 0
+) -> list[list[int]]:
+    """The hash of one layer for a reader to check by eye: plain Python integers, one position at a time.
+
+    Args:
+        classes (`list[int]`): classes of one sequence, -1 for dead positions.
+        multipliers (`list[int]`): N factors.
+        primes (`list[list[int]]`): rows by order and head.
+        pad_class (`int`): class for "nothing".
+        start (`int`, *optional*, defaults to 0): first position to hash; earlier ones are context.
+
+    Returns:
+        `list[list[int]]`: for every position the hashes in (order, head) order, before offsets.
+    """
+    hashes = []
+    for t in range(start, len(classes)):
+        blocked, mix, position = False, 0, []
+        for i, multiplier in enumerate(multipliers):
+            blocked = blocked or t - i < 0 or classes[t - i] < 0
+            mix ^= (pad_class if blocked else classes[t - i]) * multiplier
+            if i > 0:
+                position += [mix % prime for prime in primes[i - 1]]
+        hashes.append(position)
+    return hashes

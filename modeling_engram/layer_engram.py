@@ -1,0 +1,115 @@
+"""EngramLayer: memory vectors into the residual stream.
+
+What it chooses: one key for every residual stream and one value for all; a gate from the RMS-normed products of stream
+and key; an optional short causal convolution over the gated values, added to them. The demo, the paper and V4.1 are
+settings of the configuration, not classes.
+Promises: rows of zeros give exactly zero (without projection bias); dead positions get exactly zero. Never owns a table
+or a cache.
+Source: Engram (arXiv 2601.07372), sections 2.3 (gate, equations 3 to 5) and 2.4 (streams, equation 6).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cache_engram import EngramCacheLayer
+
+
+# Below this the signed square root is held constant: its slope at 0 is infinite (the demo's value).
+GATE_FLOOR = 1e-6
+
+
+class EngramLayer(GradientCheckpointingLayer):
+    """Gate, key and value projections and convolution of one layer.
+
+    Shapes: B batch, L length, M streams, D hidden size, E memory vector.
+
+    Args:
+        config ([`EngramConfig`]): sizes and variants.
+        layer_id (`int`): decoder layer whose input it adds to, counted from 0.
+    """
+
+    def __init__(self, config, layer_id: int):
+        super().__init__()
+        hidden, streams = config.text_config.hidden_size, config.engram_hc_mult
+        self.hidden_size, self.streams, self.gate = hidden, streams, config.engram_gate
+        self.norm_eps, self.conv_norm_eps = config.engram_norm_eps, config.engram_conv_norm_eps
+        self.key_std, self.value_std = config.engram_initializer_range, config.engram_value_initializer_range
+        self.place = config.engram_layer_ids.index(layer_id)
+        self.taps, self.dilation = config.engram_kernel_size, config.engram_max_ngram_size
+        # Rows of the weight: M keys of D rows each, then the value's D rows (V4.1's `wkv`).
+        self.key_value = nn.Linear(config.engram_memory_dim, (streams + 1) * hidden, bias=config.engram_projection_bias)
+        self.key_norm = nn.Parameter(torch.ones(streams, hidden))
+        self.query_norm = nn.Parameter(torch.ones(streams, hidden))
+        if self.taps:
+            self.conv_norm = nn.Parameter(torch.ones(streams, hidden))
+            self.conv = nn.Parameter(torch.zeros(self.taps, streams * hidden))
+
+    @property
+    def reach(self) -> int:
+        """Positions before a token that the convolution sees."""
+        return max(0, self.taps - 1) * self.dilation
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        vectors: torch.Tensor,
+        alive: torch.Tensor | None = None,
+        past_key_values: EngramCacheLayer | None = None,
+    ) -> torch.Tensor:
+        """What the memory adds to the residual stream.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)` or `(batch, length, streams, hidden)`):
+                The residual stream in front of the decoder layer.
+            vectors (`torch.Tensor` of shape `(batch, length, orders * heads * width)`): rows read for each token.
+            alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False where the gate is shut.
+            past_key_values ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `hidden_states`.
+        """
+        stream = hidden_states.reshape(*hidden_states.shape[:2], self.streams, self.hidden_size)  # (B, L, M, D)
+        projected = self.key_value(vectors.to(self.key_value.weight.dtype))  # (B, L, (M + 1) * D)
+        keys = projected[..., : -self.hidden_size].view(stream.shape)  # (B, L, M, D)
+        value = projected[..., None, -self.hidden_size :].float()  # (B, L, 1, D)
+        gated = self.open_gate(stream.float(), keys.float()) * value  # (B, L, M, D)
+        if alive is not None:
+            gated = gated * alive[:, :, None, None]
+        if self.taps:
+            gated = gated + self.convolve(gated, alive, past_key_values)
+        return gated.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def open_gate(self, stream: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Gate of every token and stream, `(B, L, M, 1)`, from stream and keys of shape `(B, L, M, D)` in float32."""
+        weight = self.query_norm.float() * self.key_norm.float()  # (M, D)
+        score = (stream * keys * weight).sum(-1, keepdim=True) / math.sqrt(self.hidden_size)  # (B, L, M, 1)
+        score = score * rms_scale(stream, self.norm_eps) * rms_scale(keys, self.norm_eps)
+        if self.gate == "signed_sqrt":
+            score = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
+        return torch.sigmoid(score)
+
+    def convolve(
+        self, gated: torch.Tensor, alive: torch.Tensor | None, past_key_values: EngramCacheLayer | None
+    ) -> torch.Tensor:
+        """SiLU of the causal depthwise convolution over normed gated values `(B, L, M, D)`, zero where not alive."""
+        batch, length = gated.shape[:2]
+        normed = gated * rms_scale(gated, self.conv_norm_eps) * self.conv_norm.float()  # (B, L, M, D)
+        inputs = normed.flatten(2).transpose(1, 2)  # (B, M * D, L)
+        if past_key_values is not None and self.reach:
+            inputs = past_key_values.extend_convolution(inputs, 1 + self.place, self.reach)
+        window = F.pad(inputs, (self.reach, 0))[..., -(self.reach + length) :]  # (B, M * D, reach + L)
+        mixed = torch.zeros_like(window[..., :length])  # (B, M * D, L)
+        for tap, weight in enumerate(self.conv.float()):
+            start = tap * self.dilation
+            mixed = mixed + window[..., start : start + length] * weight[:, None]
+        added = F.silu(mixed).transpose(1, 2).view(gated.shape)  # (B, L, M, D)
+        return added if alive is None else added * alive[:, :, None, None]
+
+
+def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Factor that brings the last dimension of `x` to root mean square 1, with that dimension kept as 1."""
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

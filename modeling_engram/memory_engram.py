@@ -1,0 +1,217 @@
+"""EngramMemory: everything that a graft adds to a backbone, and the objects that insert it into the decoder layers.
+
+Promises: token ids are hashed once and rows read once in a forward pass, for all Engram layers; what a pass carries
+belongs to that pass and that thread. Never finds layers by name and never keeps a history on a module.
+Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3; insertion by pre-hook objects because closures would survive
+`deepcopy` pointing at the first model.
+"""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .cache_engram import EngramCacheLayer, engram_cache_layer
+from .constants_engram import derive_constants
+from .hashing_engram import NgramHasher, identity_map
+from .layer_engram import EngramLayer
+from .table_engram import EngramTable
+
+
+# State-dict prefix that owns every tensor of the memory, and the part of it that goes into memory shards.
+MEMORY_PREFIX = "memory."
+SHARD_PREFIXES = ("memory.tables.", "memory.hashing.")
+
+
+@dataclass
+class MemoryReads:
+    """What one forward pass hands to its Engram layers.
+
+    Args:
+        vectors (`dict[int, torch.Tensor]`): memory vectors by layer id, `(batch, length, orders * heads * width)`.
+        alive (`torch.BoolTensor` of shape `(batch, length)`): False where the gate is shut.
+        cache ([`EngramCacheLayer`], *optional*): where histories go.
+    """
+
+    vectors: dict[int, torch.Tensor]
+    alive: torch.Tensor
+    cache: EngramCacheLayer | None
+
+
+class EngramMemory(nn.Module):
+    """Hashing, tables and layers of one memory.
+
+    Args:
+        config ([`EngramConfig`]): sizes and variants.
+        token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): None where every id is its own class.
+    """
+
+    def __init__(self, config, token_map: torch.Tensor | None = None):
+        super().__init__()
+        self.layer_ids = list(config.engram_layer_ids)
+        constants = derive_constants(config, token_map)
+        self.hashing = NgramHasher(self.layer_ids, identity_map(config) if token_map is None else token_map, constants)
+        dtype = getattr(torch, config.engram_table_dtype)
+        self.tables = nn.ModuleDict(
+            {
+                str(layer): EngramTable(rows, config.engram_head_dim, config.engram_table_parts, dtype)
+                for layer, rows in zip(self.layer_ids, constants.order_rows(), strict=True)
+            }
+        )
+        self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
+
+    @property
+    def convolutions(self) -> int:
+        """Layers with a convolution history."""
+        return len(self.layer_ids) if self.layers[str(self.layer_ids[0])].reach else 0
+
+    def cache_layer(self, cache: Cache | None, backbone_layers: int) -> EngramCacheLayer | None:
+        """The Engram layer of a cache, appended on first sight."""
+        if cache is None:
+            return None
+        return engram_cache_layer(cache, backbone_layers, self.convolutions, self.hashing.context_length)
+
+    def read(self, classes: torch.Tensor, cache: EngramCacheLayer | None) -> MemoryReads:
+        """Hashes a batch and reads the rows of every layer.
+
+        Args:
+            classes (`torch.LongTensor` of shape `(batch, length)`): from `NgramHasher.compress`.
+            cache ([`EngramCacheLayer`], *optional*): what came before.
+
+        Returns:
+            [`MemoryReads`]
+        """
+        history = cache.recent_classes() if cache is not None else None
+        rows = self.hashing(classes, history)  # (layers, batch, length, orders, heads)
+        vectors = {layer: self.tables[str(layer)](rows[i]) for i, layer in enumerate(self.layer_ids)}
+        return MemoryReads(vectors, classes >= 0, cache)
+
+
+class ReadsInFlight:
+    """The `MemoryReads` of the forward passes that are running, one for each thread."""
+
+    def __init__(self):
+        self.by_thread: dict[int, MemoryReads] = {}
+
+    @contextmanager
+    def hold(self, reads: MemoryReads):
+        """Makes `reads` current for this thread's forward pass."""
+        thread = current_thread()
+        self.by_thread[thread] = reads
+        try:
+            yield
+        finally:
+            del self.by_thread[thread]
+
+    def current(self) -> MemoryReads | None:
+        """Reads of this thread's forward pass; None outside of one."""
+        return self.by_thread.get(current_thread())
+
+    def __deepcopy__(self, memo):
+        return ReadsInFlight()
+
+    def __reduce__(self):
+        return ReadsInFlight, ()
+
+
+def current_thread() -> int:
+    """Identity of the running thread; 0 while a graph is compiled, where there is one caller."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class InsertMemory:
+    """Forward pre-hook of one decoder layer: adds the memory to the residual stream.
+
+    An object and no closure, so that `deepcopy` and pickle carry the copied layer.
+
+    Args:
+        layer ([`EngramLayer`]): what computes the addition.
+        layer_id (`int`): its decoder layer.
+        in_flight ([`ReadsInFlight`]): shared by the hooks of one model.
+    """
+
+    def __init__(self, layer: EngramLayer, layer_id: int, in_flight: ReadsInFlight):
+        self.layer, self.layer_id, self.in_flight = layer, layer_id, in_flight
+
+    def __call__(self, decoder_layer: nn.Module, args: tuple, kwargs: dict):
+        reads = self.in_flight.current()
+        if reads is None:  # the backbone is used by itself
+            return None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self.check_stream(decoder_layer, hidden_states, reads.alive)
+        vectors = reads.vectors[self.layer_id].to(hidden_states.device)
+        added = self.layer(hidden_states, vectors, reads.alive.to(hidden_states.device), past_key_values=reads.cache)
+        # An addition and no update in place: the backbone may keep its stream for other uses.
+        hidden_states = hidden_states + added
+        if args:
+            return (hidden_states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_states}
+
+    def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, alive: torch.Tensor) -> None:
+        """Raises ValueError if the residual stream has a shape that the memory was not made for."""
+        layer = self.layer
+        streams = () if layer.streams == 1 and hidden_states.ndim == 3 else (layer.streams,)
+        expected = (*alive.shape, *streams, layer.hidden_size)
+        if tuple(hidden_states.shape) != expected:
+            raise ValueError(
+                f"{type(decoder_layer).__name__} {self.layer_id} gets a residual stream of shape "
+                f"{tuple(hidden_states.shape)}, Engram needs {expected}: this backbone's streams are not supported."
+            )
+
+
+def find_decoder_layers(backbone: nn.Module, depth: int) -> nn.ModuleList:
+    """The backbone's decoder layers: its one list of `depth` checkpointable layers, whatever it is called.
+
+    Args:
+        backbone (`nn.Module`): any causal language model of Transformers.
+        depth (`int`): `num_hidden_layers` of its configuration.
+
+    Raises:
+        `ValueError`: if there is none, or more than one.
+    """
+    found = [
+        (name, module)
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(found) != 1:
+        named = ", ".join(name for name, _ in found) or "none"
+        raise ValueError(
+            f"{type(backbone).__name__} must have exactly one ModuleList of {depth} GradientCheckpointingLayers (its "
+            f"num_hidden_layers), found: {named}. Engram cannot be inserted into this backbone."
+        )
+    return found[0][1]
+
+
+def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> ReadsInFlight:
+    """Registers a pre-hook on every Engram layer of a backbone.
+
+    Args:
+        backbone (`nn.Module`): taken over, not copied.
+        depth (`int`): its number of decoder layers.
+        memory ([`EngramMemory`]): what to insert.
+
+    Returns:
+        [`ReadsInFlight`] through which forward passes hand their reads over.
+
+    Raises:
+        `ValueError`: if the layers cannot be found or carry a memory already.
+    """
+    decoder_layers = find_decoder_layers(backbone, depth)
+    for layer in decoder_layers:
+        if any(isinstance(hook, InsertMemory) for hook in layer._forward_pre_hooks.values()):
+            raise ValueError(
+                "this backbone already carries an Engram memory: load the donor again, or pass the Engram model's own "
+                "folder to from_pretrained."
+            )
+    in_flight = ReadsInFlight()
+    for layer_id in memory.layer_ids:
+        hook = InsertMemory(memory.layers[str(layer_id)], layer_id, in_flight)
+        decoder_layers[layer_id].register_forward_pre_hook(hook, with_kwargs=True)
+    return in_flight

@@ -1,0 +1,321 @@
+"""Memory shards: the files of a checkpoint, written whole or not at all and checked before they are mapped.
+
+Promises: a file that this module wrote is an ordinary safetensors file; zeros in it take no disk (a sparse file); a
+truncated, missing or misshapen shard is named with what to do; an index entry can only name a plain file of the folder.
+A save goes to a temporary folder first, and the index, without which nothing loads, is moved last. Never unpickles.
+Source: docs/format.md; the safetensors format (8 bytes of length, JSON header, data).
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .configuration_engram import EngramFormatError
+
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MODEL_STEM = "model"
+MEMORY_STEM = "engram-memory"
+
+# A file larger than RAM and swap together cannot be mapped (safetensors maps privately), so tables are cut for laptops.
+MAX_MEMORY_SHARD_SIZE = "8GB"
+
+# Zeros are looked for, and left out of the file, in blocks of this many bytes.
+ZERO_BLOCK = 1 << 20
+
+WEIGHT_FILE = re.compile(rf"{SINGLE_NAME}|({MODEL_STEM}|{MEMORY_STEM})-\d{{5}}-of-\d{{5}}\.safetensors")
+SAVING_PREFIX = ".saving-"
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class ZeroTensor:
+    """A tensor of zeros that exists only as a hole in a file.
+
+    Args:
+        shape (`tuple[int, ...]`): its shape.
+        dtype (`torch.dtype`): its type.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor's line in a safetensors header: type name, shape, and first and last byte of its data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def tensor_bytes(tensor: torch.Tensor | ZeroTensor) -> int:
+    """Bytes of a tensor's data."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as 5000000 or "8GB" (decimal units, as in Transformers)."""
+    if isinstance(size, int) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)B\s*", str(size), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"size {size!r} must be a positive number of bytes or a text such as '8GB' or '500MB'.")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+
+
+def group_tensors(tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int) -> list[list[str]]:
+    """Cuts tensors into files of at most `max_bytes`, keeping their order.
+
+    Raises:
+        `ValueError`: for a tensor that is larger by itself; the number of parts is fixed at the graft.
+    """
+    groups: list[list[str]] = [[]]
+    room = max_bytes
+    for name, tensor in tensors.items():
+        size = tensor_bytes(tensor)
+        if size > max_bytes:
+            raise ValueError(
+                f"'{name}' has {size:,} bytes, more than max_memory_shard_size={max_bytes:,}: allow larger files, or "
+                f"graft again with engram_table_parts={-(-size // max_bytes)} times as many parts."
+            )
+        if size > room and groups[-1]:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def shard_name(stem: str, number: int, count: int) -> str:
+    """File name of shard `number` (from 1) of `count`."""
+    return f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | ZeroTensor]) -> None:
+    """Writes one safetensors file, blocks of zeros as holes.
+
+    Args:
+        path (`Path`): a new file.
+        tensors (mapping of `str` to `torch.Tensor` or [`ZeroTensor`]): contents.
+    """
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first keeps alignment
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name in ordered:
+        tensor, begin = tensors[name], offset
+        offset += tensor_bytes(tensor)
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, offset],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in ordered:
+            write_data(file, tensors[name])
+        file.truncate(8 + len(encoded) + offset)
+
+
+def write_data(file, tensor: torch.Tensor | ZeroTensor) -> None:
+    """Appends a tensor's bytes; blocks of zeros only move the file position."""
+    if isinstance(tensor, ZeroTensor):
+        file.seek(tensor_bytes(tensor), os.SEEK_CUR)
+        return
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # (bytes,)
+    for first in range(0, len(data), ZERO_BLOCK):
+        block = data[first : first + ZERO_BLOCK]
+        if block.any():
+            file.write(memoryview(block))
+        else:
+            file.seek(len(block), os.SEEK_CUR)
+
+
+def write_shards(
+    folder: Path, stem: str, tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int
+) -> dict[str, str]:
+    """Writes tensors into as many files as they need.
+
+    Returns:
+        `dict[str, str]`: file name of every tensor.
+    """
+    groups = group_tensors(tensors, max_bytes)
+    weight_map = {}
+    for number, names in enumerate(groups, start=1):
+        file_name = shard_name(stem, number, len(groups))
+        write_shard(folder / file_name, {name: tensors[name] for name in names})
+        weight_map.update(dict.fromkeys(names, file_name))
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+    """Writes the ordinary Transformers index over all files."""
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Reads the header of a safetensors file and checks that the file is as long as it says.
+
+    Args:
+        path (`Path`): the file.
+
+    Returns:
+        `dict[str, TensorEntry]`: its tensors.
+
+    Raises:
+        `FileNotFoundError`: if it is not there.
+        [`EngramFormatError`]: if it is no safetensors file, or shorter or longer than its header says.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{path.name}' is missing from '{path.parent}': the checkpoint is incomplete. "
+            "Copy or download the file again."
+        )
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"header length {length}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {
+            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise EngramFormatError(
+            f"'{path}' is no complete safetensors file ({error}): it is truncated or damaged. "
+            "Copy or download it again."
+        ) from error
+    expected = 8 + length + max((entry.end for entry in entries.values()), default=0)
+    if size != expected:
+        raise EngramFormatError(
+            f"'{path}' has {size:,} bytes, its header says {expected:,}: it is "
+            f"{'truncated' if size < expected else 'damaged'}. Copy or download it again."
+        )
+    return entries
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Reads the index of a folder: file name of every tensor.
+
+    Raises:
+        `FileNotFoundError`: if there is no index, or a `model.safetensors` that would be read in its stead.
+        [`EngramFormatError`]: if it is no index, or names anything but a plain safetensors file of the folder.
+    """
+    path = folder / INDEX_NAME
+    if (folder / SINGLE_NAME).exists():
+        raise EngramFormatError(
+            f"'{folder / SINGLE_NAME}' would be read instead of the index and its memory shards: it is left over from "
+            "another model. Delete it."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no {INDEX_NAME}: it is no Engram checkpoint, or a save was interrupted. Save it again, or "
+            "graft a donor with `engram graft DONOR OUT`."
+        )
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngramFormatError(f"'{path}' is no checkpoint index ({error}): restore it.") from error
+    for name, file_name in entries:
+        if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file_name, re.ASCII):
+            raise EngramFormatError(
+                f"'{path}' maps '{name}' to {file_name!r}: only plain .safetensors file names of the same folder are "
+                "read. Do not load this checkpoint unless you know who wrote it."
+            )
+    return weight_map
+
+
+def check_folder(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Checks every file of a checkpoint by its header, and that the memory is all there in the right shapes.
+
+    Args:
+        folder (`Path`): a local checkpoint.
+        expected (mapping): shape and safetensors type name of every tensor that belongs into memory shards.
+
+    Raises:
+        `FileNotFoundError` or [`EngramFormatError`]: naming the file and what to do.
+    """
+    weight_map = read_index(folder)
+    headers = {file_name: read_header(folder / file_name) for file_name in sorted(set(weight_map.values()))}
+    for name, file_name in weight_map.items():
+        if name not in headers[file_name]:
+            raise EngramFormatError(
+                f"the index says that '{file_name}' holds '{name}', but it does not: restore the file."
+            )
+    for name, (shape, dtype) in expected.items():
+        if name not in weight_map:
+            raise EngramFormatError(
+                f"'{folder / INDEX_NAME}' does not name '{name}': the memory is incomplete, and it is never filled "
+                "with random rows. Restore the index and the `engram-memory-*.safetensors` files, or graft again."
+            )
+        entry = headers[weight_map[name]][name]
+        if entry.shape != shape or entry.dtype != dtype:
+            raise EngramFormatError(
+                f"'{weight_map[name]}' holds '{name}' as {entry.dtype} {list(entry.shape)}, config.json needs {dtype} "
+                f"{list(shape)}: the shard was made with other sizes or another seed. Load the config.json that was "
+                "saved beside it, or graft again."
+            )
+
+
+@contextmanager
+def whole_save(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files replace a checkpoint's when the block ends well, and vanish when it does not.
+
+    Args:
+        folder (`Path`): the checkpoint's folder, made if needed.
+
+    Yields:
+        `Path`: an empty folder on the same file system.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{SAVING_PREFIX}*"):
+        shutil.rmtree(stale, ignore_errors=True)  # from a process that was killed in the middle of a save
+    draft = Path(tempfile.mkdtemp(prefix=SAVING_PREFIX, dir=folder))
+    draft.chmod(0o755)
+    try:
+        yield draft
+        publish(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def publish(draft: Path, folder: Path) -> None:
+    """Moves a finished save into place. Without its index a folder does not load, so that goes first and comes last."""
+    fresh = {path.name for path in draft.iterdir()}
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if WEIGHT_FILE.fullmatch(path.name) and path.name not in fresh:
+            path.unlink()
+    for name in sorted(fresh - {INDEX_NAME}):
+        os.replace(draft / name, folder / name)
+    if INDEX_NAME in fresh:
+        os.replace(draft / INDEX_NAME, folder / INDEX_NAME)

@@ -1,0 +1,173 @@
+"""EngramTable: the rows of one layer, and the one gradient path into them.
+
+Promises: a gather copies the rows that it was asked for and nothing else; the gradient of a table is its unique rows
+and their values, left beside the parameter as `parameter.row_grad`, whatever the table's size. Never makes a dense or a
+sparse torch gradient: `parameter.grad` stays None, and an optimizer that knows nothing of rows changes nothing.
+Source: Engram (arXiv 2601.07372), section 2.2 (one physical table per layer) and 2.5 (rows travel, tables stay).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class RowGradient:
+    """Gradient of a table parameter at the rows that were read.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(touched,)`): ascending and unique.
+        values (`torch.FloatTensor` of shape `(touched, width)`): float32.
+        applied (`bool`, *optional*, defaults to `False`): whether an optimizer has used it.
+    """
+
+    rows: torch.Tensor
+    values: torch.Tensor
+    applied: bool = False
+
+
+def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> RowGradient:
+    """Adds up the values of equal rows.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(reads,)`): any order, with repeats.
+        values (`torch.Tensor` of shape `(reads, width)`): one gradient for each read.
+    """
+    unique, inverse = torch.unique(rows, return_inverse=True)
+    summed = torch.zeros(len(unique), values.shape[1], dtype=torch.float32, device=values.device)
+    return RowGradient(unique, summed.index_add_(0, inverse, values.float()))  # (touched, width)
+
+
+def add_row_gradient(parameter: torch.Tensor, gradient: RowGradient) -> None:
+    """Accumulates into `parameter.row_grad`, as autograd does into `.grad`."""
+    held = getattr(parameter, "row_grad", None)
+    if held is not None:
+        gradient = sum_rows(torch.cat([held.rows, gradient.rows]), torch.cat([held.values, gradient.values]))
+    parameter.row_grad = gradient
+
+
+def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The parameters that hold a row gradient."""
+    return (p for p in parameters if getattr(p, "row_grad", None) is not None)
+
+
+def clear_row_gradients(parameters: Iterable[torch.Tensor]) -> int:
+    """Drops all row gradients, as `zero_grad` does with dense ones; returns how many there were."""
+    held = list(with_row_gradients(parameters))
+    for parameter in held:
+        parameter.row_grad = None
+    return len(held)
+
+
+class GatherRows(torch.autograd.Function):
+    """Reads rows of a table; its backward leaves a `RowGradient` beside each part and returns nothing for the table."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, part_height: int, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.part_height, ctx.parts = part_height, parts
+        return read_parts(rows, part_height, parts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: torch.Tensor):
+        (rows,) = ctx.saved_tensors
+        total = sum_rows(rows.flatten(), grad.reshape(-1, grad.shape[-1]))
+        for index, part in enumerate(ctx.parts):
+            if not part.requires_grad:
+                continue
+            first = index * ctx.part_height
+            inside = (total.rows >= first) & (total.rows < first + ctx.part_height)
+            if bool(inside.any()):
+                add_row_gradient(part, RowGradient(total.rows[inside] - first, total.values[inside]))
+        return (None, None, *[None] * len(ctx.parts))
+
+
+def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Copies rows out of a table that is kept in parts.
+
+    Args:
+        rows (`torch.LongTensor` of any shape): rows counted over all parts.
+        part_height (`int`): rows of every part but the last.
+        parts (iterable of `torch.Tensor` of shape `(part rows, width)`): the table.
+
+    Returns:
+        `torch.Tensor` of shape `(*rows.shape, width)`, in the table's dtype and on its device.
+    """
+    parts = list(parts)
+    if len(parts) == 1:
+        return F.embedding(rows, parts[0])
+    values = parts[0].new_empty(*rows.shape, parts[0].shape[1])
+    place = rows // part_height
+    for index, part in enumerate(parts):
+        inside = place == index
+        values[inside] = F.embedding(rows[inside] - index * part_height, part)
+    return values
+
+
+class EngramTable(nn.Module):
+    """Rows of all orders and heads of one Engram layer.
+
+    Every order is a list of parts, `order2.0`, `order2.1`, ..., each a parameter of shape `(rows, width)`. Rows
+    start at zero: a memory that was never trained contributes exactly nothing.
+
+    Args:
+        order_rows (`list[int]`): rows of each order, bigrams first.
+        width (`int`): values in a row.
+        parts (`int`): parameters for each order.
+        dtype (`torch.dtype`): type of the rows; no `.to(dtype)`, `.half()` or `dtype=` changes it.
+    """
+
+    def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype):
+        super().__init__()
+        self.width = width
+        self.part_heights = [-(-rows // parts) for rows in order_rows]
+        for order, rows in enumerate(order_rows, start=2):
+            if rows < parts:
+                raise ValueError(
+                    f"engram_table_parts={parts} is more than the {rows} rows of order {order}: use fewer."
+                )
+            height = self.part_heights[order - 2]
+            heights = [min(height, rows - first) for first in range(0, rows, height)]
+            pieces = [nn.Parameter(torch.zeros(h, width, dtype=dtype)) for h in heights]
+            self.register_module(f"order{order}", nn.ParameterList(pieces))
+
+    def orders(self) -> list[nn.ParameterList]:
+        """Parts by order, bigrams first."""
+        return [getattr(self, f"order{order}") for order in range(2, 2 + len(self.part_heights))]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.order2[0].device
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reads memory vectors.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(batch, length, orders, heads)`):
+                Rows counted from the first of their order, on any device.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, length, orders * heads * width)`, in the table's dtype and on its device.
+        """
+        rows = rows.to(self.device)
+        vectors = []
+        for index, (height, parts) in enumerate(zip(self.part_heights, self.orders(), strict=True)):
+            wanted = rows[:, :, index]  # (batch, length, heads)
+            if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+                values = GatherRows.apply(wanted, height, *parts)
+            else:
+                values = read_parts(wanted, height, parts)
+            vectors.append(values.flatten(-2))  # (batch, length, heads * width)
+        return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor.new_empty(0))
+            return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
