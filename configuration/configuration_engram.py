@@ -181,10 +181,15 @@ class EngramConfig(PreTrainedConfig):
         Raises:
             `ValueError`: if the file is a donor's, or an adapter of another package that also says "engram".
         """
-        found = config_dict.get("model_type")
-        if found != cls.model_type:
-            raise ValueError(foreign_config_message(found, config_dict))
+        refuse_foreign_config(config_dict)
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        # Before Transformers warns that it is about to read another model's fields as ours.
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        refuse_foreign_config(config_dict)
+        return config_dict, kwargs
 
     # Derived sizes, in one place because shapes on disk depend on them.
 
@@ -234,6 +239,13 @@ def default_pad_token_id(text_config: PreTrainedConfig) -> int:
         if isinstance(value, int) and 0 <= value < text_config.vocab_size:
             return value
     return 0
+
+
+def refuse_foreign_config(config_dict: dict[str, Any]) -> None:
+    """Raises ValueError for another model's `config.json`, with what to do."""
+    found = config_dict.get("model_type")
+    if found != EngramConfig.model_type:
+        raise ValueError(foreign_config_message(found, config_dict))
 
 
 def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> str:
@@ -328,7 +340,7 @@ def check_streams(config: EngramConfig) -> None:
         if getattr(config.text_config, name, None):
             raise ValueError(
                 f"the backbone {config.text_config.model_type} has {name}={getattr(config.text_config, name)}: "
-                f"{reason}. Engram needs streams of shape batch x length x hidden, or batch x length x hc_mult x hidden."
+                f"{reason}. Engram needs streams of batch x length x hidden, or batch x length x hc_mult x hidden."
             )
     streams = backbone_streams(config.text_config)
     if config.engram_hc_mult != streams:

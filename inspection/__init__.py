@@ -1,1 +1,6 @@
-"""Placeholder while the room is built."""
+"""Inspection: what a checkpoint holds and whether it is right. Reads, and never writes."""
+
+from .verify import Finding, verify_checkpoint
+
+
+__all__ = ["Finding", "verify_checkpoint"]

@@ -119,8 +119,24 @@ def token_map_sha256(token_map: torch.Tensor) -> str:
     return hashlib.sha256(entries.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def differing_ids(stored: torch.Tensor, other: torch.Tensor) -> list[int]:
-    """Ids whose classes differ between two maps; ids that only one of them has count as differing unless dead."""
-    length = max(len(stored), len(other))
-    padded = [torch.cat([m.cpu(), m.new_full((length - len(m),), DEAD).cpu()]) for m in (stored, other)]  # (ids,)
-    return torch.nonzero(padded[0] != padded[1]).flatten().tolist()
+def check_token_map(stored: torch.Tensor, tokenizer) -> None:
+    """Refuses a tokenizer whose ids do not mean what a memory's rows were trained for.
+
+    Args:
+        stored (`torch.LongTensor` of shape `(vocab_size,)`): a checkpoint's token map.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used with it.
+
+    Raises:
+        `ValueError`: naming the first ids that differ.
+    """
+    given = TokenCompressor.from_tokenizer(tokenizer).lookup_table
+    length = max(len(stored), len(given))
+    maps = [torch.cat([m.cpu(), torch.full((length - len(m),), DEAD)]) for m in (stored, given)]  # (ids,) each
+    different = torch.nonzero(maps[0] != maps[1]).flatten().tolist()
+    if different:
+        shown = [f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" if i < len(tokenizer) else str(i) for i in different]
+        raise ValueError(
+            f"this tokenizer ({len(tokenizer)} ids) gives another token map than the memory's in {len(different)} "
+            f"place(s); first ids that differ: {', '.join(shown[:5])}. Use the tokenizer saved in the checkpoint's "
+            "folder: with another one n-grams would read other rows."
+        )

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import logging
 
 from .checkpoint_engram import EngramCheckpointMixin
-from .compression_engram import TokenCompressor, differing_ids
+from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig
 from .constants_engram import check_constants
 from .donor_engram import engram_config, load_donor
@@ -121,17 +121,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Raises:
             `ValueError`: naming the first ids that differ.
         """
-        stored = self.memory.hashing.token_map
-        different = differing_ids(stored, TokenCompressor.from_tokenizer(tokenizer).lookup_table)
-        if different:
-            shown = ", ".join(
-                f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" for i in different[:5] if i < len(tokenizer)
-            )
-            raise ValueError(
-                f"this tokenizer ({len(tokenizer)} ids) gives another token map than the memory's in {len(different)} "
-                f"place(s); first ids that differ: {shown or different[:5]}. Use the tokenizer saved in the "
-                "checkpoint's folder: with another one every n-gram would read other rows."
-            )
+        check_token_map(self.memory.hashing.token_map, tokenizer)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears dense gradients and the tables' row gradients."""

@@ -1,0 +1,132 @@
+"""The `engram` command: every verb is one call into the library, and no logic lives here.
+
+Promises: progress and errors on stderr, results on stdout; exit 0 when all is well, 1 when something was checked and
+found wrong, 2 when the command itself could not be carried out, never a traceback for a user's mistake.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+app = typer.Typer(
+    help="Engram memories for Hugging Face causal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+progress = Console(stderr=True)
+result = Console()
+
+
+def user_errors(verb: Callable) -> Callable:
+    """Prints what a user can cause as one message and exits with 2."""
+
+    @functools.wraps(verb)
+    def run(*args, **kwargs):
+        try:
+            return verb(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            progress.print(
+                f"[red]error:[/red] {escape(f'{type(error).__name__}: {error}')}", soft_wrap=True, highlight=False
+            )
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@app.callback()
+def engram() -> None:
+    """Keeps `engram VERB` when there is one verb only."""
+
+
+def integers(text: str | None, option: str) -> list[int] | None:
+    """Parses a list such as "1,10"."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} {text!r} must be integers separated by commas, such as 1,10.") from error
+
+
+@app.command()
+@user_errors
+def graft(
+    donor: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    layers: Annotated[str | None, typer.Option(help="Layers that read, counted from 0, such as 1,10.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Least rows of a head; one number, or one for each order.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
+    max_ngram: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
+    kernel_size: Annotated[int | None, typer.Option(help="Taps of the convolution; 0 for none.")] = None,
+    gate: Annotated[str | None, typer.Option(help="signed_sqrt or sigmoid.")] = None,
+    table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
+    pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the hash and of the fresh dense weights.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
+    max_memory_shard_size: Annotated[str, typer.Option(help="Largest memory file.")] = "8GB",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the donor's own code.")] = False,
+) -> None:
+    """Give a model a fresh memory; its answers stay the same until the memory is trained."""
+    from .graft import graft as graft_donor
+
+    sizes = integers(rows, "--rows")
+    fields = {
+        "engram_vocab_size": sizes[0] if sizes and len(sizes) == 1 else sizes,
+        "engram_head_dim": head_dim,
+        "engram_n_heads": heads,
+        "engram_max_ngram_size": max_ngram,
+        "engram_kernel_size": kernel_size,
+        "engram_gate": gate,
+        "engram_table_dtype": table_dtype,
+        "engram_table_parts": parts,
+        "engram_pad_token_id": pad_token_id,
+        "engram_seed": seed,
+    }
+    with progress.status(f"grafting {donor}"):
+        folder = graft_donor(
+            donor,
+            out,
+            integers(layers, "--layers"),
+            tokenizer=tokenizer,
+            max_memory_shard_size=max_memory_shard_size,
+            trust_remote_code=trust_remote_code,
+            **{name: value for name, value in fields.items() if value is not None},
+        )
+    files = list(folder.glob("*.safetensors"))
+    size, taken = sum(f.stat().st_size for f in files), sum(f.stat().st_blocks * 512 for f in files)
+    progress.print(f"{len(files)} weight files, {size:,} bytes ({taken:,} on disk)", highlight=False)
+    print(folder)
+
+
+@app.command()
+@user_errors
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of an Engram checkpoint.")],
+    tokenizer: Annotated[str | None, typer.Option(help="Check this tokenizer in place of the checkpoint's.")] = None,
+) -> None:
+    """Check a checkpoint's files, hash constants and tokenizer."""
+    from ..inspection import verify_checkpoint
+
+    with progress.status(f"verifying {checkpoint}"):
+        findings = verify_checkpoint(checkpoint, tokenizer)
+    table = Table("section", "result", "detail")
+    for finding in findings:
+        table.add_row(finding.section, "[green]ok[/green]" if finding.ok else "[red]wrong[/red]", finding.detail)
+    result.print(table)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `engram` command."""
+    app()

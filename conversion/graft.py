@@ -1,0 +1,275 @@
+"""Grafting: an existing checkpoint gains an Engram memory, its own weight files reused as they are.
+
+Promises: the graft's folder appears whole or not at all; it is loaded once, strictly, before it appears; the donor's
+folder is only read (its files are copied by reference where the file system can, never hard-linked, since a later save
+would write into the donor); a zero table costs neither disk nor memory. Never unpickles code, and never runs a
+donor's own code unless told to.
+Source: docs/design.md, "Grafting"; docs/format.md.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..checkpoint_engram import AUTO_MAP, number_rest_files
+from ..configuration import EngramConfig, EngramFormatError
+from ..configuration.configuration_engram import foreign_config_message
+from ..constants_engram import derive_constants
+from ..donor_engram import engram_config, load_donor
+from ..memory_engram import MEMORY_PREFIX, SHARD_PREFIXES
+from ..modeling_engram import EngramForCausalLM
+from ..shards_engram import (
+    INDEX_NAME,
+    MAX_MEMORY_SHARD_SIZE,
+    MEMORY_STEM,
+    MODEL_STEM,
+    SINGLE_NAME,
+    ZeroTensor,
+    parse_size,
+    read_header,
+    shard_name,
+    write_index,
+    write_shard,
+    write_shards,
+)
+from .reference_copy import copy_by_reference
+
+
+RECEIPT_NAME = "engram_graft.json"
+
+# What a donor's snapshot needs from the Hub; pickled weights only where there are no others.
+DONOR_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.bin"]
+
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def graft(
+    donor: str | os.PathLike,
+    out: str | os.PathLike,
+    engram_layer_ids: list[int] | None = None,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    max_memory_shard_size: int | str = MAX_MEMORY_SHARD_SIZE,
+    trust_remote_code: bool = False,
+    **engram_fields,
+) -> Path:
+    """Writes a checkpoint of `donor` with a fresh memory; its logits are the donor's.
+
+    Args:
+        donor (`str` or `os.PathLike`): a folder or a Hub id of any causal language model of Transformers.
+        out (`str` or `os.PathLike`): the new folder; must not exist, or be empty.
+        engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and the middle if None.
+        tokenizer (`str` or `os.PathLike`, *optional*): folder or id of the tokenizer, if the donor has none.
+        max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): largest memory file.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the donor's own code.
+        engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`.
+
+    Returns:
+        `Path` of the new folder.
+
+    Raises:
+        `FileExistsError`: if `out` is in use.
+        `ValueError`: if the donor has a memory already, does not load cleanly, or cannot take one.
+
+    Example:
+
+    ```python
+    >>> from engram_transformers.conversion import graft
+
+    >>> graft("runs/donor", "runs/graft", [1, 10], engram_vocab_size=200_000, engram_head_dim=48)
+    ```"""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
+    folder = donor_folder(donor)
+    donor_config = read_donor_config(folder, trust_remote_code)
+    tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code)
+    donor_config.dtype = donor_config.dtype or stored_dtype(folder)
+    config, token_map = engram_config(donor_config, tok, engram_layer_ids=engram_layer_ids, **engram_fields)
+    shard_bytes = parse_size(max_memory_shard_size)
+    if "engram_table_parts" not in engram_fields:
+        config.engram_table_parts = parts_for(config, shard_bytes)
+    with torch.device("meta"):
+        empty = EngramForCausalLM(config)
+    config.engram_hash_sha256 = derive_constants(config, token_map).sha256()
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.grafting-", dir=out.parent))
+    draft.chmod(0o755)
+    try:
+        write_description(draft, empty, config, tok, folder)
+        reused = reuse_donor_files(draft, folder)
+        write_weights(draft, empty, config, token_map, shard_bytes)
+        problem = dry_load(draft) if reused else "the donor has no safetensors files"
+        if problem:
+            rewrite_donor_files(draft, folder, tok, trust_remote_code)
+            write_weights(draft, empty, config, token_map, shard_bytes)
+            problem_left = dry_load(draft)
+            if problem_left:
+                raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
+        write_receipt(draft, donor, config, engram_fields, "rewritten: " + problem if problem else "reused")
+        if out.exists():
+            out.rmdir()
+        os.replace(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out
+
+
+def donor_folder(donor: str | os.PathLike) -> Path:
+    """The donor's files on this machine, fetched from the Hub if `donor` is no folder."""
+    if Path(donor).is_dir():
+        return Path(donor)
+    if os.sep in str(donor) and str(donor).count("/") != 1 or str(donor).startswith("."):
+        raise FileNotFoundError(f"donor '{donor}' is no folder, and no Hub id of the form 'owner/name'.")
+    return Path(snapshot_download(str(donor), allow_patterns=DONOR_FILES))
+
+
+def read_donor_config(folder: Path, trust_remote_code: bool):
+    """The donor's configuration; refuses models that have a memory already, and other packages' adapters."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' has no config.json: name a folder saved by Transformers, or a Hub id.")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    if raw.get("model_type") == "engram":
+        raise ValueError(foreign_config_message("engram", raw))
+    if raw.get("model_type") == EngramConfig.model_type:
+        raise ValueError(
+            f"'{folder}' already has an Engram memory: load it with from_pretrained, or graft the donor that it "
+            f"was made from (see its {RECEIPT_NAME})."
+        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def donor_weight_files(folder: Path) -> list[Path]:
+    """The donor's safetensors files as Transformers would choose them: a lone one goes before an index."""
+    if (folder / SINGLE_NAME).is_file():
+        return [folder / SINGLE_NAME]
+    if (folder / INDEX_NAME).is_file():
+        names = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    return []
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Type of the donor's first floating-point tensor, for configurations that do not say it."""
+    for path in donor_weight_files(folder):
+        for entry in read_header(path).values():
+            if entry.dtype in FLOAT_DTYPES:
+                return FLOAT_DTYPES[entry.dtype]
+    return None
+
+
+def parts_for(config: EngramConfig, shard_bytes: int) -> int:
+    """Least number of parts with which every part of a table fits into a memory file."""
+    width = config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize
+    largest = max(max(rows) for rows in derive_constants(config, None).order_rows()) * width
+    return -(-largest // max(1, shard_bytes - shard_bytes % width))
+
+
+def write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfig, tok, folder: Path) -> None:
+    """Writes everything that is no weight: configuration, code, tokenizer, generation settings."""
+    config.architectures = [type(empty).__name__]
+    config.auto_map = dict(AUTO_MAP)
+    # Model first, configuration second: its copy replaces the door of the same name.
+    custom_object_save(empty, draft, config=config)
+    config.auto_map = dict(AUTO_MAP)
+    config.save_pretrained(draft)
+    tok.save_pretrained(draft)
+    if (folder / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+    else:
+        generation = GenerationConfig.from_model_config(config.text_config)
+    generation.save_pretrained(draft)
+
+
+def reuse_donor_files(draft: Path, folder: Path) -> bool:
+    """Copies the donor's weight files under the checkpoint's names; False if it has no safetensors."""
+    files = donor_weight_files(folder)
+    for number, path in enumerate(files, start=1):
+        read_header(path)
+        copy_by_reference(path, draft / shard_name(MODEL_STEM, number, len(files) + 1))
+    return bool(files)
+
+
+def rewrite_donor_files(draft: Path, folder: Path, tok, trust_remote_code: bool) -> None:
+    """Loads the donor strictly and saves it in the form that Transformers gives it today, file by file."""
+    for path in [*draft.glob("*.safetensors"), draft / INDEX_NAME]:
+        path.unlink(missing_ok=True)
+    model, _ = load_donor(str(folder), tok, trust_remote_code)
+    with tempfile.TemporaryDirectory(dir=draft) as rewritten:
+        model.save_pretrained(rewritten)
+        number_rest_files(Path(rewritten))
+        files = sorted(Path(rewritten).glob("*.safetensors"))
+        for number, path in enumerate(files, start=1):
+            os.replace(path, draft / shard_name(MODEL_STEM, number, len(files) + 1))
+
+
+def write_weights(
+    draft: Path, empty: EngramForCausalLM, config: EngramConfig, token_map: torch.Tensor, shard_bytes: int
+) -> None:
+    """Writes the memory's dense weights beside the donor's files, its shards, and the index over everything."""
+    donor_files = sorted(draft.glob(f"{MODEL_STEM}-*.safetensors"))
+    dense = draft / shard_name(MODEL_STEM, len(donor_files) + 1, len(donor_files) + 1)
+    if not any(path.name == dense.name for path in donor_files):
+        write_shard(dense, fresh_layers(empty, config))
+    names = [(name, path.name) for path in (*donor_files, dense) for name in read_header(path)]
+    weight_map = dict(names)
+    if len(weight_map) != len(names):
+        raise EngramFormatError(f"the donor's files hold a tensor twice ({len(names) - len(weight_map)} repeats).")
+    weight_map |= write_shards(draft, MEMORY_STEM, fresh_shards(empty, config, token_map), shard_bytes)
+    total = sum(entry.end - entry.begin for path in draft.glob("*.safetensors") for entry in read_header(path).values())
+    write_index(draft, weight_map, total)
+
+
+def fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, torch.Tensor]:
+    """Initial dense weights of the memory, the same for the same seed."""
+    layers = empty.memory.layers.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(config.engram_seed)
+        for layer in layers.values():
+            empty.init_engram_layer(layer)
+    return {f"{MEMORY_PREFIX}layers.{name}": tensor.to(config.dtype) for name, tensor in layers.state_dict().items()}
+
+
+def fresh_shards(empty: EngramForCausalLM, config: EngramConfig, token_map: torch.Tensor) -> dict:
+    """What goes into memory shards: tables of zeros, token map, hash constants."""
+    constants = derive_constants(config, token_map).named() | {"token_map": token_map}
+    shards = {f"{MEMORY_PREFIX}hashing.{name}": tensor for name, tensor in constants.items()}
+    for name, tensor in empty.memory.state_dict().items():
+        if (MEMORY_PREFIX + name).startswith(SHARD_PREFIXES) and MEMORY_PREFIX + name not in shards:
+            shards[MEMORY_PREFIX + name] = ZeroTensor(tuple(tensor.shape), tensor.dtype)
+    return shards
+
+
+def dry_load(draft: Path) -> str | None:
+    """Loads a finished graft (mapped, not copied); what is wrong with it, or None."""
+    try:
+        _, info = EngramForCausalLM.from_pretrained(draft, output_loading_info=True)
+    except (EngramFormatError, RuntimeError) as error:  # RuntimeError: Transformers' report of misshapen tensors
+        return str(error).splitlines()[0]
+    left = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in ("unexpected_keys", "mismatched_keys")]
+    return "; ".join(
+        text for text, kind in zip(left, ("unexpected_keys", "mismatched_keys"), strict=True) if info[kind]
+    )
+
+
+def write_receipt(draft: Path, donor, config: EngramConfig, fields: dict, donor_files: str) -> None:
+    """Writes how the graft was made, so that it can be made again."""
+    receipt = {
+        "donor": os.fspath(donor),
+        "donor_files": donor_files,
+        "recipe": {"engram_layer_ids": config.engram_layer_ids, **fields},
+        "token_map_sha256": config.engram_token_map_sha256,
+        "hash_sha256": config.engram_hash_sha256,
+        "versions": {name: version(name) for name in ("engram-transformers", "transformers", "torch", "tokenizers")},
+    }
+    (draft / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")

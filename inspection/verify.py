@@ -1,0 +1,133 @@
+"""Verification of a checkpoint's files, hash constants and tokenizer, without loading the model.
+
+Promises: every section is looked at even if an earlier one is bad; constants are derived again and compared with the
+stored ones; memory use is that of the token map, whatever the size of the tables. Never changes a file.
+Source: docs/format.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+
+from ..checkpoint_engram import expected_shards
+from ..compression_engram import DEAD, check_token_map
+from ..configuration import EngramConfig
+from ..constants_engram import HashConstants, derive_constants
+from ..hashing_engram import NgramHasher
+from ..memory_engram import MEMORY_PREFIX
+from ..shards_engram import check_folder, read_header, read_index
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Result of one section.
+
+    Args:
+        section (`str`): "files", "constants" or "tokenizer".
+        ok (`bool`): whether the section is right.
+        detail (`str`): what was found, or what is wrong and what to do.
+    """
+
+    section: str
+    ok: bool
+    detail: str
+
+
+def verify_checkpoint(folder: str | Path, tokenizer: str | Path | None = None) -> list[Finding]:
+    """Checks a local checkpoint.
+
+    Args:
+        folder (`str` or `Path`): the checkpoint.
+        tokenizer (`str` or `Path`, *optional*): folder or id of a tokenizer to check in place of the checkpoint's own.
+
+    Returns:
+        `list[Finding]`, one for each section.
+
+    Raises:
+        `FileNotFoundError`: if there is no configuration.
+        `ValueError`: if the configuration is no Engram's.
+
+    Example:
+
+    ```python
+    >>> from engram_transformers.inspection import verify_checkpoint
+
+    >>> all(finding.ok for finding in verify_checkpoint("runs/demo/checkpoint"))
+    True
+    ```"""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"'{folder}' has no config.json: name the folder of an Engram checkpoint.")
+    config = EngramConfig.from_pretrained(folder)
+    return [
+        look("files", lambda: files_section(folder, config)),
+        look("constants", lambda: constants_section(folder, config)),
+        look("tokenizer", lambda: tokenizer_section(folder, tokenizer)),
+    ]
+
+
+def look(section: str, check: Callable[[], str]) -> Finding:
+    """Runs one section; what a user can cause becomes its finding."""
+    try:
+        return Finding(section, True, check())
+    except (ValueError, OSError, KeyError) as error:
+        return Finding(section, False, str(error))
+
+
+def files_section(folder: Path, config: EngramConfig) -> str:
+    """Headers and lengths of all files, shapes of the memory's tensors."""
+    expected = expected_shards(config)
+    check_folder(folder, expected)
+    files = sorted(set(read_index(folder).values()))
+    size = sum((folder / name).stat().st_size for name in files)
+    return f"{len(files)} files, {size:,} bytes, {len(expected)} memory tensors in the right shapes"
+
+
+def constants_section(folder: Path, config: EngramConfig) -> str:
+    """Digests and laws of the stored constants, and whether deriving them gives the same."""
+    hashing = stored_hashing(folder, config)
+    hashing.check(config)
+    derived = derive_constants(config, hashing.token_map).named()
+    for name, stored in hashing.constants.named().items():
+        if not torch.equal(stored, derived[name]):
+            raise ValueError(
+                f"stored {name} are lawful but not the ones that this configuration derives ({stored.flatten()[0]} "
+                f"stored first, {derived[name].flatten()[0]} derived): the stored ones are used, but the checkpoint "
+                "was written by another version or changed by hand."
+            )
+    heads = hashing.primes.numel()
+    return f"{heads} heads, {int(hashing.primes.sum()):,} rows; digests match, constants derive again"
+
+
+def tokenizer_section(folder: Path, tokenizer: str | Path | None) -> str:
+    """Whether the tokenizer gives the stored token map."""
+    token_map = read_tensors(folder, ["token_map"])["token_map"]
+    check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder))
+    dead = int((token_map == DEAD).sum())
+    return f"{len(token_map)} ids in {int(token_map.max()) + 1} classes, {dead} without a tokenizer entry"
+
+
+def stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:
+    """The hasher that a checkpoint stores."""
+    names = ["multipliers", "primes", "offsets", "pad_class", "token_map"]
+    tensors = read_tensors(folder, names)
+    token_map = tensors.pop("token_map")
+    return NgramHasher(config.engram_layer_ids, token_map, HashConstants(**tensors))
+
+
+def read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Reads hashing tensors by their short names."""
+    weight_map = read_index(folder)
+    tensors = {}
+    for name in names:
+        key = f"{MEMORY_PREFIX}hashing.{name}"
+        if key not in weight_map:
+            raise ValueError(f"the index does not name '{key}': restore the `engram-memory-*.safetensors` files.")
+        read_header(folder / weight_map[key])
+        with safe_open(folder / weight_map[key], framework="pt") as file:
+            tensors[name] = file.get_tensor(key)
+    return tensors
