@@ -1,0 +1,56 @@
+# make demo, make test: each makes the environment it needs.
+#
+# PYTHON=python3.12       another interpreter (3.10 or newer)
+# VENV=/path              another place for the environment
+# TORCH_INDEX=URL         where torch comes from: the index of CPU builds by default, so that no CUDA libraries are
+#                         fetched; empty for PyPI's own build, or an index from https://pytorch.org/get-started
+# ARGS="--no-control"     arguments for the demo or for pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+DONOR ?= runs/donor
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test test-unit donor quality style clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(VENV)/.dev donor
+	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m pytest $(ARGS)
+
+test-unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit tests/parity tests/house $(ARGS)
+
+donor: $(VENV)/.dev
+	$(BIN)/python -m examples.demo.donor $(DONOR)
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PIP) install --quiet --retries 0 --timeout 20 --index-url $(TORCH_INDEX) torch==$(TORCH) ||) \
+		$(PIP) install --quiet torch==$(TORCH)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch setup.py
+	$(PIP) install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch setup.py
+	$(PIP) install --quiet --editable ".[dev]"
+	touch $@

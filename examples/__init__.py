@@ -1,0 +1,1 @@
+"""Runnable examples; `demo` is the complete one."""

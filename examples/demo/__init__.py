@@ -1,0 +1,1 @@
+"""The demo: a memory taught to a real model on two CPU cores."""
