@@ -206,7 +206,7 @@ def rewrite_donor_files(draft: Path, folder: Path, tok, trust_remote_code: bool)
         path.unlink(missing_ok=True)
     model, _ = load_donor(str(folder), tok, trust_remote_code)
     with tempfile.TemporaryDirectory(dir=draft) as rewritten:
-        model.save_pretrained(rewritten)
+        model.save_pretrained(rewritten, save_original_format=False)  # the names that the modules have
         number_rest_files(Path(rewritten))
         files = sorted(Path(rewritten).glob("*.safetensors"))
         for number, path in enumerate(files, start=1):

@@ -110,6 +110,15 @@ def engram_cache_layer(cache: Cache, backbone_layers: int, convolutions: int, co
     return layer
 
 
+def refuse_engram_history(cache: Cache | None) -> None:
+    """Raises ValueError for a cache that was begun with memory, when a pass is to run without."""
+    if cache is not None and any(isinstance(layer, EngramCacheLayer) for layer in cache.layers):
+        raise ValueError(
+            "past_key_values was begun with the memory on, and running on without it would leave a gap in its history: "
+            "start from an empty cache inside without_memory()."
+        )
+
+
 def seen_tokens(cache: Cache) -> int:
     """Tokens already in a cache, 0 where its kind does not count them before it is filled."""
     try:

@@ -92,10 +92,14 @@ class EngramMemory(nn.Module):
 
 
 class ReadsInFlight:
-    """The `MemoryReads` of the forward passes that are running, one for each thread."""
+    """The `MemoryReads` of the forward passes that are running, one for each thread.
+
+    `switched_off` holds the threads that run without memory.
+    """
 
     def __init__(self):
         self.by_thread: dict[int, MemoryReads] = {}
+        self.switched_off: set[int] = set()
 
     @contextmanager
     def hold(self, reads: MemoryReads):
@@ -106,6 +110,23 @@ class ReadsInFlight:
             yield
         finally:
             del self.by_thread[thread]
+
+    @contextmanager
+    def switch_off(self):
+        """Lets this thread's forward passes run without memory."""
+        thread = current_thread()
+        was_on = thread not in self.switched_off
+        self.switched_off.add(thread)
+        try:
+            yield
+        finally:
+            if was_on:
+                self.switched_off.discard(thread)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this thread runs without memory."""
+        return current_thread() in self.switched_off
 
     def current(self) -> MemoryReads | None:
         """Reads of this thread's forward pass; None outside of one."""

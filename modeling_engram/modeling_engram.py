@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
+from .cache_engram import refuse_engram_history
 from .checkpoint_engram import EngramCheckpointMixin
 from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig
@@ -57,6 +58,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 "token_map=TokenCompressor.from_tokenizer(tokenizer).token_map(vocab_size)."
             )
         self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
+        self.backbone.is_custom_code = leaves_conversions_to_base_model
         self.memory = EngramMemory(config, token_map)
         self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
         if not on_meta():
@@ -91,6 +93,10 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     @contextmanager
     def reading_memory(self, input_ids, inputs_embeds, attention_mask, cache, engram_input_ids, engram_attention_mask):
         """Reads the memory for one forward pass and lets the backbone's layers have it while the block runs."""
+        if self.reads_in_flight.is_off:
+            refuse_engram_history(cache)
+            yield
+            return
         ids = checked_text_ids(input_ids, inputs_embeds, engram_input_ids)
         check_ids(ids, self.memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
         layer = self.memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
@@ -101,6 +107,21 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         if layer is not None:
             # After the backbone has run: hybrid backbones ask the cache's last layer whether anything came before.
             layer.remember_classes(classes)
+
+    @contextmanager
+    def without_memory(self):
+        """Runs the model as its donor while the block runs, for this thread: no row is read, nothing is added.
+
+        A cache that was begun with memory cannot be continued without it, nor the other way round.
+
+        Example:
+
+        ```python
+        >>> with model.without_memory():
+        ...     donor_logits = model(**inputs).logits
+        ```"""
+        with self.reads_in_flight.switch_off():
+            yield self
 
     def fresh_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
         """The cache of a forward pass, and whether the backbone is to use one."""
@@ -343,6 +364,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if self.reads_in_flight.is_off:
+            return result
         layer = self.memory.cache_layer(model_kwargs.get("past_key_values"), self.config.text_config.num_hidden_layers)
         # Before anything is recorded: `generate` has already asked the other layers of an assistant's cache to.
         if layer is not None and generation_config.is_assistant:
@@ -359,6 +382,16 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 def on_meta() -> bool:
     """Whether modules are being made without storage, to be filled from a checkpoint."""
     return torch.empty(0).device.type == "meta"
+
+
+def leaves_conversions_to_base_model() -> bool:
+    """Stands in for `is_custom_code` of a backbone, so that its renamings of old checkpoint keys keep their scope.
+
+    Transformers 5.23 applies a model type's renamings below the outermost model of that type. Alone that is the base
+    model ("model."); in a wrapper it would be the whole language model, and a pattern such as deepseek_v4's ".norm." would
+    match one level too high. A model of custom code is passed over, and its base model takes the renamings.
+    """
+    return True
 
 
 def drop_head(backbone: PreTrainedModel) -> None:
