@@ -1,0 +1,183 @@
+"""Grafting folders: the donor's files are reused where they fit and rewritten where not; nothing half-made is left.
+
+Run: pytest tests/integration/test_graft.py
+"""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from engram_transformers.conversion import graft
+from engram_transformers.conversion.reference_copy import copy_by_reference
+
+from .backbones import BACKBONES
+
+
+FIELDS = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
+
+
+@pytest.fixture
+def donor_folder(tiny_donor, tiny_tokenizer, tmp_path):
+    """Factory of donor folders."""
+
+    def make(config=None, **save):
+        donor = tiny_donor(config)
+        donor.save_pretrained(tmp_path / "donor", **save)
+        tiny_tokenizer.save_pretrained(tmp_path / "donor")
+        return tmp_path / "donor", donor
+
+    return make
+
+
+def receipt(folder):
+    return json.loads((folder / "engram_graft.json").read_text())
+
+
+@torch.no_grad()
+def same_logits(folder, donor):
+    ids = torch.randint(3, 4000, (2, 9))
+    return torch.equal(AutoModelForCausalLM.from_pretrained(folder)(ids).logits, donor(ids).logits)
+
+
+@pytest.mark.parametrize("save", [{}, {"max_shard_size": 200_000}], ids=["one file", "several files"])
+def test_llama_files_are_reused_as_they_are(donor_folder, save, tmp_path):
+    folder, donor = donor_folder(**save)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    out = graft(folder, tmp_path / "out", [1, 2], **FIELDS)
+    assert receipt(out)["donor_files"] == "reused"
+    assert {path.read_bytes() for path in out.glob("model-*.safetensors")} >= set(before.values())
+    assert same_logits(out, donor)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.add_(1.0)
+    loaded.save_pretrained(out)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == before, "the donor was written"
+
+
+def test_gpt2_without_its_prefix_is_rewritten(donor_folder, tmp_path):
+    # As the published GPT-2 is: stock Transformers below a wrapper would silently load nothing of it.
+    folder, donor = donor_folder(BACKBONES["gpt2"]())
+    path = folder / "model.safetensors"
+    save_file({name.removeprefix("transformer."): t for name, t in load_file(path).items()}, path, {"format": "pt"})
+    out = graft(folder, tmp_path / "out", [0, 1], **FIELDS)
+    assert receipt(out)["donor_files"].startswith("rewritten")
+    assert same_logits(out, donor)
+
+
+def test_pickled_weights_are_rewritten_as_safetensors(donor_folder, tmp_path):
+    folder, donor = donor_folder()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    out = graft(folder, tmp_path / "out", [1], **FIELDS)
+    assert same_logits(out, donor)
+    assert not list(out.glob("*.bin"))
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+def test_a_donor_that_does_not_load_cleanly_is_refused(donor_folder, change, tmp_path):
+    folder, _ = donor_folder()
+    tensors = load_file(folder / "model.safetensors")
+    if change == "missing":
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+    else:
+        tensors["model.layers.2.mlp.sideways_proj.weight"] = torch.zeros(3)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"does not load cleanly: 1 {change}.*model.layers.2.mlp"):
+        graft(folder, tmp_path / "out", [1], **FIELDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["donor"], "something half-made is left"
+
+
+def test_a_twenty_gigabyte_table_takes_neither_disk_nor_memory(donor_folder, tmp_path):
+    folder, donor = donor_folder()
+    before = peak_memory()
+    out = graft(folder, tmp_path / "out", [1], engram_vocab_size=20_000_000, engram_head_dim=64, engram_n_heads=2)
+    shards = sorted(out.glob("engram-memory-*.safetensors"))
+    size = sum(path.stat().st_size for path in shards)
+    assert size > 20e9
+    assert max(path.stat().st_size for path in shards) <= 8_000_010_000  # 8 GB and a header
+    assert sum(path.stat().st_blocks * 512 for path in out.iterdir()) < 50e6
+    assert peak_memory() - before < 500e6
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.config.engram_table_parts == 2
+    ids = torch.randint(3, 4000, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, donor(ids).logits)
+
+
+def peak_memory() -> int:
+    """Anonymous memory of this process, bytes."""
+    with open("/proc/self/status", encoding="utf-8") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def test_half_precision_donors_stay_in_half_precision(donor_folder, tiny_donor, tmp_path):
+    folder, donor = donor_folder()
+    donor.to(torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]  # as in many old configurations: it must not be taken from the float32 table
+    (folder / "config.json").write_text(json.dumps(config))
+    out = graft(folder, tmp_path / "out", [1], **FIELDS)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.memory.tables["1"].order2[0].dtype == torch.float32
+    # `donor.to` also halved its rotary frequencies, which loading does not: the control is the donor through its files.
+    assert same_logits(out, AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_a_grafted_memory_is_the_same_every_time(donor_folder, tmp_path):
+    folder, _ = donor_folder()
+    files = [
+        sorted(graft(folder, tmp_path / name, [2, 1], **FIELDS).glob("*.safetensors")) for name in ("first", "second")
+    ]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+def test_what_is_in_use_or_no_donor_is_refused(donor_folder, tmp_path):
+    folder, _ = donor_folder()
+    out = graft(folder, tmp_path / "out", [1], **FIELDS)
+    with pytest.raises(FileExistsError, match="never overwrites"):
+        graft(folder, out, [1], **FIELDS)
+    with pytest.raises(ValueError, match="already has an Engram memory"):
+        graft(out, tmp_path / "again", [1], **FIELDS)
+    with pytest.raises(FileNotFoundError, match="no folder, and no Hub id"):
+        graft(tmp_path / "nowhere" / "at all", tmp_path / "again", [1], **FIELDS)
+    with pytest.raises(ValueError, match=r"engram_layer_ids=\[1, 9\].*layers 0..3"):
+        graft(folder, tmp_path / "again", [1, 9], **FIELDS)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "config.json").write_text('{"model_type": "engram", "engram_version": "1.2.7"}')
+    with pytest.raises(ValueError, match="engram-peft's adapter format"):
+        graft(tmp_path / "adapter", tmp_path / "again", [1], **FIELDS)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_tokenizer_with_added_tokens_needs_a_resized_donor(donor_folder, tiny_tokenizer, tmp_path):
+    folder, _ = donor_folder()
+    tokenizer = type(tiny_tokenizer).from_pretrained(folder)
+    tokenizer.add_tokens(["<brand new>"])
+    tokenizer.save_pretrained(tmp_path / "longer")
+    with pytest.raises(ValueError, match=r"4105 ids.*embeds only 4104.*resize_token_embeddings\(4105\)"):
+        graft(folder, tmp_path / "out", [1], tokenizer=tmp_path / "longer", **FIELDS)
+
+
+def test_padded_vocabulary_rows_are_dead(tiny_donor, tiny_tokenizer, tmp_path):
+    donor = tiny_donor(GPT2Config(vocab_size=4200, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    donor.save_pretrained(tmp_path / "donor")
+    tiny_tokenizer.save_pretrained(tmp_path / "donor")
+    model = AutoModelForCausalLM.from_pretrained(graft(tmp_path / "donor", tmp_path / "out", [0], **FIELDS))
+    assert (model.memory.hashing.token_map[4104:] == -1).all()
+    model.check_tokenizer(tiny_tokenizer)
+
+
+def test_copies_never_share_later_writes(tmp_path):
+    (tmp_path / "source").write_bytes(os.urandom(100_000))
+    copy_by_reference(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "source").read_bytes()
+    with open(tmp_path / "copy", "r+b") as file:
+        file.write(b"changed")
+    assert not (tmp_path / "source").read_bytes().startswith(b"changed")
+    assert (tmp_path / "copy").stat().st_ino != (tmp_path / "source").stat().st_ino

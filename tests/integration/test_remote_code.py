@@ -1,0 +1,99 @@
+"""The door: a saved folder carries its own code, and loads with `trust_remote_code=True` where nothing is installed.
+
+Each case is a clean process. Run: pytest tests/integration/test_remote_code.py
+"""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+SCRIPT = """
+import json, sys
+folder, block, trust, code = sys.argv[1], sys.argv[2] == "block", sys.argv[3] == "trust", sys.argv[4]
+if block:
+    class Absent:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "engram_transformers":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+exec(code)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+ids = torch.arange(3, 20)[None]
+with torch.no_grad():
+    logits = model(ids).logits
+again = sys.argv[5]
+if again:
+    model.save_pretrained(again)
+    with torch.no_grad():
+        other = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=trust)
+        assert torch.equal(other(ids).logits, logits)
+        headless = AutoModel.from_pretrained(again, trust_remote_code=trust)
+        assert headless(ids).last_hidden_state.shape == (1, 17, 32)
+print(json.dumps({"module": type(model).__module__, "sum": float(logits.double().abs().sum())}))
+"""
+
+
+@pytest.fixture
+def saved(tiny_engram, tmp_path):
+    model = tiny_engram(trained=True)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = float(model(torch.arange(3, 20)[None]).logits.double().abs().sum())
+    return tmp_path / "saved", expected
+
+
+def run(folder, tmp_path, block, trust, code="", again=""):
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(folder), block, trust, code, str(again)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+
+
+def test_the_folder_holds_the_real_configuration_and_no_import_of_the_package(saved):
+    folder, _ = saved
+    for path in folder.glob("*.py"):
+        imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not any((node.module or "").startswith("engram_transformers") for node in imported), path.name
+    assert "class EngramConfig" in (folder / "configuration_engram.py").read_text()
+    assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+    }
+
+
+def test_without_the_package_the_folders_own_code_is_used(saved, tmp_path):
+    folder, expected = saved
+    done = run(folder, tmp_path, "block", "trust", again=tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["module"].startswith("transformers_modules.")
+    assert result["sum"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_with_the_package_installed_but_not_imported_remote_code_still_works(saved, tmp_path):
+    folder, expected = saved
+    done = run(folder, tmp_path, "open", "trust")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["sum"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_with_the_package_imported_no_trust_is_needed_and_its_code_wins(saved, tmp_path):
+    folder, expected = saved
+    done = run(folder, tmp_path, "open", "no", "import engram_transformers", again=tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["module"] == "engram_transformers.modeling_engram"
+    assert result["sum"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_without_package_and_without_trust_nothing_is_run(saved, tmp_path):
+    done = run(saved[0], tmp_path, "block", "no")
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr

@@ -1,0 +1,276 @@
+"""Training the memory: rows that were read and nothing else, through transformers' own Trainer.
+
+Run: pytest tests/integration/test_training.py
+"""
+
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
+
+from engram_transformers import EngramTrainer
+from engram_transformers.table_engram import RowGradient
+from engram_transformers.training import EngramAdamW, engram_optimizer
+from engram_transformers.training.optimizer import clip_gradients
+from engram_transformers.training.rows import RowMoments
+
+
+@pytest.fixture
+def dataset():
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(3, 300, (24, 20), generator=generator)
+    return [{"input_ids": text, "labels": text} for text in texts]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Factory of arguments for a short run."""
+
+    def make(**changes):
+        settings = {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return TrainingArguments(str(tmp_path / "run"), **{**settings, **changes})
+
+    return make
+
+
+def changed(model, before):
+    """Names of parameters that differ from a state dict."""
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def clone(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_rows_get_gradient_at_step_one_and_projections_from_step_two(tiny_engram, dataset):
+    model = tiny_engram(engram_kernel_size=4)
+    model.backbone.requires_grad_(False)
+    optimizer = engram_optimizer(model, lr=1e-2)
+    batch = {name: torch.stack([entry[name] for entry in dataset[:4]]) for name in ("input_ids", "labels")}
+    projection = model.memory.layers["1"].key_value.weight
+    tables = [table for table in model.memory.tables["1"].parameters()]
+    for step in (1, 2):
+        model(**batch).loss.backward()
+        assert all(float(table.row_grad.values.norm()) > 0 for table in tables)
+        assert (float(projection.grad.norm()) > 0) == (step == 2)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(table.grad is None and table.row_grad is None for table in tables)
+
+
+@torch.no_grad()
+def test_ngrams_that_were_never_trained_go_on_contributing_exactly_nothing(tiny_engram, tiny_donor, dataset, arguments):
+    model = tiny_engram(engram_vocab_size=50_000, engram_kernel_size=0)
+    with torch.enable_grad():
+        EngramTrainer(model, arguments(), train_dataset=dataset).train()
+    model.eval()
+    other = torch.randint(2000, 4000, (2, 12))  # ids that no training text has
+    classes = model.memory.hashing.compress(other)
+    reads = model.memory.read(classes, None)
+    untouched = (reads.vectors[1] == 0).all(-1) & (reads.vectors[2] == 0).all(-1)
+    # The first position's n-grams reach before the text and may collide with nothing else; all others are fresh.
+    assert untouched.float().mean() > 0.5
+    taught = torch.stack([entry["input_ids"] for entry in dataset[:2]])
+    donor = tiny_donor()
+    assert not torch.equal(model(taught).logits, donor(taught).logits), "control: what was trained is not silent"
+    quiet = other[untouched.all(-1)]
+    if len(quiet):
+        assert torch.equal(model(quiet).logits, donor(quiet).logits)
+
+
+def test_trainer_changes_the_memory_and_leaves_the_backbone(tiny_engram, dataset, arguments):
+    model = tiny_engram()
+    before = clone(model)
+    EngramTrainer(model, arguments(), train_dataset=dataset).train()
+    names = changed(model, before)
+    assert names
+    assert all(name.startswith(("memory.tables.", "memory.layers.")) for name in names)
+    for layer in ("1", "2"):
+        for order in ("order2", "order3"):
+            name = f"memory.tables.{layer}.{order}.0"
+            rows = (model.state_dict()[name] != before[name]).any(-1)
+            assert 0 < int(rows.sum()) < len(rows), "all or none of the rows moved"
+    batch = {name: torch.stack([entry[name] for entry in dataset]) for name in ("input_ids", "labels")}
+    model.eval()
+    with torch.no_grad():
+        taught = float(model(**batch).loss)
+        with model.without_memory():
+            assert taught < float(model(**batch).loss) - 0.1
+
+
+def test_train_backbone_trains_it_too(tiny_engram, dataset, arguments):
+    model = tiny_engram()
+    before = clone(model)
+    EngramTrainer(model, arguments(), train_dataset=dataset, train_backbone=True).train()
+    assert any(name.startswith("backbone.") for name in changed(model, before))
+
+
+def test_resuming_continues_bit_for_bit(tiny_engram, dataset, arguments, tmp_path):
+    model = tiny_engram()
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    EngramTrainer(model, arguments(**settings), train_dataset=dataset).train()
+    resumed = tiny_engram()
+    trainer = EngramTrainer(resumed, arguments(**settings), train_dataset=dataset)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert not changed(resumed, model.state_dict())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_trains_the_same(tiny_engram, dataset, arguments, reentrant):
+    plain, saving = tiny_engram(), tiny_engram()
+    EngramTrainer(plain, arguments(), train_dataset=dataset).train()
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    EngramTrainer(saving, arguments(**settings), train_dataset=dataset).train()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(saving.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_accumulation_equals_the_larger_batch(tiny_engram, dataset, arguments):
+    whole, pieces = tiny_engram(), tiny_engram()
+    EngramTrainer(whole, arguments(max_steps=3), train_dataset=dataset).train()
+    settings = {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    EngramTrainer(pieces, arguments(**settings), train_dataset=dataset).train()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(pieces.state_dict()[name], tensor, rtol=0, atol=2e-4)
+
+
+def test_clipping_scales_rows_and_dense_gradients_together(tiny_engram, dataset):
+    model = tiny_engram(trained=True)
+    batch = {name: torch.stack([entry[name] for entry in dataset[:4]]) for name in ("input_ids", "labels")}
+    model(**batch).loss.backward()
+    dense = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    rows = {name: p.row_grad.values.clone() for name, p in model.named_parameters() if hasattr(p, "row_grad")}
+    expected = torch.sqrt(sum(g.pow(2).sum() for g in (*dense.values(), *rows.values())))
+    total = clip_gradients(model.parameters(), 1e-3)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        held, before = (parameter.grad, dense) if name in dense else (parameter.row_grad.values, rows)
+        torch.testing.assert_close(held, before[name] * (1e-3 / expected), rtol=1e-4, atol=1e-12)
+    assert float(clip_gradients(model.parameters(), float("inf"))) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_logged_norm_counts_the_rows(tiny_engram, dataset, arguments):
+    model = tiny_engram()
+    model.memory.layers.requires_grad_(False)  # only rows are left to have a gradient
+    trainer = EngramTrainer(model, arguments(max_steps=1), train_dataset=dataset)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_tables_have_their_own_rate_and_no_decay(tiny_engram):
+    model = tiny_engram()
+    groups = {g["name"]: g for g in engram_optimizer(model, 1e-3, table_lr_multiplier=7, weight_decay=0.1).param_groups}
+    assert groups["tables"]["lr"] == pytest.approx(7e-3)
+    assert groups["projections"]["lr"] == 1e-3
+    assert [groups[name]["weight_decay"] for name in ("tables", "vectors", "projections", "backbone")] == [0, 0, 0.1, 0.1]
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_plain_trainer_says_what_to_use(tiny_engram, dataset, arguments, caplog):
+    model = tiny_engram()
+    before = clone(model)
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addHandler(caplog.handler)
+    package_logger = logging.getLogger("engram_transformers.modeling_engram")
+    package_logger.addHandler(caplog.handler)
+    Trainer(model, arguments(max_steps=2), train_dataset=dataset).train()
+    assert "EngramTrainer" in caplog.text
+    assert not any(name.startswith("memory.tables.") for name in changed(model, before))
+
+
+def test_what_cannot_be_trained_rightly_is_refused(tiny_engram, tiny_donor, dataset, arguments):
+    model = tiny_engram()
+    with pytest.raises(TypeError, match="LlamaForCausalLM.*from_donor"):
+        EngramTrainer(tiny_donor(), arguments(), train_dataset=dataset)
+    adam = torch.optim.AdamW(model.parameters())
+    with pytest.raises(TypeError, match="AdamW does not see row gradients"):
+        EngramTrainer(model, arguments(), train_dataset=dataset, optimizers=(adam, None))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        engram_optimizer(model)
+
+
+def test_optimizer_state_of_another_model_is_refused(tiny_engram, dataset):
+    wide, narrow = tiny_engram(engram_head_dim=8), tiny_engram(engram_head_dim=4)
+    batch = {name: torch.stack([entry[name] for entry in dataset[:2]]) for name in ("input_ids", "labels")}
+    wide(**batch).loss.backward()
+    optimizer = engram_optimizer(wide)
+    optimizer.step()
+    with pytest.raises(ValueError, match="width 8.*belongs to another model"):
+        engram_optimizer(narrow).load_state_dict(optimizer.state_dict())
+
+
+def test_optimizer_state_is_plain_tensors(tiny_engram, dataset, tmp_path):
+    model = tiny_engram()
+    optimizer = engram_optimizer(model)
+    batch = {name: torch.stack([entry[name] for entry in dataset[:2]]) for name in ("input_ids", "labels")}
+    model(**batch).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    state = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    rows = [entry["rows"] for entry in state["state"].values() if "rows" in entry]
+    assert len(rows) == 4
+    assert all(r.dtype == torch.int64 for r in rows)
+    again = engram_optimizer(model)
+    again.load_state_dict(copy.deepcopy(state))
+    restored = again.state_dict()["state"]
+    for index, entry in state["state"].items():
+        assert all(torch.equal(restored[index][name], tensor) for name, tensor in entry.items())
+
+
+@given(steps=st.integers(1, 5), seed=st.integers(0, 2**16))
+def test_row_adam_equals_dense_adam_where_every_row_is_read(steps, seed):
+    torch.manual_seed(seed)
+    height, width = 6, 3
+    dense = torch.nn.Parameter(torch.randn(height, width))
+    table = torch.nn.Parameter(dense.detach().clone())
+    reference = torch.optim.Adam([dense], lr=0.1)
+    ours = EngramAdamW([{"params": [table], "rows": True, "weight_decay": 0.0}], lr=0.1)
+    for _ in range(steps):
+        gradient = torch.randn(height, width)
+        dense.grad = gradient.clone()
+        table.row_grad = RowGradient(torch.arange(height), gradient.clone())
+        reference.step()
+        ours.step()
+    torch.testing.assert_close(table, dense, rtol=1e-4, atol=1e-5)  # torch orders the same operations differently
+
+
+@given(
+    visits=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=8),
+    seed=st.integers(0, 2**16),
+)
+def test_each_rows_moments_count_its_own_updates(visits, seed):
+    torch.manual_seed(seed)
+    moments = RowMoments(2, torch.device("cpu"))
+    history: dict[int, list[torch.Tensor]] = {}
+    for visit in visits:
+        rows = torch.tensor(sorted(set(visit)))
+        gradient = torch.randn(len(rows), 2)
+        direction = moments.adam(rows, gradient, (0.9, 0.99), 1e-8)
+        for row, grad, got in zip(rows.tolist(), gradient, direction, strict=True):
+            seen = history.setdefault(row, [])
+            seen.append(grad)
+            mean = square = torch.zeros(2)
+            for g in seen:
+                mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g * g
+            expected = (mean / (1 - 0.9 ** len(seen))) / ((square / (1 - 0.99 ** len(seen))).sqrt() + 1e-8)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert len(moments) == len(history)
+    state = moments.state_dict()
+    assert state["rows"].tolist() == sorted(history)
+    assert state["step"].tolist() == [len(history[row]) for row in sorted(history)]
