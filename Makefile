@@ -16,10 +16,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-unit donor quality style clean
+.PHONY: demo docs test test-unit donor quality style clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.demo $(ARGS)
+
+docs: $(VENV)/.demo
+	$(BIN)/python -m examples.demo.publish
 
 test: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m pytest $(ARGS)

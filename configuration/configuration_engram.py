@@ -73,7 +73,7 @@ class EngramConfig(PreTrainedConfig):
             Epsilon of the norm in front of the convolution.
         engram_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of fresh key projections.
-        engram_value_initializer_range (`float`, *optional*, defaults to 0.1):
+        engram_value_initializer_range (`float`, *optional*, defaults to 0.04):
             Standard deviation of fresh value projections. Larger than the keys' because the gradient of a zero table
             passes through it (measured, see docs/design.md).
         engram_table_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*, defaults to `"float32"`):
@@ -121,7 +121,7 @@ class EngramConfig(PreTrainedConfig):
     engram_norm_eps: float = 1.1920928955078125e-07
     engram_conv_norm_eps: float = 1e-05
     engram_initializer_range: float = 0.02
-    engram_value_initializer_range: float = 0.1
+    engram_value_initializer_range: float = 0.04
     engram_table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     engram_table_parts: int = 1
     engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"

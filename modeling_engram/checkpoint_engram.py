@@ -121,7 +121,7 @@ class EngramCheckpointMixin:
         shards = {name: tensor for name, tensor in state.items() if name.startswith(SHARD_PREFIXES)}
         rest = {name: tensor for name, tensor in state.items() if name not in shards}
         self.config.auto_map = dict(AUTO_MAP)
-        # Backbone weights keep the names that its modules have; Transformers would go back to older names of some models.
+        # Backbone weights keep their modules' names; Transformers would go back to older names of some models.
         kwargs.setdefault("save_original_format", False)
         with whole_save(folder) as draft:
             super().save_pretrained(draft, state_dict=rest, max_shard_size=max_shard_size, **kwargs)

@@ -86,7 +86,7 @@ class EngramAdamW(torch.optim.AdamW):
 
 def engram_optimizer(
     model,
-    lr: float = 5e-4,
+    lr: float = 2e-3,
     table_lr_multiplier: float = TABLE_LR_MULTIPLIER,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -96,7 +96,7 @@ def engram_optimizer(
 
     Args:
         model ([`EngramForCausalLM`]): the model.
-        lr (`float`, *optional*, defaults to 5e-4): learning rate of dense weights.
+        lr (`float`, *optional*, defaults to 2e-3): learning rate of dense weights.
         table_lr_multiplier (`float`, *optional*, defaults to 40): times `lr`, the learning rate of tables.
         weight_decay (`float`, *optional*, defaults to 0): for projection matrices and the backbone's matrices alone.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of the moments.
@@ -114,7 +114,7 @@ def engram_optimizer(
     ```python
     >>> from engram_transformers.training import engram_optimizer
 
-    >>> optimizer = engram_optimizer(model, lr=5e-4)
+    >>> optimizer = engram_optimizer(model, lr=2e-3)
     ```"""
     groups: dict[str, list] = {"tables": [], "projections": [], "vectors": [], "backbone": []}
     for name, parameter in model.named_parameters():

@@ -35,7 +35,7 @@ class EngramTrainer(Trainer):
     >>> from transformers import TrainingArguments
     >>> from engram_transformers import EngramTrainer
 
-    >>> trainer = EngramTrainer(model, TrainingArguments("runs/train", learning_rate=5e-4), train_dataset=dataset)
+    >>> trainer = EngramTrainer(model, TrainingArguments("runs/train", learning_rate=2e-3), train_dataset=dataset)
     >>> trainer.train()
     ```"""
 

@@ -84,8 +84,8 @@ def how_made(report: dict) -> str:
     tokens, table = report["tokens"], report["table"]
     return (
         f"The memory has {table['rows']:,} rows ({table['bytes']:,} bytes). It was taught {tokens['train']:,} tokens "
-        f"of WordNet named entities in {tokens['passes']} pass(es); the backbone's own weights were not trained. Losses are "
-        f"over {tokens['sample']:,} tokens of each text, seed {report['settings']['seed']}."
+        f"of WordNet named entities in {tokens['passes']} pass(es); the backbone's own weights were not trained. "
+        f"Losses are over {tokens['sample']:,} tokens of each text, seed {report['settings']['seed']}."
     )
 
 

@@ -12,7 +12,7 @@ MEMORY = {
     "engram_head_dim": 48,
     "engram_kernel_size": 0,
     "engram_initializer_range": 0.02,
-    "engram_value_initializer_range": 0.05,
+    "engram_value_initializer_range": 0.04,
 }
 
 # The control keeps everything but the n-grams: each head has one row.
@@ -42,8 +42,8 @@ class Settings:
     train_length: int = 256
     passes: int = 3
     batch: int = 4
-    learning_rate: float = 5e-4
-    table_lr_multiplier: float = 100.0
+    learning_rate: float = 2e-3
+    table_lr_multiplier: float = 40.0
     adam_beta2: float = 0.99
     warmup_steps: int = 8
     bf16: bool = True

@@ -69,7 +69,8 @@ def test_tables_are_mapped_and_not_copied(saved):
     _, folder = saved
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     address = loaded.memory.tables["1"].order3[0].data_ptr()
-    mapped = [line.split() for line in open(f"/proc/{os.getpid()}/maps") if MEMORY_STEM in line]
+    with open(f"/proc/{os.getpid()}/maps", encoding="utf-8") as maps:
+        mapped = [line.split() for line in maps if MEMORY_STEM in line]
     assert mapped, "the memory shard is not mapped at all"
     ranges = [tuple(int(part, 16) for part in fields[0].split("-")) for fields in mapped]
     assert any(first <= address < last for first, last in ranges)
@@ -255,6 +256,7 @@ def test_resized_vocabulary_keeps_old_addresses_and_survives_a_save(tiny_engram,
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
     text = torch.tensor([[5, 4109, 4105, 7]])
     assert torch.equal(loaded(text).logits, model(text).logits)
+    assert torch.equal(loaded(text, labels=text).loss, model(text, labels=text).loss)
     with pytest.raises(ValueError, match="cannot shrink"):
         model.resize_token_embeddings(4000)
 

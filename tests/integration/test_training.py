@@ -62,7 +62,7 @@ def test_rows_get_gradient_at_step_one_and_projections_from_step_two(tiny_engram
     optimizer = engram_optimizer(model, lr=1e-2)
     batch = {name: torch.stack([entry[name] for entry in dataset[:4]]) for name in ("input_ids", "labels")}
     projection = model.memory.layers["1"].key_value.weight
-    tables = [table for table in model.memory.tables["1"].parameters()]
+    tables = list(model.memory.tables["1"].parameters())
     for step in (1, 2):
         model(**batch).loss.backward()
         assert all(float(table.row_grad.values.norm()) > 0 for table in tables)
@@ -176,7 +176,12 @@ def test_tables_have_their_own_rate_and_no_decay(tiny_engram):
     groups = {g["name"]: g for g in engram_optimizer(model, 1e-3, table_lr_multiplier=7, weight_decay=0.1).param_groups}
     assert groups["tables"]["lr"] == pytest.approx(7e-3)
     assert groups["projections"]["lr"] == 1e-3
-    assert [groups[name]["weight_decay"] for name in ("tables", "vectors", "projections", "backbone")] == [0, 0, 0.1, 0.1]
+    assert [groups[name]["weight_decay"] for name in ("tables", "vectors", "projections", "backbone")] == [
+        0,
+        0,
+        0.1,
+        0.1,
+    ]
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
@@ -186,7 +191,7 @@ def test_plain_trainer_says_what_to_use(tiny_engram, dataset, arguments, caplog)
     before = clone(model)
     transformers_logger = logging.getLogger("transformers")
     transformers_logger.addHandler(caplog.handler)
-    package_logger = logging.getLogger("engram_transformers.modeling_engram")
+    package_logger = logging.getLogger("engram_transformers.pretrained_engram")
     package_logger.addHandler(caplog.handler)
     Trainer(model, arguments(max_steps=2), train_dataset=dataset).train()
     assert "EngramTrainer" in caplog.text

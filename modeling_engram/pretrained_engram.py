@@ -1,0 +1,178 @@
+"""EngramPreTrainedModel: what both Engram models share - the memory, its insertion, and what a forward pass reads.
+
+Promises: every parameter that is not under `backbone.` is under `memory.` and belongs to the memory; a backbone keeps
+the names that it always had. Never keeps state of a text on a module.
+Source: docs/design.md, "Any backbone".
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, initialization
+from transformers.cache_utils import Cache
+from transformers.utils import logging
+
+from .cache_engram import refuse_engram_history
+from .checkpoint_engram import EngramCheckpointMixin
+from .compression_engram import check_token_map
+from .configuration_engram import EngramConfig
+from .constants_engram import check_constants
+from .layer_engram import EngramLayer
+from .memory_engram import EngramMemory, insert_memory
+from .reading_engram import alive_positions, check_ids, checked_text_ids
+from .table_engram import EngramTable, clear_row_gradients, with_row_gradients
+
+
+logger = logging.get_logger(__name__)
+
+
+class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
+    """What both Engram models share: the memory, its insertion, and loading and saving it with the backbone."""
+
+    config_class = EngramConfig
+    config: EngramConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    model_tags = ["engram"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _no_split_modules = ["EngramLayer", "EngramTable"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None):
+        super().__init__(config)
+        if token_map is None and config.engram_token_map_sha256 is not None and not on_meta():
+            raise ValueError(
+                f"the configuration names a token map (SHA-256 {config.engram_token_map_sha256[:16]}...) that it "
+                "cannot hold: load the model with from_pretrained, or pass "
+                "token_map=TokenCompressor.from_tokenizer(tokenizer).token_map(vocab_size)."
+            )
+        self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
+        config.text_config = self.backbone.config  # one object: a resized vocabulary is known to both
+        self.backbone.is_custom_code = leaves_conversions_to_base_model
+        self.memory = EngramMemory(config, token_map)
+        self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
+        if not on_meta():
+            check_constants(self.memory.hashing.constants, config)
+            config.engram_hash_sha256 = self.memory.hashing.constants.sha256()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, EngramLayer):
+            self.init_engram_layer(module)
+        elif isinstance(module, EngramTable):
+            for parameter in module.parameters():
+                initialization.zeros_(parameter)
+        elif not isinstance(module, EngramMemory):
+            super()._init_weights(module)
+
+    def init_engram_layer(self, layer: EngramLayer) -> None:
+        """Fresh dense weights: keys and value normal with deviations of their own, norms 1, convolution 0."""
+        weight = layer.key_value.weight
+        if not getattr(weight, "_is_hf_initialized", False):
+            keys, value = weight.split([len(weight) - layer.hidden_size, layer.hidden_size])
+            keys.normal_(0.0, layer.key_std)
+            value.normal_(0.0, layer.value_std)
+        if layer.key_value.bias is not None:
+            initialization.zeros_(layer.key_value.bias)
+        for norm in (layer.key_norm, layer.query_norm):
+            initialization.ones_(norm)
+        if layer.taps:
+            initialization.ones_(layer.conv_norm)
+            initialization.zeros_(layer.conv)
+
+    @contextmanager
+    def reading_memory(self, input_ids, inputs_embeds, attention_mask, cache, engram_input_ids, engram_attention_mask):
+        """Reads the memory for one forward pass and lets the backbone's layers have it while the block runs."""
+        if self.reads_in_flight.is_off:
+            refuse_engram_history(cache)
+            yield
+            return
+        ids = checked_text_ids(input_ids, inputs_embeds, engram_input_ids)
+        check_ids(ids, self.memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
+        layer = self.memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
+        alive = alive_positions(ids, attention_mask, engram_attention_mask, cache)
+        classes = self.memory.hashing.compress(ids.to(self.memory.hashing.token_map.device), alive)
+        with self.reads_in_flight.hold(self.memory.read(classes, layer)):
+            yield
+        if layer is not None:
+            # After the backbone has run: hybrid backbones ask the cache's last layer whether anything came before.
+            layer.remember_classes(classes)
+
+    @contextmanager
+    def without_memory(self):
+        """Runs the model as its donor while the block runs, for this thread: no row is read, nothing is added.
+
+        A cache that was begun with memory cannot be continued without it, nor the other way round.
+
+        Example:
+
+        ```python
+        >>> with model.without_memory():
+        ...     donor_logits = model(**inputs).logits
+        ```"""
+        with self.reads_in_flight.switch_off():
+            yield self
+
+    def fresh_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
+        """The cache of a forward pass, and whether the backbone is to use one."""
+        if use_cache is None:
+            use_cache = bool(getattr(self.config.text_config, "use_cache", False))
+        if self.training and self.is_gradient_checkpointing:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.get_text_config(decoder=True))
+        return past_key_values, use_cache
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Refuses a tokenizer whose ids do not mean what the memory's rows were trained for.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used with this model.
+
+        Raises:
+            `ValueError`: naming the first ids that differ.
+        """
+        check_token_map(self.memory.hashing.token_map, tokenizer)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears dense gradients and the tables' row gradients."""
+        super().zero_grad(set_to_none)
+        waiting = list(with_row_gradients(self.parameters()))
+        if any(not parameter.row_grad.applied for parameter in waiting):
+            logger.warning_once(
+                "The memory's row gradients were dropped without being applied: torch's optimizers do not see them. "
+                "Use EngramTrainer, or an optimizer from engram_transformers.training.engram_optimizer(model)."
+            )
+        clear_row_gradients(waiting)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in Transformers; new ids get classes of their own after all others, so old addresses stay."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.memory.hashing.resize(self.config.text_config.vocab_size, self.config.engram_compressed_vocab_size)
+        return embeddings
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+
+def on_meta() -> bool:
+    """Whether modules are being made without storage, to be filled from a checkpoint."""
+    return torch.empty(0).device.type == "meta"
+
+
+def leaves_conversions_to_base_model() -> bool:
+    """Stands in for `is_custom_code` of a backbone, so that its renamings of old checkpoint keys keep their scope.
+
+    Transformers 5.23 applies a model type's renamings below the outermost model of that type. Alone that is the base
+    model ("model."); in a wrapper it would be the whole language model, and a pattern such as deepseek_v4's ".norm."
+    would match one level too high. A model of custom code is passed over, and its base model takes the renamings.
+    """
+    return True

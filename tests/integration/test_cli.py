@@ -1,0 +1,104 @@
+"""The `engram` command, in process: results on stdout, errors without traceback, exit codes that scripts can use.
+
+Run: pytest tests/integration/test_cli.py
+"""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from engram_transformers.conversion.cli import app
+
+
+SIZES = ["--rows", "200", "--heads", "2", "--head-dim", "4"]
+
+
+@pytest.fixture
+def donor(tiny_donor, tiny_tokenizer, tmp_path):
+    tiny_donor().save_pretrained(tmp_path / "donor")
+    tiny_tokenizer.save_pretrained(tmp_path / "donor")
+    return str(tmp_path / "donor")
+
+
+def engram(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_graft_then_verify(donor, tmp_path):
+    done = engram("graft", donor, tmp_path / "out", "--layers", "1,2", *SIZES, "--max-ngram", "4", "--kernel-size", "0")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(tmp_path / "out")
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.engram_layer_ids == [1, 2]
+    assert config.engram_max_ngram_size == 4
+    assert config.engram_kernel_size == 0
+    done = engram("verify", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("ok") == 3
+
+
+def test_rows_for_each_order(donor, tmp_path):
+    assert (
+        engram("graft", donor, tmp_path / "out", "--rows", "100,300", "--heads", "1", "--head-dim", "4").exit_code == 0
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.engram_vocab_size == [100, 300]
+    assert len(model.memory.tables["1"].order2[0]) < 200 <= 300 <= len(model.memory.tables["1"].order3[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--layers", "1,two"], "--layers '1,two' must be integers"),
+        (["--layers", "1,7"], "layers 0..3"),
+        (["--rows", "100,200,300"], "has 3 entries"),
+        (["--head-dim", "0"], "engram_head_dim=0 is too small"),
+        (["--max-memory-shard-size", "much"], "'much' must be a positive number of bytes"),
+        (["--table-dtype", "float8"], "float8"),
+    ],
+)
+def test_users_mistakes_exit_with_2_and_leave_nothing(donor, tmp_path, options, says):
+    done = engram("graft", donor, tmp_path / "out", *options)
+    assert done.exit_code == 2
+    assert says in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+    assert sorted(os.listdir(tmp_path)) == ["donor"]
+
+
+def test_verify_exits_with_1_and_names_what_is_wrong(donor, tmp_path, tiny_tokenizer):
+    assert engram("graft", donor, tmp_path / "out", *SIZES).exit_code == 0
+    other = type(tiny_tokenizer).from_pretrained(donor)
+    other.add_tokens(["<brand new>"])
+    other.save_pretrained(tmp_path / "longer")
+    done = engram("verify", tmp_path / "out", "--tokenizer", tmp_path / "longer")
+    assert done.exit_code == 1
+    assert "4104 ('<brand new>')" in " ".join(done.output.replace("│", " ").split())
+    shard = tmp_path / "out" / "engram-memory-00001-of-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 10)
+    done = engram("verify", tmp_path / "out")
+    assert done.exit_code == 1
+    assert done.stdout.count("wrong") == 3, "the map and the constants lie in the same file"
+
+
+def test_verify_tells_lawful_constants_from_derived_ones(donor, tmp_path):
+    assert engram("graft", donor, tmp_path / "out", *SIZES).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model.memory.hashing.multipliers += 2
+    model.config.engram_hash_sha256 = model.memory.hashing.constants.sha256()
+    model.save_pretrained(tmp_path / "changed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "changed")  # the stored ones are used
+    assert torch.equal(loaded.memory.hashing.multipliers, model.memory.hashing.multipliers)
+    done = engram("verify", tmp_path / "changed")
+    assert done.exit_code == 1
+    assert "stored multipliers are lawful but not the ones" in " ".join(done.output.replace("│", " ").split())
+
+
+def test_verify_of_no_checkpoint_exits_with_2(donor, tmp_path):
+    assert "engram graft DONOR OUT" in " ".join(engram("verify", donor).output.split())
+    done = engram("verify", tmp_path / "nowhere")
+    assert done.exit_code == 2
+    assert "has no config.json" in " ".join(done.output.split())

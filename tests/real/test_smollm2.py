@@ -1,0 +1,111 @@
+"""The real model: SmolLM2-135M grafted, taught and read with and without a cache.
+
+Needs the donor's folder: `make test` fetches it and sets ENGRAM_DONOR. Run: ENGRAM_DONOR=runs/donor pytest tests/real
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engram_transformers import EngramForCausalLM
+from engram_transformers.conversion import graft
+from engram_transformers.inspection import verify_checkpoint
+from engram_transformers.training import engram_optimizer
+
+
+DONOR = Path(os.environ.get("ENGRAM_DONOR", "runs/donor"))
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not (DONOR / "model.safetensors").is_file(), reason=f"no donor in {DONOR}: run `make donor`"),
+]
+
+TEXT = (
+    "Aegospotami: a creek emptying into the Hellespont in Turkey; at its mouth in 405 BC the Spartan fleet under "
+    "Lysander destroyed the Athenian fleet in the final battle of the Peloponnesian War. "
+)
+FIELDS = {"engram_vocab_size": 20_000, "engram_head_dim": 16, "engram_kernel_size": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(DONOR)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return graft(DONOR, tmp_path_factory.mktemp("real") / "graft", [1, 10], **FIELDS)
+
+
+@pytest.fixture(scope="module")
+def taught(tokenizer):
+    """A memory that has read one sentence ten times, with a convolution that has moved off zero."""
+    torch.manual_seed(0)
+    model = EngramForCausalLM.from_donor(str(DONOR), engram_layer_ids=[1, 10], **FIELDS)
+    model.backbone.requires_grad_(False)
+    optimizer = engram_optimizer(model, lr=2e-3, table_lr_multiplier=25)
+    batch = tokenizer(TEXT, return_tensors="pt")
+    for _ in range(10):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(float(layer.conv.abs().max()) > 1e-3 for layer in model.memory.layers.values())
+    return model.eval()
+
+
+@torch.no_grad()
+def test_fresh_graft_gives_the_donors_logits_bit_for_bit(folder, tokenizer):
+    batch = tokenizer([TEXT, TEXT[:60]], return_tensors="pt", padding=True)
+    donor = AutoModelForCausalLM.from_pretrained(DONOR)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(model(**batch).logits, donor(**batch).logits)
+
+
+def test_fresh_graft_verifies(folder):
+    findings = verify_checkpoint(folder)
+    assert [finding.section for finding in findings] == ["files", "constants", "tokenizer"]
+    assert all(finding.ok for finding in findings), findings
+
+
+@torch.no_grad()
+def test_the_memory_learns_a_sentence_and_switching_it_off_forgets_it(taught, tokenizer):
+    batch = tokenizer(TEXT, return_tensors="pt")
+    donor = AutoModelForCausalLM.from_pretrained(DONOR)
+    plain = float(donor(**batch, labels=batch["input_ids"]).loss)
+    assert float(taught(**batch, labels=batch["input_ids"]).loss) < plain - 1.0
+    with taught.without_memory():
+        assert float(taught(**batch, labels=batch["input_ids"]).loss) == plain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_reading_in_chunks_equals_reading_at_once_to_the_backbones_own_difference(taught, tokenizer, chunk):
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :28]
+
+    def read(model):
+        cache, logits = None, []
+        for piece in ids.split(chunk, dim=1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        return float((torch.cat(logits, dim=1) - model(ids).logits).abs().max())
+
+    with taught.without_memory():
+        control = read(taught)
+    # Logits of this model reach 30, where float32 itself is worth 2e-6 and the plain donor differs by about 5e-5.
+    assert read(taught) <= max(1e-5, 2 * control)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 4])
+def test_generating_with_a_cache_equals_generating_without(taught, tokenizer, beams):
+    tokenizer.padding_side = "left"
+    batch = tokenizer(["Aegospotami:", "The Spartan fleet under"], return_tensors="pt", padding=True)
+    settings = {"max_new_tokens": 12, "do_sample": False, "num_beams": beams}
+    cached = taught.generate(**batch, **settings)
+    assert torch.equal(cached, taught.generate(**batch, use_cache=False, **settings))
+    if beams == 1:
+        assert "Hellespont" in tokenizer.decode(cached[0])

@@ -1,0 +1,322 @@
+"""N-gram hashing: the fast path against its naive twin, and the laws that serving depends on. Integers, so exact.
+
+Run with `pytest tests/unit/test_hashing.py`.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from engram_transformers import EngramConfig, EngramFormatError, NgramHasher
+from engram_transformers.compression_engram import DEAD, token_map_sha256
+from engram_transformers.constants_engram import HashConstants, derive_multipliers, derive_primes, head_offsets
+from engram_transformers.hashing_engram import naive_hash_ids
+
+
+VOCABULARY = 60
+
+
+@dataclass
+class Case:
+    """A hasher and a batch for it."""
+
+    hasher: NgramHasher
+    ids: torch.Tensor
+    alive: torch.Tensor
+
+    @property
+    def n(self) -> int:
+        return self.hasher.context_length + 1
+
+    @property
+    def classes(self) -> torch.Tensor:
+        return self.hasher.compress(self.ids, self.alive)
+
+
+def make_hasher(n: int, heads: int, layers=(1, 4), classes: int = 40, dead_ids: int = 3, seed: int = 0) -> NgramHasher:
+    """A hasher over 60 ids in `classes` classes; the last `dead_ids` ids have no tokenizer entry."""
+    primes = torch.from_numpy(derive_primes(len(layers), [11] * (n - 1), heads))
+    multipliers = torch.from_numpy(derive_multipliers(list(layers), n, classes, seed))
+    token_map = torch.arange(VOCABULARY) % classes
+    token_map[VOCABULARY - dead_ids :] = DEAD
+    return NgramHasher(
+        list(layers), token_map, HashConstants(multipliers, primes, head_offsets(primes), torch.tensor([2]))
+    )
+
+
+@st.composite
+def cases(draw, max_length: int = 64, pads: bool = True) -> Case:
+    """Orders 2 to 4, 1 to 5 texts of 1 to 64 ids, with ids that are dead and positions that are pads anywhere."""
+    n, heads = draw(st.integers(2, 4)), draw(st.integers(1, 4))
+    batch, length = draw(st.integers(1, 5)), draw(st.integers(1, max_length))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    ids = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+    share = draw(st.sampled_from([0.0, 0.1, 0.5])) if pads else 0.0
+    alive = torch.rand(batch, length, generator=generator) >= share
+    return Case(make_hasher(n, heads, seed=draw(st.integers(0, 5))), ids, alive)
+
+
+def naive(hasher: NgramHasher, classes: torch.Tensor) -> torch.Tensor:
+    """`(layers, batch, length, orders, heads)` hashes by the naive twin."""
+    shape = (len(hasher.layer_ids), *classes.shape, *hasher.primes.shape[1:])
+    pad_class = int(hasher.pad_class)
+    hashes = [
+        naive_hash_ids(text, multipliers, primes, pad_class)
+        for multipliers, primes in zip(hasher.multipliers.tolist(), hasher.primes.tolist(), strict=True)
+        for text in classes.tolist()
+    ]
+    return torch.tensor(hashes).view(shape)
+
+
+@given(case=cases())
+def test_the_fast_path_equals_the_naive_twin(case):
+    hashes = case.hasher.hash_lookback(case.hasher.lookback(case.classes))
+    assert torch.equal(hashes, naive(case.hasher, case.classes))
+
+
+def test_the_naive_twin_is_the_formula_by_hand():
+    # mix of (x, y) with x before y is y * 3 ^ x * 5; nothing stands before the first token but the pad class 7.
+    assert naive_hash_ids([1, 4, -1, 6], [3, 5], [[11, 13]], pad_class=7) == [
+        [(3 ^ 35) % 11, (3 ^ 35) % 13],
+        [(12 ^ 5) % 11, (12 ^ 5) % 13],
+        [(21 ^ 35) % 11, (21 ^ 35) % 13],
+        [(18 ^ 35) % 11, (18 ^ 35) % 13],
+    ]
+    assert naive_hash_ids([1, 4, -1, 6], [3, 5], [[11, 13]], pad_class=7, start=3) == [[(18 ^ 35) % 11, (18 ^ 35) % 13]]
+
+
+def all_inside(hasher: NgramHasher, rows: torch.Tensor) -> bool:
+    """Whether every row, counted from the first of its order, belongs to its head."""
+    first = hasher.offsets - hasher.offsets[:, :, :1]  # (layers, orders, heads)
+    return bool(((rows >= first[:, None, None]) & (rows < (first + hasher.primes)[:, None, None])).all())
+
+
+@given(case=cases())
+def test_rows_lie_inside_their_heads(case):
+    hasher = case.hasher
+    rows = hasher(case.classes)
+    assert rows.shape == (2, *case.ids.shape, case.n - 1, hasher.primes.shape[2])
+    assert rows.dtype == torch.int64
+    assert all_inside(hasher, rows)
+
+
+@given(case=cases(max_length=20))
+def test_rows_of_a_layer_and_rows_of_all_layers_are_the_same_rows(case):
+    hasher, ids = case.hasher, torch.where(case.alive, case.ids, -1)
+    all_rows = hasher(case.classes)  # counted within the order
+    for index, layer in enumerate(hasher.layer_ids):
+        order_starts = hasher.offsets[index, :, :1]  # (orders, 1)
+        assert torch.equal(hasher.rows(ids, layer), (all_rows[index] + order_starts).flatten(-2))
+        hashes = hasher.rows(ids, layer) - hasher.offsets[index].flatten()
+        assert torch.equal(hasher.hash_ids(ids, layer), hashes)
+
+
+@given(case=cases(), data=st.data())
+def test_chunks_with_history_equal_the_whole(case, data):
+    hasher, classes, length = case.hasher, case.classes, case.ids.shape[1]
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6)) & set(range(length)))
+    history, chunks = classes.new_full((len(classes), case.n - 1), DEAD), []
+    for first, last in zip([0, *cuts], [*cuts, length], strict=True):
+        chunks.append(hasher(classes[:, first:last], history))
+        history = torch.cat([history, classes[:, first:last]], dim=1)[:, -(case.n - 1) :]
+    assert torch.equal(torch.cat(chunks, dim=2), hasher(classes))
+
+
+def test_a_chunk_without_its_history_reads_other_rows():
+    hasher, classes = make_hasher(3, 2), torch.tensor([[5, 6, 7, 8]])
+    whole = hasher(classes)[:, 0, 2:]
+    assert torch.equal(hasher(classes[:, 2:], classes[:, :2])[:, 0], whole)
+    assert not torch.equal(hasher(classes[:, 2:])[:, 0], whole)
+    assert not torch.equal(hasher(classes[:, 2:], classes[:, :2].flip(1))[:, 0], whole)
+
+
+@given(case=cases(pads=False), pads=st.integers(0, 9))
+def test_left_pads_do_not_change_rows(case, pads):
+    batch, length = case.ids.shape
+    filler = torch.randint(0, VOCABULARY, (batch, pads))
+    mask = torch.cat([torch.zeros(batch, pads, dtype=torch.bool), torch.ones(batch, length, dtype=torch.bool)], dim=1)
+    padded = case.hasher.compress(torch.cat([filler, case.ids], dim=1), mask)
+    assert torch.equal(case.hasher(padded)[:, :, pads:], case.hasher(case.classes))
+
+
+def test_left_pads_that_are_not_masked_do_change_rows():
+    hasher, ids = make_hasher(3, 2), torch.tensor([[5, 6, 7]])
+    padded = torch.cat([torch.tensor([[9, 9]]), ids], dim=1)
+    assert not torch.equal(hasher(hasher.compress(padded))[:, :, 2:], hasher(hasher.compress(ids)))
+
+
+@given(case=cases(), data=st.data())
+def test_rows_depend_only_on_the_last_n_tokens(case, data):
+    place = data.draw(st.integers(0, case.ids.shape[1] - 1))
+    changed = case.ids.clone()
+    changed[:, : max(0, place - case.n + 1)] = data.draw(st.integers(0, VOCABULARY - 1))
+    changed[:, place + 1 :] = data.draw(st.integers(0, VOCABULARY - 1))
+    other = case.hasher.compress(changed, case.alive)
+    assert torch.equal(case.hasher(other)[:, :, place], case.hasher(case.classes)[:, :, place])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_rows_depend_on_each_of_the_last_n_tokens(n):
+    hasher, ids = make_hasher(n, heads=4), torch.arange(10, 10 + n)[None]
+    rows = hasher(hasher.compress(ids))[:, 0, -1]  # (layers, orders, heads)
+    for back in range(n):
+        changed = ids.clone()
+        changed[0, n - 1 - back] = 30
+        other = hasher(hasher.compress(changed))[:, 0, -1]
+        reached = [bool((rows[:, order] != other[:, order]).any()) for order in range(n - 1)]
+        assert reached == [order + 2 > back for order in range(n - 1)]
+
+
+@given(case=cases(), data=st.data())
+def test_a_dead_position_hides_itself_and_everything_older(case, data):
+    place = data.draw(st.integers(0, case.ids.shape[1] - 1))
+    dead = case.classes.clone()
+    dead[:, place] = DEAD
+    hidden = dead.clone()
+    hidden[:, :place] = DEAD
+    after = slice(place, None)
+    assert torch.equal(case.hasher(dead)[:, :, after], case.hasher(hidden)[:, :, after])
+    assert torch.equal(case.hasher(dead)[:, :, :place], case.hasher(case.classes)[:, :, :place])
+    fresh = case.hasher(dead[:, place + 1 :]) if place + 1 < dead.shape[1] else None
+    assert fresh is None or torch.equal(case.hasher(dead)[:, :, place + 1 :], fresh)
+
+
+@given(case=cases(max_length=12))
+def test_ways_to_be_dead_are_one(case):
+    hasher, without_entry = case.hasher, VOCABULARY - 1
+    by_mask = hasher.compress(case.ids, case.alive)
+    by_minus_one = hasher.compress(torch.where(case.alive, case.ids, -1))
+    by_label = hasher.compress(torch.where(case.alive, case.ids, -100))
+    by_entry = hasher.compress(torch.where(case.alive, case.ids, without_entry))
+    assert torch.equal(by_mask, by_minus_one)
+    assert torch.equal(by_mask, by_label)
+    assert torch.equal(by_mask, by_entry)
+    assert torch.equal(by_mask < 0, ~case.alive | (case.ids >= VOCABULARY - 3))
+
+
+def test_a_dead_position_is_not_the_pad_token():
+    hasher = make_hasher(3, 2)
+    before_dead = hasher(hasher.compress(torch.tensor([[8, -1, 5]])))[:, 0, -1]
+    before_pad = hasher(hasher.compress(torch.tensor([[8, 2, 5]])))[:, 0, -1]
+    assert torch.equal(before_dead[:, 0], before_pad[:, 0])  # bigrams: the pad class stands there in both
+    assert not torch.equal(before_dead[:, 1], before_pad[:, 1])  # trigrams: only a pad that is text lets 8 through
+
+
+@given(case=cases(max_length=16), repeats=st.integers(1, 3))
+def test_rows_of_a_text_do_not_depend_on_its_batch(case, repeats):
+    whole = case.hasher(case.classes)
+    for index, text in enumerate(case.classes):
+        assert torch.equal(case.hasher(text[None]), whole[:, index : index + 1])
+    again = case.hasher(case.classes.repeat_interleave(repeats, dim=0))
+    assert torch.equal(again, whole.repeat_interleave(repeats, dim=1))
+
+
+def test_layers_hash_by_themselves():
+    classes = torch.randint(0, 40, (2, 30))
+    both = make_hasher(3, 4, layers=(1, 4))
+    alone = make_hasher(3, 4, layers=(1,))
+    # Equal in value: the first layer's constants do not depend on how many follow.
+    assert torch.equal(both(classes)[0], alone(classes)[0])
+    assert not torch.equal(both.multipliers[0], both.multipliers[1])
+    assert set(both.primes[0].flatten().tolist()).isdisjoint(both.primes[1].flatten().tolist())
+    rows = both(classes)
+    assert not torch.equal(rows[0], rows[1])
+
+
+def test_an_unknown_layer_is_refused():
+    hasher = make_hasher(2, 1)
+    assert hasher.layer_index(4) == 1
+    with pytest.raises(ValueError, match=r"layer 2 has no memory; the Engram layers are \[1, 4\]"):
+        hasher.hash_ids(torch.tensor([[1]]), 2)
+
+
+def test_inputs_are_left_as_they_were():
+    hasher, ids = make_hasher(3, 2), torch.tensor([[5, -1, 58, 7]])
+    alive, history = torch.tensor([[True, True, True, False]]), torch.tensor([[3, DEAD]])
+    copies = ids.clone(), alive.clone(), history.clone()
+    hasher(hasher.compress(ids, alive), history)
+    assert all(torch.equal(one, other) for one, other in zip((ids, alive, history), copies, strict=True))
+
+
+# A hasher that follows the vocabulary.
+
+
+@given(case=cases(max_length=20), added=st.integers(1, 200))
+def test_a_resized_vocabulary_keeps_old_rows_and_gives_new_ids_classes_of_their_own(case, added):
+    hasher, before = case.hasher, case.hasher(case.classes)
+    hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
+    assert torch.equal(hasher(case.classes), before)
+    assert torch.equal(case.classes, hasher.compress(case.ids, case.alive))
+    assert hasher.token_map[VOCABULARY:].tolist() == list(range(40, 40 + added))
+    # Products of the new classes may leave int64, and what is left of them may be negative.
+    assert all_inside(hasher, hasher(hasher.compress(torch.arange(VOCABULARY + added)[None])))
+    hasher.resize(VOCABULARY + added + 5, compressed_vocab_size=40)
+    assert hasher.token_map[VOCABULARY:].tolist() == list(range(40, 40 + added + 5))
+
+
+@given(added=st.integers(1, 300), seed=st.integers(0, 2**32))
+def test_the_naive_twin_agrees_about_new_ids(added, seed):
+    hasher = make_hasher(3, 2, seed=seed)
+    hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
+    classes = hasher.compress(torch.arange(VOCABULARY + added)[None])
+    differing = (hasher.hash_lookback(hasher.lookback(classes)) != naive(hasher, classes)).sum().item()
+    assert differing == 0
+
+
+def test_a_vocabulary_shrinks_over_dead_ids_only():
+    hasher = make_hasher(3, 2)
+    hasher.resize(VOCABULARY - 3, compressed_vocab_size=40)
+    assert len(hasher.token_map) == VOCABULARY - 3
+    with pytest.raises(ValueError, match=r"cannot shrink from 57 to 56 ids.*Graft"):
+        hasher.resize(VOCABULARY - 4, compressed_vocab_size=40)
+    assert len(hasher.token_map) == VOCABULARY - 3
+
+
+# A hasher that has been read from a checkpoint.
+
+
+def config(**changes) -> EngramConfig:
+    fields = {"engram_layer_ids": [1, 3], "engram_vocab_size": 50, "engram_n_heads": 2, "engram_head_dim": 2}
+    text_config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=4, pad_token_id=2)
+    return EngramConfig(text_config=text_config, **{**fields, **changes})
+
+
+def compressed(token_map: torch.Tensor) -> EngramConfig:
+    return config(engram_compressed_vocab_size=40, engram_token_map_sha256=token_map_sha256(token_map))
+
+
+def test_a_token_map_of_another_checkpoint_is_refused():
+    token_map = torch.arange(VOCABULARY) % 40
+    settings = compressed(token_map)
+    NgramHasher.from_config(settings, token_map).check(settings)  # the control
+    with pytest.raises(EngramFormatError, match=r"token map has SHA-256.*another checkpoint.*engram-memory-"):
+        NgramHasher.from_config(settings, token_map.flip(0)).check(settings)
+    with pytest.raises(EngramFormatError, match="token map has SHA-256"):
+        NgramHasher.from_config(settings, token_map).check(compressed(token_map.flip(0)))
+    with pytest.raises(EngramFormatError, match="token map has SHA-256"):
+        NgramHasher.from_config(settings, token_map).check(config(engram_compressed_vocab_size=40))
+
+
+def test_a_memory_without_compression_is_accepted():
+    settings = config()
+    hasher = NgramHasher.from_config(settings)
+    assert torch.equal(hasher.token_map, torch.arange(VOCABULARY))
+    hasher.check(settings)
+
+
+@given(added=st.integers(1, 50), dead=st.integers(0, 5), with_map=st.booleans())
+def test_a_resized_memory_is_accepted(added, dead, with_map):
+    token_map = torch.arange(VOCABULARY) % 40 if with_map else None
+    if with_map:
+        token_map[VOCABULARY - dead :] = DEAD
+    settings = compressed(token_map) if with_map else config()
+    hasher = NgramHasher.from_config(settings, token_map)
+    hasher.resize(VOCABULARY + added, settings.engram_compressed_vocab_size)
+    hasher.check(settings)
+    hasher.multipliers[0, 0] += 1
+    with pytest.raises(EngramFormatError, match="must be odd"):
+        hasher.check(settings)
