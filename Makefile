@@ -18,8 +18,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo docs test test-unit donor quality style clean
 
+# glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
+# training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
+KEEP_BLOCKS := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+
 demo: $(VENV)/.demo
-	$(BIN)/python -m examples.demo $(ARGS)
+	$(KEEP_BLOCKS) $(BIN)/python -m examples.demo $(ARGS)
 
 docs: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.publish
