@@ -8,6 +8,7 @@ leaves open.
 """
 
 import difflib
+import math
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -320,9 +321,9 @@ def check_sizes(config: EngramConfig) -> None:
             f"{vocabulary} ids: compression can only merge ids."
         )
     for name in ("engram_norm_eps", "engram_conv_norm_eps", "engram_initializer_range"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"{name}={getattr(config, name)} must be larger than 0.")
-    if config.engram_value_initializer_range <= 0:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name}={getattr(config, name)} must be a number larger than 0.")
+    if not 0 < config.engram_value_initializer_range < math.inf:
         raise ValueError(
             f"engram_value_initializer_range={config.engram_value_initializer_range} must be larger than 0: with zero "
             "tables and a zero value projection no gradient would ever reach the memory."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +33,7 @@ def user_errors(verb: Callable) -> Callable:
     def run(*args, **kwargs):
         try:
             return verb(*args, **kwargs)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, StrictDataclassError) as error:
             progress.print(
                 f"[red]error:[/red] {escape(f'{type(error).__name__}: {error}')}", soft_wrap=True, highlight=False
             )

@@ -170,9 +170,14 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
 
 def parts_for(config: EngramConfig, shard_bytes: int) -> int:
     """Least number of parts with which every part of a table fits into a memory file."""
-    width = config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize
-    largest = max(max(rows) for rows in derive_constants(config, None).order_rows()) * width
-    return -(-largest // max(1, shard_bytes - shard_bytes % width))
+    most = shard_bytes // (config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize)
+    rows = max(max(rows) for rows in derive_constants(config, None).order_rows())
+    if most < 1:
+        raise ValueError(f"max_memory_shard_size={shard_bytes:,} is smaller than one row: allow larger files.")
+    parts = -(-rows // most)
+    while rows - (parts - 1) * (rows // parts) > most:  # the last part also has the rows that are left over
+        parts += 1
+    return parts
 
 
 def write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfig, tok, folder: Path) -> None:

@@ -200,16 +200,20 @@ class NgramHasher(nn.Module):
         """
         known = len(self.token_map)
         if vocab_size < known:
-            if bool((self.token_map[vocab_size:] != DEAD).any()):
-                raise ValueError(
-                    f"the vocabulary cannot shrink from {known} to {vocab_size} ids: the memory's token map uses the "
-                    "ids in between. Graft the donor again with the smaller vocabulary."
-                )
+            self.check_shrinking(vocab_size)
             self.token_map = self.token_map[:vocab_size].clone()
         elif vocab_size > known:
             first = max(compressed_vocab_size, int(self.token_map.max()) + 1)
             added = torch.arange(first, first + vocab_size - known, device=self.token_map.device)
             self.token_map = torch.cat([self.token_map, added])  # (vocab_size,)
+
+    def check_shrinking(self, vocab_size: int) -> None:
+        """Raises ValueError if ids at or above `vocab_size` have rows in the memory."""
+        if bool((self.token_map[vocab_size:] != DEAD).any()):
+            raise ValueError(
+                f"the vocabulary cannot shrink from {len(self.token_map)} to {vocab_size} ids: the memory's token map "
+                "uses the ids in between. Graft the donor again with the smaller vocabulary."
+            )
 
     def original_token_map(self, compressed_vocab_size: int) -> torch.Tensor:
         """The map as it was at the graft: without the ids that a later resize appended (classes at or above V')."""
@@ -237,7 +241,8 @@ def naive_hash_ids(
         blocked, mix, position = False, 0, []
         for i, multiplier in enumerate(multipliers):
             blocked = blocked or t - i < 0 or classes[t - i] < 0
-            mix ^= (pad_class if blocked else classes[t - i]) * multiplier
+            product = (pad_class if blocked else classes[t - i]) * multiplier
+            mix ^= (product + 2**63) % 2**64 - 2**63  # wraps in int64; only ids that a resize appended get that far
             if i > 0:
                 position += [mix % prime for prime in primes[i - 1]]
         hashes.append(position)

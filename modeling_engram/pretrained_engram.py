@@ -150,9 +150,11 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             )
         clear_row_gradients(waiting)
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """As in Transformers; new ids get classes of their own after all others, so old addresses stay."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if new_num_tokens is not None:
+            self.memory.hashing.check_shrinking(new_num_tokens)  # before anything is changed
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.memory.hashing.resize(self.config.text_config.vocab_size, self.config.engram_compressed_vocab_size)
         return embeddings
 

@@ -79,12 +79,11 @@ def tensor_bytes(tensor: torch.Tensor | ZeroTensor) -> int:
 
 def parse_size(size: int | str) -> int:
     """Bytes of a size such as 5000000 or "8GB" (decimal units, as in Transformers)."""
-    if isinstance(size, int) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)B\s*", str(size), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B\s*", str(size), re.IGNORECASE)
+    count = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else size
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"size {size!r} must be a positive number of bytes or a text such as '8GB' or '500MB'.")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    return count
 
 
 def group_tensors(tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int) -> list[list[str]]:
@@ -204,11 +203,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise ValueError(f"header length {length}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        entries = {
-            name: TensorEntry(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        entries = {name: tensor_entry(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise EngramFormatError(
             f"'{path}' is no complete safetensors file ({error}): it is truncated or damaged. "
             "Copy or download it again."
@@ -220,6 +216,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             f"{'truncated' if size < expected else 'damaged'}. Copy or download it again."
         )
     return entries
+
+
+def tensor_entry(entry: dict) -> TensorEntry:
+    """Checks one tensor's line of a header."""
+    begin, end = entry["data_offsets"]
+    if not (type(begin) is int and type(end) is int and 0 <= begin <= end):
+        raise ValueError(f"data_offsets {entry['data_offsets']}")
+    return TensorEntry(entry["dtype"], tuple(entry["shape"]), begin, end)
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -76,11 +76,12 @@ class GatherRows(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         (rows,) = ctx.saved_tensors
         total = sum_rows(rows.flatten(), grad.reshape(-1, grad.shape[-1]))
+        place = part_of(total.rows, ctx.part_height, len(ctx.parts))
         for index, part in enumerate(ctx.parts):
             if not part.requires_grad:
                 continue
             first = index * ctx.part_height
-            inside = (total.rows >= first) & (total.rows < first + ctx.part_height)
+            inside = place == index
             if bool(inside.any()):
                 add_row_gradient(part, RowGradient(total.rows[inside] - first, total.values[inside]))
         return (None, None, *[None] * len(ctx.parts))
@@ -101,11 +102,16 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
     if len(parts) == 1:
         return F.embedding(rows, parts[0])
     values = parts[0].new_empty(*rows.shape, parts[0].shape[1])
-    place = rows // part_height
+    place = part_of(rows, part_height, len(parts))
     for index, part in enumerate(parts):
         inside = place == index
         values[inside] = F.embedding(rows[inside] - index * part_height, part)
     return values
+
+
+def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
+    """Which part each row lies in; the last one also has the rows that are left over."""
+    return (rows // part_height).clamp(max=parts - 1)
 
 
 class EngramTable(nn.Module):
@@ -124,14 +130,14 @@ class EngramTable(nn.Module):
     def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype):
         super().__init__()
         self.width = width
-        self.part_heights = [-(-rows // parts) for rows in order_rows]
+        self.part_heights = [rows // parts for rows in order_rows]
         for order, rows in enumerate(order_rows, start=2):
             if rows < parts:
                 raise ValueError(
                     f"engram_table_parts={parts} is more than the {rows} rows of order {order}: use fewer."
                 )
             height = self.part_heights[order - 2]
-            heights = [min(height, rows - first) for first in range(0, rows, height)]
+            heights = [height] * (parts - 1) + [rows - height * (parts - 1)]
             pieces = [nn.Parameter(torch.zeros(h, width, dtype=dtype)) for h in heights]
             self.register_module(f"order{order}", nn.ParameterList(pieces))
 

@@ -90,7 +90,10 @@ def test_values_of_a_wrong_type_or_name_are_refused(name, value):
         tiny(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["engram_norm_eps", "engram_conv_norm_eps", "engram_initializer_range"])
+@pytest.mark.parametrize(
+    "name",
+    ["engram_norm_eps", "engram_conv_norm_eps", "engram_initializer_range", "engram_value_initializer_range"],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused(name, value):
     with pytest.raises(ValueError, match=name):

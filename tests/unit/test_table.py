@@ -41,7 +41,7 @@ def whole(table: EngramTable) -> list[torch.Tensor]:
 def reads(draw):
     """Sizes of a table and rows to read from it, `(batch, length, orders, heads)`, with repeats."""
     parts = draw(st.integers(1, 4))
-    order_rows = draw(st.lists(st.integers(parts * parts, 40), min_size=1, max_size=3))
+    order_rows = draw(st.lists(st.integers(parts, 40), min_size=1, max_size=3))
     batch, length, heads = draw(st.integers(1, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     columns = [torch.randint(0, rows, (batch, length, heads), generator=generator) for rows in order_rows]
@@ -79,9 +79,11 @@ def test_a_gather_copies_exactly_the_rows_it_was_asked_for(case, dtype, grad):
 
 @given(parts=st.integers(1, 8), more=st.integers(0, 60))
 def test_an_order_has_as_many_parts_as_were_asked_for(parts, more):
-    pieces = EngramTable([parts + more], 2, parts, torch.float32).order2
-    assert sum(len(piece) for piece in pieces) == parts + more
-    assert len(pieces) == parts
+    table = EngramTable([parts + more], 2, parts, torch.float32)
+    heights = [len(piece) for piece in table.order2]
+    assert len(heights) == parts
+    assert sum(heights) == parts + more
+    assert set(heights[:-1]) <= set(table.part_heights)  # only the last may differ
 
 
 @given(parts=st.integers(2, 8), data=st.data())
@@ -96,8 +98,8 @@ def test_parameters_are_named_by_order_and_part():
     assert {name: tuple(p.shape) for name, p in table.named_parameters()} == {
         "order2.0": (4, 3),
         "order2.1": (4, 3),
-        "order3.0": (5, 3),
-        "order3.1": (4, 3),
+        "order3.0": (4, 3),
+        "order3.1": (5, 3),
     }
 
 
@@ -128,10 +130,11 @@ def test_rows_of_a_gradient_ascend_and_are_those_that_were_read(case, calls):
     table = filled(order_rows, width, parts)
     for _ in range(calls):
         table(rows).square().sum().backward()
-    for index, (height, order) in enumerate(zip(table.part_heights, table.orders(), strict=True)):
-        read = set(rows[:, :, index].flatten().tolist())
-        for place, part in enumerate(order):
-            inside = sorted(row - place * height for row in read if row // height == place)
+    for index, order in enumerate(table.orders()):
+        read, first = set(rows[:, :, index].flatten().tolist()), 0
+        for part in order:
+            inside = sorted(row - first for row in read if first <= row < first + len(part))
+            first += len(part)
             assert (held(part).rows.tolist() if held(part) is not None else []) == inside
             assert held(part) is None or held(part).values.dtype == torch.float32
             assert part.grad is None
