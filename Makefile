@@ -59,5 +59,5 @@ $(VENV)/.demo: $(VENV)/.torch setup.py
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.py
-	$(PIP) install --quiet --editable ".[dev]"
+	$(PIP) install --quiet --editable ".[dev,demo]"
 	touch $@

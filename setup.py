@@ -57,7 +57,7 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "demo": ["gguf>=0.17"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "build", "gguf>=0.17"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6"],
     },
     entry_points={"console_scripts": ["engram = engram_transformers.conversion.cli:main"]},
 )

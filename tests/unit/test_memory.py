@@ -399,3 +399,11 @@ def test_a_vocabulary_that_cannot_shrink_leaves_the_model_as_it_was(tiny_engram)
     assert model.config.text_config.vocab_size == known
     assert model.get_input_embeddings().weight.shape[0] == known
     assert torch.equal(logits(model), whole)
+
+
+def test_a_size_is_rounded_up_before_it_is_refused(tiny_engram):
+    model = tiny_engram()
+    known = len(model.memory.hashing.token_map)
+    assert known % 8 == 0
+    model.resize_token_embeddings(known - 3, pad_to_multiple_of=8)
+    assert model.config.text_config.vocab_size == len(model.memory.hashing.token_map) == known
