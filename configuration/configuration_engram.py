@@ -139,7 +139,6 @@ class EngramConfig(PreTrainedConfig):
                     "value and differ: give one of them."
                 )
             self.engram_pad_token_id = pad_id
-        refuse_unknown_names(kwargs)
         super().__post_init__(**kwargs)
         text = self.text_config
         self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))

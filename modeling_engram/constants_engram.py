@@ -49,7 +49,7 @@ def is_prime(n: int) -> bool:
 
 
 def multiplier_bound(compressed_vocab_size: int) -> int:
-    """Exclusive upper bound of the random halves: no product of a class and a multiplier leaves int64."""
+    """Exclusive upper bound of the random halves: no product of one of the V' classes and a multiplier leaves int64."""
     return max(1, (INT64_MAX // compressed_vocab_size) // 2)
 
 

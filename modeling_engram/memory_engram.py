@@ -132,10 +132,7 @@ class ReadsInFlight:
         """Reads of this thread's forward pass; None outside of one."""
         return self.by_thread.get(current_thread())
 
-    def __deepcopy__(self, memo):
-        return ReadsInFlight()
-
-    def __reduce__(self):
+    def __reduce__(self):  # copies and pickles start with nothing in flight
         return ReadsInFlight, ()
 
 

@@ -150,11 +150,15 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             )
         clear_row_gradients(waiting)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Module:
         """As in Transformers; new ids get classes of their own after all others, so old addresses stay."""
         if new_num_tokens is not None:
-            self.memory.hashing.check_shrinking(new_num_tokens)  # before anything is changed
-        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+            multiple = pad_to_multiple_of or 1
+            # Before anything is changed.
+            self.memory.hashing.check_shrinking(-(-new_num_tokens // multiple) * multiple)
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         self.memory.hashing.resize(self.config.text_config.vocab_size, self.config.engram_compressed_vocab_size)
         return embeddings
 

@@ -30,7 +30,8 @@ def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor
             "the memory is addressed by token ids, and inputs_embeds has none: pass engram_input_ids beside it, of "
             "shape (batch, length), with -1 where a position is no text."
         )
-    if not isinstance(ids, torch.Tensor) or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    integers = isinstance(ids, torch.Tensor) and not (ids.is_floating_point() or ids.is_complex())
+    if not integers or ids.dtype == torch.bool:
         kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise TypeError(f"{name} must be a tensor of integers, got {kind}.")
     if ids.ndim != 2 or 0 in ids.shape:

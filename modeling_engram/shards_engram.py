@@ -99,9 +99,9 @@ def group_tensors(tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: i
         if size > max_bytes:
             raise ValueError(
                 f"'{name}' has {size:,} bytes, more than max_memory_shard_size={max_bytes:,}: allow larger files, or "
-                f"graft again with engram_table_parts={-(-size // max_bytes)} times as many parts."
+                f"graft again with at least {-(-size // max_bytes)} times as many engram_table_parts."
             )
-        if size > room and groups[-1]:
+        if size > room:
             groups.append([])
             room = max_bytes
         groups[-1].append(name)
@@ -304,7 +304,6 @@ def whole_save(folder: Path) -> Iterator[Path]:
     for stale in folder.glob(f"{SAVING_PREFIX}*"):
         shutil.rmtree(stale, ignore_errors=True)  # from a process that was killed in the middle of a save
     draft = Path(tempfile.mkdtemp(prefix=SAVING_PREFIX, dir=folder))
-    draft.chmod(0o755)
     try:
         yield draft
         publish(draft, folder)

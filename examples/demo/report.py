@@ -63,7 +63,7 @@ def draw(report: dict, path: Path) -> None:
         axis.bar_label(bars, fmt="%.2f", fontsize=7)
     axis.set_xticks([k + 0.4 - width / 2 for k in range(len(KINDS))], KINDS.values())
     axis.set_ylabel("loss, nats a token (lower is better)")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=len(columns), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
