@@ -10,7 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, initialization
+from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .cache_engram import refuse_engram_history
@@ -149,6 +151,20 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 "Use EngramTrainer, or an optimizer from engram_transformers.training.engram_optimizer(model)."
             )
         clear_row_gradients(waiting)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """As in Transformers, where its checkpointed layers keep hooks outside of what is run a second time.
+
+        Raises:
+            `RuntimeError`: under an older Transformers, where the second run would leave the memory out.
+        """
+        if "__call__" in vars(GradientCheckpointingLayer):
+            raise RuntimeError(
+                "gradient checkpointing with a memory would give wrong gradients under transformers "
+                f"{transformers_version}, which runs a layer's hooks again in the backward pass: upgrade to 5.23, or "
+                "train without."
+            )
+        super().gradient_checkpointing_enable(*args, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs

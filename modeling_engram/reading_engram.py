@@ -88,7 +88,25 @@ def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | N
             "positions are pads. Pass engram_attention_mask of shape (batch, past + length) beside it."
         )
     batch, length = ids.shape
-    if mask.shape[0] != batch or mask.shape[1] < length or (cache is None and mask.shape[1] != length):
-        needed = f"({batch}, {length})" if cache is None else f"({batch}, past + {length})"
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the input needs {needed}.")
+    past = seen_positions(cache)
+    if mask.shape[0] != batch or mask.shape[1] < length or (past is not None and mask.shape[1] != past + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, {length} new tokens after {past or 0} in the cache need "
+            f"({batch}, {(past or 0) + length})."
+        )
     return mask[:, -length:].to(ids.device) != 0  # (batch, length)
+
+
+def seen_positions(cache: Cache | None) -> int | None:
+    """Positions that a cache holds; None where asking would cost a wait for the device, or nothing counts them."""
+    if cache is None:
+        return 0
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        seen = cache.get_seq_length()
+    except ValueError:  # linear-attention layers alone
+        return None
+    if isinstance(seen, torch.Tensor):
+        return int(seen) if seen.device.type == "cpu" else None
+    return seen

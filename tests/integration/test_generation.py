@@ -79,6 +79,18 @@ def test_right_pads_change_no_logit_before_them(ids, tiny_engram):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_mask_that_does_not_cover_the_tokens_is_refused(use_cache, ids, tiny_engram):
+    model = tiny_engram()
+    for columns in (14, 16, 30):
+        with pytest.raises(ValueError, match=rf"shape \(2, {columns}\), 15 new tokens after 0 .*need \(2, 15\)"):
+            model(ids, attention_mask=torch.ones(2, columns), use_cache=use_cache)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"1 new tokens after 15 .*need \(2, 16\)"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+@torch.no_grad()
 def test_interleaved_requests_do_not_see_each_other(ids, tiny_engram):
     model = tiny_engram(trained=True)
     texts = ids[:1], ids[1:]

@@ -139,6 +139,16 @@ def test_gradient_checkpointing_trains_the_same(tiny_engram, dataset, arguments,
         torch.testing.assert_close(saving.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
+def test_checkpointing_that_would_run_hooks_twice_is_refused(tiny_engram, monkeypatch):
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = tiny_engram()
+    model.gradient_checkpointing_enable()  # control: the installed one keeps hooks outside
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", lambda self, *a, **k: None, raising=False)
+    with pytest.raises(RuntimeError, match="wrong gradients under transformers .*upgrade"):
+        model.gradient_checkpointing_enable()
+
+
 def test_accumulation_equals_the_larger_batch(tiny_engram, dataset, arguments):
     whole, pieces = tiny_engram(), tiny_engram()
     EngramTrainer(whole, arguments(max_steps=3), train_dataset=dataset).train()

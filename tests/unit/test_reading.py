@@ -81,7 +81,9 @@ def test_the_end_of_a_mask_belongs_to_this_pass(past, data):
     mask = torch.tensor(
         data.draw(st.lists(st.lists(st.integers(0, 1), min_size=past + 3, max_size=past + 3), min_size=2, max_size=2))
     )
-    cache = DynamicCache() if past else None
+    cache = DynamicCache()
+    if past:
+        cache.update(torch.zeros(2, 1, past, 2), torch.zeros(2, 1, past, 2), 0)
     expected = mask[:, past:].bool()
     for given_mask in (mask, mask.bool(), mask.float()):
         found = alive_positions(IDS, given_mask, None, cache)
@@ -105,9 +107,14 @@ REFUSED_MASKS = {
     "four dimensions": (torch.zeros(2, 1, 3, 3), None, r"\(2, 1, 3, 3\).*Pass engram_attention_mask"),
     "one dimension": (torch.ones(3), None, r"\(3,\).*Pass engram_attention_mask"),
     "a dict of masks": ({"full_attention": torch.ones(2, 3)}, None, "dict.*Pass engram_attention_mask"),
-    "another batch": (torch.ones(1, 3), None, r"\(1, 3\), the input needs \(2, 3\)"),
-    "too short": (torch.ones(2, 2), DynamicCache(), r"\(2, 2\), the input needs \(2, past \+ 3\)"),
-    "too long without a cache": (torch.ones(2, 4), None, r"\(2, 4\), the input needs \(2, 3\)"),
+    "another batch": (torch.ones(1, 3), None, r"\(1, 3\), 3 new tokens after 0 .*need \(2, 3\)"),
+    "too short": (torch.ones(2, 2), DynamicCache(), r"\(2, 2\), 3 new tokens after 0 .*need \(2, 3\)"),
+    "too long without a cache": (torch.ones(2, 4), None, r"\(2, 4\), 3 new tokens after 0 .*need \(2, 3\)"),
+    "too long for an empty cache": (
+        torch.ones(2, 4),
+        DynamicCache(),
+        r"\(2, 4\), 3 new tokens after 0 .*need \(2, 3\)",
+    ),
 }
 
 
