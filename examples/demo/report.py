@@ -6,6 +6,7 @@ Promises: every number comes from the run's measurements; what was not measured 
 import json
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,11 +37,21 @@ def write_report(out: Path, report: dict) -> None:
         report (`dict`): measurements, as `examples.demo` makes them.
     """
     report["versions"] = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    report["commit"] = commit()
     report["machine"] = {"processor": processor(), "cores": os.cpu_count(), "system": platform.system()}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, out / "losses.png")
     (out / "report.md").write_text(as_markdown(report), encoding="utf-8")
     write_model_card(out / "checkpoint", base_model=report["donor"], results=loss_table(report), text=how_made(report))
+
+
+def commit() -> str:
+    """Commit of the checkout that was run, marked if it had been changed; "unknown" outside of a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def processor() -> str:
@@ -107,7 +118,8 @@ def as_markdown(report: dict) -> str:
             "## Ten prompts",
             "\n".join(answers),
             "## How",
-            f"`python -m examples.demo` on {machine['cores']} cores ({machine['processor']}). Seconds: {seconds}.",
+            f"`python -m examples.demo` at {report['commit']} on {machine['cores']} cores "
+            f"({machine['processor']}). Seconds: {seconds}.",
             "Memory: `" + json.dumps(report["memory"]) + "`. Training: `" + json.dumps(report["settings"]) + "`.",
             "Versions: " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()) + ".\n",
         ]
