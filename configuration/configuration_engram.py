@@ -84,6 +84,9 @@ class EngramConfig(PreTrainedConfig):
         engram_hash_scheme (`"deepseek"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
             `deepseek` is the paper's multiplicative-XOR hash. `one_row` gives every head a single row: the control
             that has the memory's dense weights and no n-gram knowledge.
+        engram_reset_token_ids (`list[int]`, *optional*):
+            Tokens after which a new document begins: n-grams and convolution do not look back across them (an
+            end-of-sequence token, as Qwen4's memory does it). None, as in the paper, treats them like any text.
         engram_format_version (`int`, *optional*, defaults to 1):
             Version of the checkpoint format (docs/format.md).
         engram_token_map_sha256 (`str`, *optional*):
@@ -126,6 +129,7 @@ class EngramConfig(PreTrainedConfig):
     engram_table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     engram_table_parts: int = 1
     engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
+    engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
     engram_format_version: int = FORMAT_VERSION
     engram_token_map_sha256: str | None = None
     engram_hash_sha256: str | None = None
@@ -141,10 +145,13 @@ class EngramConfig(PreTrainedConfig):
             self.engram_pad_token_id = pad_id
         super().__post_init__(**kwargs)
         text = self.text_config
+        refuse_parts(text)
         self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
         self.engram_layer_ids = list(self.engram_layer_ids)
         if not isinstance(self.engram_vocab_size, int):
             self.engram_vocab_size = list(self.engram_vocab_size)
+        if self.engram_reset_token_ids is not None:
+            self.engram_reset_token_ids = list(self.engram_reset_token_ids)
         if self.engram_hc_mult is None:
             self.engram_hc_mult = backbone_streams(text)
         if self.engram_compressed_vocab_size is None:
@@ -169,6 +176,7 @@ class EngramConfig(PreTrainedConfig):
         refuse_unknown_names(vars(self))
         check_layers(self)
         check_sizes(self)
+        check_tokens(self)
         check_streams(self)
 
     @classmethod
@@ -308,17 +316,6 @@ def check_sizes(config: EngramConfig) -> None:
         )
     if min(sizes) < 1:
         raise ValueError(f"engram_vocab_size={config.engram_vocab_size}: a head needs at least 1 row.")
-    vocabulary = config.text_config.vocab_size
-    if not 0 <= config.engram_pad_token_id < vocabulary:
-        raise ValueError(
-            f"engram_pad_token_id={config.engram_pad_token_id} is outside the vocabulary of {vocabulary} ids: name the "
-            "tokenizer's pad or end token."
-        )
-    if config.engram_token_map_sha256 is None and config.engram_compressed_vocab_size > vocabulary:
-        raise ValueError(
-            f"engram_compressed_vocab_size={config.engram_compressed_vocab_size} is larger than the vocabulary of "
-            f"{vocabulary} ids: compression can only merge ids."
-        )
     for name in ("engram_norm_eps", "engram_conv_norm_eps", "engram_initializer_range"):
         if not 0 < getattr(config, name) < math.inf:
             raise ValueError(f"{name}={getattr(config, name)} must be a number larger than 0.")
@@ -331,6 +328,38 @@ def check_sizes(config: EngramConfig) -> None:
         raise ValueError(
             f"engram_format_version={config.engram_format_version}, but this package reads version {FORMAT_VERSION}: "
             "install the engram-transformers release that wrote the checkpoint (or a newer one)."
+        )
+
+
+def refuse_parts(text_config: PreTrainedConfig) -> None:
+    """Raises ValueError for a configuration that holds a text model beside others."""
+    text = text_config.get_text_config(decoder=True)
+    if text is not text_config:
+        raise ValueError(
+            f"the backbone {text_config.model_type} holds other models beside its text model ({text.model_type}), "
+            "and a memory reads text. Graft the text model: from_donor(text_model, tokenizer), or "
+            "EngramConfig(text_config=config.get_text_config())."
+        )
+
+
+def check_tokens(config: EngramConfig) -> None:
+    """Token ids that the configuration names must be in the vocabulary."""
+    vocabulary = config.text_config.vocab_size
+    if not 0 <= config.engram_pad_token_id < vocabulary:
+        raise ValueError(
+            f"engram_pad_token_id={config.engram_pad_token_id} is outside the vocabulary of {vocabulary} ids: name the "
+            "tokenizer's pad or end token."
+        )
+    for token in config.engram_reset_token_ids or []:
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"engram_reset_token_ids={config.engram_reset_token_ids}: {token} is outside the vocabulary of "
+                f"{vocabulary} ids. Name the tokens that end a document, such as tokenizer.eos_token_id."
+            )
+    if config.engram_token_map_sha256 is None and config.engram_compressed_vocab_size > vocabulary:
+        raise ValueError(
+            f"engram_compressed_vocab_size={config.engram_compressed_vocab_size} is larger than the vocabulary of "
+            f"{vocabulary} ids: compression can only merge ids."
         )
 
 

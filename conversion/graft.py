@@ -146,6 +146,11 @@ def read_donor_config(folder: Path, trust_remote_code: bool):
             f"'{folder}' already has an Engram memory: load it with from_pretrained, or graft the donor that it "
             f"was made from (see its {RECEIPT_NAME})."
         )
+    if (raw.get("quantization_config") or {}).get("quant_method") == "torchao":
+        raise ValueError(
+            f"'{folder}' is quantised by torchao, whose files name their tensors a second time and cannot be taken "
+            "over: graft the donor that it was made from, and pass quantization_config to from_pretrained."
+        )
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

@@ -1,6 +1,7 @@
-"""Inspection: what a checkpoint holds and whether it is right. Reads, and never writes."""
+"""Inspection: what a checkpoint holds and whether it is right, and whether a model generates exactly. Never writes."""
 
+from .generation import GenerationReport, WayResult, check_generation
 from .verify import Finding, verify_checkpoint
 
 
-__all__ = ["Finding", "verify_checkpoint"]
+__all__ = ["Finding", "GenerationReport", "WayResult", "check_generation", "verify_checkpoint"]

@@ -66,7 +66,7 @@ def verify_checkpoint(folder: str | Path, tokenizer: str | Path | None = None) -
     return [
         look("files", lambda: files_section(folder, config)),
         look("constants", lambda: constants_section(folder, config)),
-        look("tokenizer", lambda: tokenizer_section(folder, tokenizer)),
+        look("tokenizer", lambda: tokenizer_section(folder, config, tokenizer)),
     ]
 
 
@@ -103,10 +103,10 @@ def constants_section(folder: Path, config: EngramConfig) -> str:
     return f"{heads} heads, {int(hashing.primes.sum()):,} rows; digests match, constants derive again"
 
 
-def tokenizer_section(folder: Path, tokenizer: str | Path | None) -> str:
+def tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path | None) -> str:
     """Whether the tokenizer gives the stored token map."""
     token_map = read_tensors(folder, ["token_map"])["token_map"]
-    check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder))
+    check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder), config.engram_compressed_vocab_size)
     dead = int((token_map == DEAD).sum())
     return f"{len(token_map)} ids in {int(token_map.max()) + 1} classes, {dead} without a tokenizer entry"
 

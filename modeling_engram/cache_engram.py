@@ -1,7 +1,8 @@
 """EngramCacheLayer: what decoding must remember, kept in the Transformers cache and nowhere else.
 
 Promises: the last N - 1 classes and the convolution's last inputs follow every reorder, repeat, select, reset and crop
-of the cache, so that beams, interleaved requests and chunked prefill read their own history. Never stored on a module.
+of the cache, so that beams, interleaved requests and chunked prefill read their own history; a crop that would leave a
+gap, and a cache that went on without the memory, are refused. Never stored on a module.
 Source: transformers 5.23 `cache_utils.LinearAttentionLayer` (its convolution states fit both histories).
 """
 
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer
 
 
-# State 0 holds classes, state 1 + i the convolution inputs of the i-th Engram layer.
+# State 0 holds classes, state 1 + i the convolution inputs of the i-th Engram layer, and one more behind them where
+# documents end, if the memory looks for that.
 CLASS_STATE = 0
 
 
@@ -22,11 +24,14 @@ class EngramCacheLayer(LinearAttentionLayer):
     Args:
         convolutions (`int`): Engram layers with a convolution.
         context_length (`int`): classes to remember, N - 1.
+        span (`int`, *optional*, defaults to 0): places for which to remember whether a document ended there.
     """
 
-    def __init__(self, convolutions: int, context_length: int):
-        super().__init__(number_of_states=1 + convolutions)
-        self.context_length = context_length
+    def __init__(self, convolutions: int, context_length: int, span: int = 0):
+        super().__init__(number_of_states=1 + convolutions + (span > 0))
+        self.context_length, self.span, self.end_state = context_length, span, 1 + convolutions
+        # Tokens remembered; None after a compiled pass, where counting would compile each one anew.
+        self.seen: int | None = 0
 
     def recent_classes(self) -> torch.Tensor | None:
         """Classes of the last tokens, `(batch, N - 1)`, -1 where there was no text; None before the first token."""
@@ -38,6 +43,16 @@ class EngramCacheLayer(LinearAttentionLayer):
     def remember_classes(self, classes: torch.Tensor) -> None:
         """Appends the classes `(batch, length)` of a forward pass that has run."""
         self.update_conv_state(classes + 1, state_idx=CLASS_STATE, conv_kernel_size=self.context_length)
+        if torch.compiler.is_compiling():
+            self.seen = None
+        elif self.seen is not None:
+            self.seen += classes.shape[1]
+
+    def extend_ends(self, ends: torch.Tensor) -> torch.Tensor:
+        """Appends `(batch, length)` flags, True where a document ends; returns them after `span` earlier ones."""
+        full = self.update_conv_state(ends, state_idx=self.end_state, conv_kernel_size=self.span)
+        wanted = self.span + ends.shape[1]
+        return F.pad(full, (max(0, wanted - full.shape[1]), 0))[:, -wanted:]  # (batch, span + length)
 
     def extend_convolution(self, inputs: torch.Tensor, state_idx: int, reach: int) -> torch.Tensor:
         """Appends convolution inputs and returns them with the history in front.
@@ -51,6 +66,36 @@ class EngramCacheLayer(LinearAttentionLayer):
             `torch.Tensor` of shape `(batch, channels, history and length)`; the history may be shorter than `reach`.
         """
         return self.update_conv_state(inputs, state_idx=state_idx, conv_kernel_size=reach)
+
+    def reset(self) -> None:
+        """Forgets everything; tensors stay where they are."""
+        super().reset()
+        self.seen = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens.
+
+        Args:
+            tokens_to_remove (`int`): their number, negative as in Transformers; 0 drops what only a crop would need.
+
+        Raises:
+            `RuntimeError`: if older histories were not kept for it.
+        """
+        removed = abs(tokens_to_remove)
+        left = None if self.seen is None else self.seen - removed
+        for index, state in self.conv_states.items():
+            if not self.is_conv_states_initialized[index]:
+                continue
+            kernel = self.conv_kernel_size[index]
+            needed = kernel if left is None else min(kernel, left)
+            if tokens_to_remove > 0 or not self.record_past or state.shape[-1] - removed < needed:
+                raise RuntimeError(
+                    f"crop({tokens_to_remove}): the memory's history cannot go back that far. Crop by a negative "
+                    "number of tokens that were read after cache.activate_past_recording(), or read the text again."
+                )
+            kept = state.shape[-1] - removed
+            self.conv_states[index] = state[..., max(0, kept - kernel) : kept]
+        self.seen = left
 
     # The states of different layers may lie on different devices, and the parent moves indices to the first one's.
 
@@ -70,7 +115,9 @@ class EngramCacheLayer(LinearAttentionLayer):
                 self.conv_states[index] = state.repeat_interleave(repeats, dim=0)
 
 
-def engram_cache_layer(cache: Cache, backbone_layers: int, convolutions: int, context_length: int) -> EngramCacheLayer:
+def engram_cache_layer(
+    cache: Cache, backbone_layers: int, convolutions: int, context_length: int, span: int = 0
+) -> EngramCacheLayer:
     """The cache's Engram layer, appended on first sight.
 
     Args:
@@ -78,6 +125,7 @@ def engram_cache_layer(cache: Cache, backbone_layers: int, convolutions: int, co
         backbone_layers (`int`): decoder layers of the backbone, whose places come first.
         convolutions (`int`): Engram layers with a convolution.
         context_length (`int`): N - 1.
+        span (`int`, *optional*, defaults to 0): see [`EngramCacheLayer`].
 
     Returns:
         [`EngramCacheLayer`]
@@ -94,6 +142,7 @@ def engram_cache_layer(cache: Cache, backbone_layers: int, convolutions: int, co
         )
     for layer in cache.layers:
         if isinstance(layer, EngramCacheLayer):
+            refuse_gap(cache, layer)
             return layer
     if seen := seen_tokens(cache):
         raise ValueError(
@@ -103,11 +152,38 @@ def engram_cache_layer(cache: Cache, backbone_layers: int, convolutions: int, co
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < backbone_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = EngramCacheLayer(convolutions, context_length)
+    layer = EngramCacheLayer(convolutions, context_length, span)
     if any(getattr(other, "record_past", False) for other in cache.layers):
         layer.activate_past_recording()
     cache.layers.append(layer)
     return layer
+
+
+def refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:
+    """Raises ValueError if the backbone's layers hold other tokens than the memory's, as far as counting is free."""
+    if layer.seen is None or torch.compiler.is_compiling():
+        return
+    held = seen_positions(cache)
+    if held is not None and held != layer.seen:
+        raise ValueError(
+            f"past_key_values holds {held} tokens, its memory {layer.seen}: it went on without the memory, or was "
+            "cropped in part. Start from an empty cache, or from a copy made before."
+        )
+
+
+def seen_positions(cache: Cache | None) -> int | None:
+    """Positions that a cache holds; None where asking would cost a wait for the device, or nothing counts them."""
+    if cache is None:
+        return 0
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        seen = cache.get_seq_length()
+    except ValueError:  # linear-attention layers alone
+        return None
+    if isinstance(seen, torch.Tensor):
+        return int(seen) if seen.device.type == "cpu" else None
+    return seen
 
 
 def refuse_engram_history(cache: Cache | None) -> None:

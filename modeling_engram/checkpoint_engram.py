@@ -7,6 +7,7 @@ Source: docs/format.md.
 """
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ class EngramCheckpointMixin:
         self.config.auto_map = dict(AUTO_MAP)
         # Backbone weights keep their modules' names; Transformers would go back to older names of some models.
         kwargs.setdefault("save_original_format", False)
-        with whole_save(folder) as draft:
+        with whole_save(folder) as draft, only_state(self, rest):
             super().save_pretrained(draft, state_dict=rest, max_shard_size=max_shard_size, **kwargs)
             weight_map = number_rest_files(draft)
             weight_map |= write_shards(draft, MEMORY_STEM, shards, parse_size(max_memory_shard_size))
@@ -140,6 +141,16 @@ class EngramCheckpointMixin:
             "shards (zeros of a sparse file are sent as bytes)."
         )
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+@contextmanager
+def only_state(model, state: dict[str, torch.Tensor]):
+    """Lets `model.state_dict()` give `state` while the block runs: a quantiser saves that, whatever it is handed."""
+    model.__dict__["state_dict"] = lambda *args, **kwargs: state
+    try:
+        yield
+    finally:
+        del model.__dict__["state_dict"]
 
 
 def local_checkpoint(path, subfolder: str) -> Path | None:

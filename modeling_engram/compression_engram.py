@@ -119,17 +119,29 @@ def token_map_sha256(token_map: torch.Tensor) -> str:
     return hashlib.sha256(entries.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def check_token_map(stored: torch.Tensor, tokenizer) -> None:
+def appended_from(token_map: torch.Tensor, compressed_vocab_size: int) -> int:
+    """First id that a resize appended, by its class at or above V'; the map's length if there is none."""
+    added = torch.nonzero(token_map >= compressed_vocab_size).flatten()
+    return int(added[0]) if len(added) else len(token_map)
+
+
+def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int | None = None) -> None:
     """Refuses a tokenizer whose ids do not mean what a memory's rows were trained for.
 
     Args:
         stored (`torch.LongTensor` of shape `(vocab_size,)`): a checkpoint's token map.
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used with it.
+        compressed_vocab_size (`int`, *optional*): classes V' at the graft. Ids that a resize appended have classes of
+            their own, whatever they read like: they need to be the tokenizer's, but say nothing else about it.
 
     Raises:
         `ValueError`: naming the first ids that differ.
     """
     given = TokenCompressor.from_tokenizer(tokenizer).lookup_table
+    if compressed_vocab_size is not None:
+        first = appended_from(stored, compressed_vocab_size)
+        if len(given) >= first:
+            given = torch.cat([given[:first], stored[first:].cpu(), given[len(stored) :]])  # (ids,)
     length = max(len(stored), len(given))
     maps = [torch.cat([m.cpu(), torch.full((length - len(m),), DEAD)]) for m in (stored, given)]  # (ids,) each
     different = torch.nonzero(maps[0] != maps[1]).flatten().tolist()

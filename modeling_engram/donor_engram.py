@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .compression_engram import TokenCompressor, token_map_sha256
-from .configuration_engram import EngramConfig
+from .configuration_engram import EngramConfig, refuse_parts
 
 
 def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool = False, **kwargs):
@@ -88,6 +88,7 @@ def engram_config(
     Returns:
         `tuple` of [`EngramConfig`] and the token map, a `torch.LongTensor` of shape `(vocab_size,)`.
     """
+    refuse_parts(donor_config)
     text_config = copy.deepcopy(donor_config)
     token_map = TokenCompressor.from_tokenizer(tokenizer).token_map(text_config.vocab_size)
     if fields.get("engram_pad_token_id") is None and fields.get("engram_pad_id") is None:
@@ -101,4 +102,18 @@ def engram_config(
         dtype=text_config.dtype,
         **fields,
     )
+    if (quantization := quantization_of(text_config)) is not None:
+        config.quantization_config = quantization
     return config, token_map
+
+
+def quantization_of(donor_config: PreTrainedConfig):
+    """A quantised donor's `quantization_config`, its modules also under the names that they have in a graft."""
+    quantization = copy.deepcopy(getattr(donor_config, "quantization_config", None))
+    if quantization is None:
+        return None
+    held = quantization if isinstance(quantization, dict) else vars(quantization)
+    for names in ("modules_to_not_convert", "llm_int8_skip_modules"):
+        if held.get(names):
+            held[names] = [*held[names], *(f"backbone.{name}" for name in held[names])]
+    return quantization

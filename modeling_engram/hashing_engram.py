@@ -8,7 +8,7 @@ Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's Ng
 import torch
 from torch import nn
 
-from .compression_engram import DEAD, token_map_sha256
+from .compression_engram import DEAD, appended_from, token_map_sha256
 from .configuration_engram import EngramFormatError
 from .constants_engram import HashConstants, check_constants, derive_constants
 
@@ -89,13 +89,17 @@ class NgramHasher(nn.Module):
             text = text & alive
         return torch.where(text, self.token_map[input_ids.clamp(min=0)], DEAD)
 
-    def lookback(self, classes: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+    def lookback(
+        self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Every position's n-gram, with everything at or before a dead position replaced by the pad class.
 
         Args:
             classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`.
             history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position;
                 None at the start of a text.
+            segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*):
+                Number of the document that each place belongs to; another document counts as nothing.
 
         Returns:
             `torch.LongTensor` of shape `(N, batch, length)`; entry i is i places back.
@@ -104,9 +108,11 @@ class NgramHasher(nn.Module):
         n = self.context_length + 1
         if history is None:
             history = classes.new_full((batch, n - 1), DEAD)
-        full = torch.cat([history, classes], dim=1)  # (batch, N - 1 + length)
-        shifted = torch.stack([full[:, n - 1 - i : n - 1 - i + length] for i in range(n)])  # (N, batch, length)
+        shifted = shift_back(torch.cat([history, classes], dim=1), n, length)  # (N, batch, length)
         blocked = shifted.cummin(dim=0).values < 0  # a running minimum below 0: something dead at or after this place
+        if segments is not None:
+            places = shift_back(segments, n, length)  # (N, batch, length)
+            blocked = blocked | (places != places[0])
         return torch.where(blocked, self.pad_class, shifted)
 
     def hash_lookback(self, lookback: torch.Tensor) -> torch.Tensor:
@@ -154,18 +160,21 @@ class NgramHasher(nn.Module):
         """
         return self.hash_ids(input_ids, layer_id) + self.offsets[self.layer_index(layer_id)].flatten()
 
-    def forward(self, classes: torch.Tensor, history: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Rows of all layers at once, each counted from the first row of its order.
 
         Args:
             classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`.
             history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position.
+            segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*): see `lookback`.
 
         Returns:
             `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`.
         """
         within_order = self.offsets - self.offsets[:, :, :1]  # (layers, orders, heads)
-        return self.hash_lookback(self.lookback(classes, history)) + within_order[:, None, None]
+        return self.hash_lookback(self.lookback(classes, history, segments)) + within_order[:, None, None]
 
     def layer_index(self, layer_id: int) -> int:
         """Place of a layer among the constants."""
@@ -191,6 +200,9 @@ class NgramHasher(nn.Module):
     def resize(self, vocab_size: int, compressed_vocab_size: int) -> None:
         """Follows a resized vocabulary: new ids get classes of their own after all others, old addresses stay.
 
+        Ids behind the tokenizer's last one, with which a donor's vocabulary was padded, count as new: whoever asks for
+        a size that holds them has added tokens there.
+
         Args:
             vocab_size (`int`): rows of the resized input embedding.
             compressed_vocab_size (`int`): classes V' at the graft.
@@ -198,14 +210,11 @@ class NgramHasher(nn.Module):
         Raises:
             `ValueError`: if ids that have rows in the memory would go.
         """
-        known = len(self.token_map)
-        if vocab_size < known:
-            self.check_shrinking(vocab_size)
-            self.token_map = self.token_map[:vocab_size].clone()
-        elif vocab_size > known:
-            first = max(compressed_vocab_size, int(self.token_map.max()) + 1)
-            added = torch.arange(first, first + vocab_size - known, device=self.token_map.device)
-            self.token_map = torch.cat([self.token_map, added])  # (vocab_size,)
+        self.check_shrinking(vocab_size)
+        known = int(torch.nonzero(self.token_map != DEAD).max()) + 1
+        first = max(compressed_vocab_size, int(self.token_map.max()) + 1)
+        added = torch.arange(first, first + vocab_size - known, device=self.token_map.device)
+        self.token_map = torch.cat([self.token_map[:known], added])  # (vocab_size,)
 
     def check_shrinking(self, vocab_size: int) -> None:
         """Raises ValueError if ids at or above `vocab_size` have rows in the memory."""
@@ -217,8 +226,17 @@ class NgramHasher(nn.Module):
 
     def original_token_map(self, compressed_vocab_size: int) -> torch.Tensor:
         """The map as it was at the graft: without the ids that a later resize appended (classes at or above V')."""
-        added = torch.nonzero(self.token_map >= compressed_vocab_size).flatten()
-        return self.token_map[: int(added[0])] if len(added) else self.token_map
+        return self.token_map[: appended_from(self.token_map, compressed_vocab_size)]
+
+
+def shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:
+    """The last `length` columns of `(batch, places - 1 or more + length)`, and the same 1, 2, ... columns earlier.
+
+    Returns:
+        `torch.Tensor` of shape `(places, batch, length)`.
+    """
+    first = full.shape[1] - length
+    return torch.stack([full[:, first - i : first - i + length] for i in range(places)])
 
 
 def naive_hash_ids(

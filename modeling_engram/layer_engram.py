@@ -22,6 +22,25 @@ from .cache_engram import EngramCacheLayer
 GATE_FLOOR = 1e-6
 
 
+class Projection(nn.Module):
+    """A linear map that is no `nn.Linear`: quantisers replace those by type, and a memory stays as it was trained.
+
+    Args:
+        inputs (`int`): values in.
+        outputs (`int`): values out.
+        bias (`bool`): whether to add a bias.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).normal_(0.0, inputs**-0.5))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., inputs)` to `(..., outputs)`."""
+        return F.linear(x, self.weight, self.bias)
+
+
 class EngramLayer(GradientCheckpointingLayer):
     """Gate, key and value projections and convolution of one layer.
 
@@ -41,7 +60,7 @@ class EngramLayer(GradientCheckpointingLayer):
         self.place = config.engram_layer_ids.index(layer_id)
         self.taps, self.dilation = config.engram_kernel_size, config.engram_max_ngram_size
         # Rows of the weight: M keys of D rows each, then the value's D rows (V4.1's `wkv`).
-        self.key_value = nn.Linear(config.engram_memory_dim, (streams + 1) * hidden, bias=config.engram_projection_bias)
+        self.key_value = Projection(config.engram_memory_dim, (streams + 1) * hidden, config.engram_projection_bias)
         self.key_norm = nn.Parameter(torch.ones(streams, hidden))
         self.query_norm = nn.Parameter(torch.ones(streams, hidden))
         if self.taps:
@@ -59,6 +78,7 @@ class EngramLayer(GradientCheckpointingLayer):
         vectors: torch.Tensor,
         alive: torch.Tensor | None = None,
         past_key_values: EngramCacheLayer | None = None,
+        segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the memory adds to the residual stream.
 
@@ -68,6 +88,8 @@ class EngramLayer(GradientCheckpointingLayer):
             vectors (`torch.Tensor` of shape `(batch, length, orders * heads * width)`): rows read for each token.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False where the gate is shut.
             past_key_values ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
+            segments (`torch.LongTensor` of shape `(batch, reach or more + length)`, *optional*):
+                Number of the document that each place belongs to; taps do not look into another one.
 
         Returns:
             `torch.Tensor` of the shape and dtype of `hidden_states`.
@@ -80,7 +102,7 @@ class EngramLayer(GradientCheckpointingLayer):
         if alive is not None:
             gated = gated * alive[:, :, None, None]
         if self.taps:
-            gated = gated + self.convolve(gated, alive, past_key_values)
+            gated = gated + self.convolve(gated, alive, past_key_values, segments)
         return gated.to(hidden_states.dtype).view(hidden_states.shape)
 
     def open_gate(self, stream: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -93,7 +115,11 @@ class EngramLayer(GradientCheckpointingLayer):
         return torch.sigmoid(score)
 
     def convolve(
-        self, gated: torch.Tensor, alive: torch.Tensor | None, past_key_values: EngramCacheLayer | None
+        self,
+        gated: torch.Tensor,
+        alive: torch.Tensor | None,
+        past_key_values: EngramCacheLayer | None,
+        segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """SiLU of the causal depthwise convolution over normed gated values `(B, L, M, D)`, zero where not alive."""
         batch, length = gated.shape[:2]
@@ -105,7 +131,11 @@ class EngramLayer(GradientCheckpointingLayer):
         mixed = torch.zeros_like(window[..., :length])  # (B, M * D, L)
         for tap, weight in enumerate(self.conv.float()):
             start = tap * self.dilation
-            mixed = mixed + window[..., start : start + length] * weight[:, None]
+            seen = window[..., start : start + length]  # (B, M * D, L)
+            if segments is not None:
+                back = segments.shape[1] - length - self.reach + start
+                seen = seen * (segments[:, back : back + length] == segments[:, -length:])[:, None]
+            mixed = mixed + seen * weight[:, None]
         added = F.silu(mixed).transpose(1, 2).view(gated.shape)  # (B, L, M, D)
         return added if alive is None else added * alive[:, :, None, None]
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,11 +36,13 @@ class MemoryReads:
         vectors (`dict[int, torch.Tensor]`): memory vectors by layer id, `(batch, length, orders * heads * width)`.
         alive (`torch.BoolTensor` of shape `(batch, length)`): False where the gate is shut.
         cache ([`EngramCacheLayer`], *optional*): where histories go.
+        segments (`torch.LongTensor` of shape `(batch, span + length)`, *optional*): documents, None if there is one.
     """
 
     vectors: dict[int, torch.Tensor]
     alive: torch.Tensor
     cache: EngramCacheLayer | None
+    segments: torch.Tensor | None = None
 
 
 class EngramMemory(nn.Module):
@@ -63,6 +66,12 @@ class EngramMemory(nn.Module):
             }
         )
         self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
+        self.reset_token_ids = list(config.engram_reset_token_ids or [])
+
+    @property
+    def span(self) -> int:
+        """Places before a token that n-grams or convolution see."""
+        return max(self.hashing.context_length, self.layers[str(self.layer_ids[0])].reach)
 
     @property
     def convolutions(self) -> int:
@@ -73,22 +82,39 @@ class EngramMemory(nn.Module):
         """The Engram layer of a cache, appended on first sight."""
         if cache is None:
             return None
-        return engram_cache_layer(cache, backbone_layers, self.convolutions, self.hashing.context_length)
+        span = self.span if self.reset_token_ids else 0
+        return engram_cache_layer(cache, backbone_layers, self.convolutions, self.hashing.context_length, span)
 
-    def read(self, classes: torch.Tensor, cache: EngramCacheLayer | None) -> MemoryReads:
+    def read(
+        self, classes: torch.Tensor, cache: EngramCacheLayer | None, ends: torch.Tensor | None = None
+    ) -> MemoryReads:
         """Hashes a batch and reads the rows of every layer.
 
         Args:
             classes (`torch.LongTensor` of shape `(batch, length)`): from `NgramHasher.compress`.
             cache ([`EngramCacheLayer`], *optional*): what came before.
+            ends (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `document_ends`.
 
         Returns:
             [`MemoryReads`]
         """
         history = cache.recent_classes() if cache is not None else None
-        rows = self.hashing(classes, history)  # (layers, batch, length, orders, heads)
+        segments = None if ends is None else self.segments(ends.to(classes.device), cache)
+        rows = self.hashing(classes, history, segments)  # (layers, batch, length, orders, heads)
         vectors = {layer: self.tables[str(layer)](rows[i]) for i, layer in enumerate(self.layer_ids)}
-        return MemoryReads(vectors, classes >= 0, cache)
+        return MemoryReads(vectors, classes >= 0, cache, segments)
+
+    def resets(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Where documents end by `engram_reset_token_ids`, `(batch, length)`; None if there are none."""
+        if not self.reset_token_ids:
+            return None
+        return torch.isin(ids, torch.tensor(self.reset_token_ids, device=ids.device))
+
+    def segments(self, ends: torch.Tensor, cache: EngramCacheLayer | None) -> torch.Tensor:
+        """Numbers the documents, `(batch, span + length)`, from the flags `(batch, length)` of their last positions."""
+        keeps = cache is not None and self.reset_token_ids
+        full = cache.extend_ends(ends) if keeps else F.pad(ends, (self.span, 0))  # (batch, span + length)
+        return full.cumsum(1) - full.long()  # the last position still belongs to its document
 
 
 class ReadsInFlight:
@@ -162,7 +188,9 @@ class InsertMemory:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.alive)
         vectors = reads.vectors[self.layer_id].to(hidden_states.device)
-        added = self.layer(hidden_states, vectors, reads.alive.to(hidden_states.device), past_key_values=reads.cache)
+        alive = reads.alive.to(hidden_states.device)
+        segments = None if reads.segments is None else reads.segments.to(hidden_states.device)
+        added = self.layer(hidden_states, vectors, alive, past_key_values=reads.cache, segments=segments)
         # An addition and no update in place: the backbone may keep its stream for other uses.
         hidden_states = hidden_states + added
         if args:

@@ -51,6 +51,7 @@ class EngramModel(EngramPreTrainedModel):
         use_cache: bool | None = None,
         engram_input_ids: torch.LongTensor | None = None,
         engram_attention_mask: torch.Tensor | None = None,
+        engram_segment_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the backbone with memory.
@@ -59,32 +60,36 @@ class EngramModel(EngramPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids.
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*):
                 0 at pads, which break n-grams and shut the gate.
-            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): handed to the backbone.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Handed to the backbone. Where they restart, a packed document begins (`attention_mask=None` and
+                `use_cache=False`).
             past_key_values (`Cache`, *optional*): holds the memory's histories beside keys and values.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
                 Needs `engram_input_ids`.
             use_cache (`bool`, *optional*): defaults to the backbone's setting.
             engram_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Ids for the memory, -1 where a position is no text. Defaults to `input_ids`.
-            engram_attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*):
-                The two-dimensional mask, needed when `attention_mask` is not.
+            engram_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                The two-dimensional mask, needed when `attention_mask` is not; with or without the past's columns.
+            engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Documents packed into one row, for n-grams and convolution alone: what the backbone attends to is up to
+                `attention_mask` and `position_ids`. Defaults to where `position_ids` restart.
 
         Returns:
             `BaseModelOutputWithPast`, as the backbone returns it.
         """
-        past_key_values, use_cache = self.fresh_cache(past_key_values, use_cache)
-        with self.reading_memory(
-            input_ids, inputs_embeds, attention_mask, past_key_values, engram_input_ids, engram_attention_mask
-        ):
-            return self.backbone.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return self.run_with_memory(
+            self.backbone.base_model, inputs, engram_input_ids, engram_attention_mask, engram_segment_ids
+        )
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
@@ -163,6 +168,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         engram_input_ids: torch.LongTensor | None = None,
         engram_attention_mask: torch.Tensor | None = None,
+        engram_segment_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Runs the language model with memory.
@@ -171,7 +177,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids.
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*):
                 0 at pads, which break n-grams and shut the gate.
-            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): handed to the backbone.
+            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Handed to the backbone. Where they restart, a packed document begins (`attention_mask=None` and
+                `use_cache=False`).
             past_key_values (`Cache`, *optional*): holds the memory's histories beside keys and values.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
                 Needs `engram_input_ids`.
@@ -180,40 +188,53 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions to compute; 0 for all.
             engram_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Ids for the memory, -1 where a position is no text. Defaults to `input_ids`.
-            engram_attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*):
-                The two-dimensional mask, needed when `attention_mask` is not.
+            engram_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                The two-dimensional mask, needed when `attention_mask` is not; with or without the past's columns.
+            engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                Documents packed into one row, for n-grams and convolution alone: what the backbone attends to is up to
+                `attention_mask` and `position_ids`. Defaults to where `position_ids` restart.
 
         Returns:
             `CausalLMOutputWithPast`, as the backbone returns it.
         """
-        past_key_values, use_cache = self.fresh_cache(past_key_values, use_cache)
         if self.backbone_slices_logits:
             kwargs["logits_to_keep"] = logits_to_keep
-        with self.reading_memory(
-            input_ids, inputs_embeds, attention_mask, past_key_values, engram_input_ids, engram_attention_mask
-        ):
-            return self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                **kwargs,
-            )
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return self.run_with_memory(self.backbone, inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        # `inputs_embeds` is named because `generate` looks for it in this signature.
+        # `inputs_embeds` is named because `generate` looks for it in this signature. The backbone prepares: some types
+        # (phi3, falcon_h1) do it in ways of their own.
         engram_ids = kwargs.pop("engram_input_ids", None)
-        inputs = super().prepare_inputs_for_generation(
+        inputs = self.backbone.prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        embeds = inputs.get("inputs_embeds")
+        batch, length = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
+        # Compilable caches get a mask of four dimensions; no mask at all says that there are no pads. Only this pass's
+        # columns, so that the shape stays the same in every step of a compiled decoding.
         if attention_mask is not None and attention_mask.ndim == 2:
-            inputs["engram_attention_mask"] = attention_mask  # the parent makes it 4-D for compilable caches
-        if inputs.get("inputs_embeds") is not None and engram_ids is not None:
-            inputs["engram_input_ids"] = engram_ids[:, -inputs["inputs_embeds"].shape[1] :]
+            inputs["engram_attention_mask"] = attention_mask[:, -length:]  # (batch, length)
+        elif attention_mask is None and inputs.get("attention_mask") is not None:
+            inputs["engram_attention_mask"] = input_ids.new_ones(batch, length)
+        if embeds is not None and engram_ids is not None:
+            inputs["engram_input_ids"] = engram_ids[:, -length:]  # (batch, length)
         return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching packs the tokens of many requests into one row and keeps no n-gram history for each: "
+            "the memory would read wrong rows. Use generate() with a batch."
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -22,11 +22,14 @@ from .configuration_engram import EngramConfig
 from .constants_engram import check_constants
 from .layer_engram import EngramLayer
 from .memory_engram import EngramMemory, insert_memory
-from .reading_engram import alive_positions, check_ids, checked_text_ids
+from .reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from .table_engram import EngramTable, clear_row_gradients, with_row_gradients
 
 
 logger = logging.get_logger(__name__)
+
+# What Transformers puts on a model that it has quantised.
+QUANTISER_ATTRIBUTES = ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 
 class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
@@ -55,7 +58,15 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             )
         self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
         config.text_config = self.backbone.config  # one object: a resized vocabulary is known to both
+        config._attn_implementation = self.backbone.config._attn_implementation
         self.backbone.is_custom_code = leaves_conversions_to_base_model
+        for name in QUANTISER_ATTRIBUTES:  # a quantised donor is saved by its quantiser
+            if getattr(self.backbone, name, None) is not None:
+                setattr(self, name, getattr(self.backbone, name))
+        # What `generate` asks of a class: assisted decoding is refused for states that cannot be rolled back, and only
+        # some types compile.
+        self._is_stateful = self.backbone._is_stateful
+        self._can_compile_fullgraph = self.backbone._can_compile_fullgraph
         self.memory = EngramMemory(config, token_map)
         self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
         if not on_meta():
@@ -87,23 +98,43 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             initialization.ones_(layer.conv_norm)
             initialization.zeros_(layer.conv)
 
-    @contextmanager
-    def reading_memory(self, input_ids, inputs_embeds, attention_mask, cache, engram_input_ids, engram_attention_mask):
-        """Reads the memory for one forward pass and lets the backbone's layers have it while the block runs."""
+    def run_with_memory(
+        self, module: nn.Module, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids
+    ):
+        """Runs a forward pass of the backbone, or of its base model, with what the memory holds for it.
+
+        Args:
+            module (`nn.Module`): the backbone or its base model.
+            inputs (`dict`): its arguments; cache and `use_cache` are filled in.
+            engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
+        """
+        cache, use_cache = self.fresh_cache(inputs["past_key_values"], inputs["use_cache"])
+        inputs = {**self.outputs_wanted(), **inputs, "past_key_values": cache, "use_cache": use_cache}
         if self.reads_in_flight.is_off:
             refuse_engram_history(cache)
-            yield
-            return
-        ids = checked_text_ids(input_ids, inputs_embeds, engram_input_ids)
-        check_ids(ids, self.memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
+            return module(**inputs)
+        hashing = self.memory.hashing
+        ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
+        check_ids(ids, hashing.token_map, may_be_absent=engram_input_ids is not None)
         layer = self.memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
-        alive = alive_positions(ids, attention_mask, engram_attention_mask, cache)
-        classes = self.memory.hashing.compress(ids.to(self.memory.hashing.token_map.device), alive)
-        with self.reads_in_flight.hold(self.memory.read(classes, layer)):
-            yield
+        mask = inputs["attention_mask"]
+        alive = alive_positions(ids, mask, engram_attention_mask, cache)
+        ends = document_ends(ids, alive, mask, inputs["position_ids"], engram_segment_ids, cache)
+        resets = self.memory.resets(ids)
+        if resets is not None:
+            ends = resets if ends is None else ends | resets
+        classes = hashing.compress(ids.to(hashing.token_map.device), alive)
+        with self.reads_in_flight.hold(self.memory.read(classes, layer, ends)):
+            outputs = module(**inputs)
         if layer is not None:
             # After the backbone has run: hybrid backbones ask the cache's last layer whether anything came before.
             layer.remember_classes(classes)
+        return outputs
+
+    def outputs_wanted(self) -> dict[str, bool]:
+        """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""
+        wanted = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name)}
+        return wanted if self.config.return_dict else {**wanted, "return_dict": False}
 
     @contextmanager
     def without_memory(self):
@@ -123,8 +154,10 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def fresh_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
         """The cache of a forward pass, and whether the backbone is to use one."""
         if use_cache is None:
-            use_cache = bool(getattr(self.config.text_config, "use_cache", False))
-        if self.training and self.is_gradient_checkpointing:
+            # Trainer and users set it on the model's own configuration, which otherwise has none.
+            backbones = getattr(self.config.text_config, "use_cache", False)
+            use_cache = bool(getattr(self.config, "use_cache", backbones))
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.get_text_config(decoder=True))
@@ -139,7 +172,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Raises:
             `ValueError`: naming the first ids that differ.
         """
-        check_token_map(self.memory.hashing.token_map, tokenizer)
+        check_token_map(self.memory.hashing.token_map, tokenizer, self.config.engram_compressed_vocab_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears dense gradients and the tables' row gradients."""

@@ -1,12 +1,15 @@
-"""What a forward pass may be given: which ids the memory reads and which positions are alive.
+"""What a forward pass may be given: which ids the memory reads, which positions are alive, where documents end.
 
 Promises: every input that would read a wrong row is refused with a message, as far as that costs nothing (values are
-looked at in eager mode on the CPU only). Never changes an input.
-Source: docs/design.md, "Pads and other positions that are no text".
+looked at in eager mode, on an accelerator only before passes of more than one token). Never changes an input.
+Source: docs/design.md, "Pads and other positions that are no text" and "Documents packed into one row".
 """
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import Cache
+
+from .cache_engram import seen_positions
 
 
 def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor:
@@ -30,16 +33,21 @@ def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor
             "the memory is addressed by token ids, and inputs_embeds has none: pass engram_input_ids beside it, of "
             "shape (batch, length), with -1 where a position is no text."
         )
-    integers = isinstance(ids, torch.Tensor) and not (ids.is_floating_point() or ids.is_complex())
-    if not integers or ids.dtype == torch.bool:
-        kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise TypeError(f"{name} must be a tensor of integers, got {kind}.")
+    check_integers(ids, name)
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}: it must be (batch, length) with at least one token.")
     given = input_ids if input_ids is not None else inputs_embeds
     if given is not None and ids.shape != given.shape[:2]:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, the model's input has {tuple(given.shape[:2])}.")
     return ids.long()
+
+
+def check_integers(values, name: str) -> None:
+    """Raises TypeError unless `values` is a tensor of integers."""
+    integers = isinstance(values, torch.Tensor) and not (values.is_floating_point() or values.is_complex())
+    if not integers or values.dtype == torch.bool:
+        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {kind}.")
 
 
 def check_ids(ids: torch.Tensor, token_map: torch.Tensor, may_be_absent: bool) -> None:
@@ -69,7 +77,8 @@ def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | N
     Args:
         ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
         attention_mask (`torch.Tensor`, *optional*): the backbone's mask.
-        engram_attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*): goes before it.
+        engram_attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch, past + length)`, *optional*):
+            Goes before it.
         cache (`Cache`, *optional*): tells how many positions came before.
 
     Returns:
@@ -85,11 +94,14 @@ def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | N
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
             f"attention_mask is {shape}: from a mask that is not (batch, length) the memory cannot tell which "
-            "positions are pads. Pass engram_attention_mask of shape (batch, past + length) beside it."
+            "positions are pads. Pass engram_attention_mask of shape (batch, length) beside it."
         )
     batch, length = ids.shape
     past = seen_positions(cache)
-    if mask.shape[0] != batch or mask.shape[1] < length or (past is not None and mask.shape[1] != past + length):
+    columns = {None if past is None else past + length}
+    if engram_attention_mask is not None:
+        columns.add(length)
+    if mask.shape[0] != batch or mask.shape[1] < length or (None not in columns and mask.shape[1] not in columns):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, {length} new tokens after {past or 0} in the cache need "
             f"({batch}, {(past or 0) + length})."
@@ -97,16 +109,73 @@ def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | N
     return mask[:, -length:].to(ids.device) != 0  # (batch, length)
 
 
-def seen_positions(cache: Cache | None) -> int | None:
-    """Positions that a cache holds; None where asking would cost a wait for the device, or nothing counts them."""
-    if cache is None:
-        return 0
+def document_ends(
+    ids, alive, attention_mask, position_ids, engram_segment_ids, cache: Cache | None
+) -> torch.Tensor | None:
+    """Where the documents end that are packed into the rows of this pass.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
+        alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
+        attention_mask (`torch.Tensor`, *optional*): the backbone's mask.
+        position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): documents begin where they do
+            not go on by one, as Transformers' masks see it.
+        engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): goes before them.
+        cache (`Cache`, *optional*): leaves no room for packed documents.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, length)`, True at the last position of every document but the row's
+        last; None if every row is one document.
+
+    Raises:
+        `ValueError`: if there is a cache, or a mask that keeps the backbone from seeing the documents.
+    """
+    if engram_segment_ids is not None:
+        check_integers(engram_segment_ids, "engram_segment_ids")
+        if engram_segment_ids.shape != ids.shape:
+            raise ValueError(
+                f"engram_segment_ids has shape {tuple(engram_segment_ids.shape)}, the ids have {tuple(ids.shape)}."
+            )
+        if cache is not None:
+            raise ValueError("engram_segment_ids are for rows read at once: pass use_cache=False.")
+        return ends_where(engram_segment_ids.diff(dim=1) != 0)
+    if position_ids is None or position_ids.ndim != 2:  # multimodal positions are three to a token
+        return None
+    positions = position_ids.to(ids.device).expand(len(ids), -1)  # (batch, length)
+    steps = positions.diff(dim=1)  # (batch, length - 1)
+    packed = cache is None and not is_flat(attention_mask)
     if torch.compiler.is_compiling():
-        return None
-    try:
-        seen = cache.get_seq_length()
-    except ValueError:  # linear-attention layers alone
-        return None
-    if isinstance(seen, torch.Tensor):
-        return int(seen) if seen.device.type == "cpu" else None
-    return seen
+        return ends_where(steps != 1) if packed else None
+    if packed:
+        return ends_where(steps != 1) if bool((steps != 1).any()) else None
+    if ids.device.type == "cpu" or ids.shape[1] > 1:
+        refuse_restarts(positions, alive, attention_mask, cache)
+    return None
+
+
+def is_flat(attention_mask) -> bool:
+    """Whether a mask is of shape (batch, length): it names pads, and hides documents from the backbone."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
+def ends_where(borders: torch.Tensor) -> torch.Tensor:
+    """Flags `(batch, length)` from borders `(batch, length - 1)` between neighbours."""
+    return F.pad(borders, (0, 1))  # (batch, length)
+
+
+def refuse_restarts(positions, alive, attention_mask, cache: Cache | None) -> None:
+    """Raises ValueError if positions of text do not rise where the backbone would read on across the restart."""
+    alive = torch.ones_like(positions, dtype=torch.bool) if alive is None else alive  # (batch, length)
+    restarts = (positions.diff(dim=1) < 1) & alive[:, 1:] & alive[:, :-1]  # (batch, length - 1)
+    again = alive[:, 0] & (positions[:, 0] == 0)  # (batch,): position 0 once more, after text in the cache
+    past = seen_positions(cache)
+    if not past or (attention_mask is not None and not is_flat(attention_mask)):
+        again = torch.zeros_like(again)
+    elif attention_mask is not None:
+        again = again & (attention_mask[:, :past] != 0).any(1).to(again.device)
+    if bool(restarts.any() | again.any()):
+        what = "past_key_values" if cache is not None else "a two-dimensional attention_mask"
+        raise ValueError(
+            f"position_ids restart beside {what}: with it the backbone reads on from one document into the next. "
+            "Packed documents need attention_mask=None and use_cache=False."
+        )

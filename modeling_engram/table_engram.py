@@ -6,6 +6,7 @@ sparse torch gradient: `parameter.grad` stays None, and an optimizer that knows 
 Source: Engram (arXiv 2601.07372), section 2.2 (one physical table per layer) and 2.5 (rows travel, tables stay).
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -62,31 +63,6 @@ def clear_row_gradients(parameters: Iterable[torch.Tensor]) -> int:
     return len(held)
 
 
-class GatherRows(torch.autograd.Function):
-    """Reads rows of a table; its backward leaves a `RowGradient` beside each part and returns nothing for the table."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, part_height: int, *parts: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows)
-        ctx.part_height, ctx.parts = part_height, parts
-        return read_parts(rows, part_height, parts)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        (rows,) = ctx.saved_tensors
-        total = sum_rows(rows.flatten(), grad.reshape(-1, grad.shape[-1]))
-        place = part_of(total.rows, ctx.part_height, len(ctx.parts))
-        for index, part in enumerate(ctx.parts):
-            if not part.requires_grad:
-                continue
-            first = index * ctx.part_height
-            inside = place == index
-            if bool(inside.any()):
-                add_row_gradient(part, RowGradient(total.rows[inside] - first, total.values[inside]))
-        return (None, None, *[None] * len(ctx.parts))
-
-
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
     """Copies rows out of a table that is kept in parts.
 
@@ -107,6 +83,60 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
         inside = place == index
         values[inside] = F.embedding(rows[inside] - index * part_height, part)
     return values
+
+
+# The gather as an operator that a compiler calls and does not look into: it sees no table that it might copy, and no
+# gradient whose size depends on data. Autograd hands gradients to inputs only, and the table must get none: so the gather
+# takes an anchor, one number that it does not read, whose gradient comes out of the operator that leaves the rows' own.
+#
+# The namespace is this module's, because a checkpoint's own copy of the code may run beside the package; the number is
+# raised whenever a backward changes, because compilers cache graphs by operators' names.
+OPERATORS = f"engram_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
+
+
+@torch.library.custom_op(f"{OPERATORS}::gather_rows_1", mutates_args=())
+def gather_rows(rows: torch.Tensor, part_height: int, parts: list[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
+    """`read_parts` with a backward that leaves a `RowGradient` beside each part."""
+    return read_parts(rows, part_height, parts)
+
+
+@gather_rows.register_fake
+def gathered_shape(rows, part_height, parts, anchor):
+    return parts[0].new_empty(*rows.shape, parts[0].shape[1])
+
+
+@torch.library.custom_op(f"{OPERATORS}::leave_row_gradients_1", mutates_args=())
+def leave_row_gradients(
+    rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
+) -> torch.Tensor:
+    """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's, a zero."""
+    total = sum_rows(rows.flatten(), values.reshape(-1, values.shape[-1]))
+    place = part_of(total.rows, part_height, len(parts))
+    for index, part in enumerate(parts):
+        if not part.requires_grad:
+            continue
+        inside = place == index
+        if bool(inside.any()):
+            add_row_gradient(part, RowGradient(total.rows[inside] - index * part_height, total.values[inside]))
+    return torch.zeros(1)
+
+
+@leave_row_gradients.register_fake
+def anchor_shape(rows, values, part_height, parts):
+    return torch.zeros(1)
+
+
+def keep_for_backward(ctx, inputs, output) -> None:
+    rows, ctx.part_height, ctx.parts, _ = inputs
+    ctx.save_for_backward(rows)
+
+
+def gather_backward(ctx, values: torch.Tensor):
+    (rows,) = ctx.saved_tensors
+    return None, None, [None] * len(ctx.parts), leave_row_gradients(rows, values, ctx.part_height, ctx.parts)
+
+
+gather_rows.register_autograd(gather_backward, setup_context=keep_for_backward)
 
 
 def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
@@ -130,6 +160,7 @@ class EngramTable(nn.Module):
     def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype):
         super().__init__()
         self.width = width
+        self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
         self.part_heights = [rows // parts for rows in order_rows]
         for order, rows in enumerate(order_rows, start=2):
             if rows < parts:
@@ -164,10 +195,11 @@ class EngramTable(nn.Module):
         vectors = []
         for index, (height, parts) in enumerate(zip(self.part_heights, self.orders(), strict=True)):
             wanted = rows[:, :, index]  # (batch, length, heads)
-            if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-                values = GatherRows.apply(wanted, height, *parts)
+            learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+            if learns or torch.compiler.is_compiling():
+                values = gather_rows(wanted, height, list(parts), self.anchor if learns else self.anchor.detach())
             else:
-                values = read_parts(wanted, height, parts)
+                values = read_parts(wanted, height, parts)  # an operator costs 10 microseconds more
             vectors.append(values.flatten(-2))  # (batch, length, heads * width)
         return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
 

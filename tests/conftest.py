@@ -12,7 +12,11 @@
 values wide); any `engram_*` field may be given instead. A graft is fresh (its logits are the donor's) unless
 `trained=True`, which calls `fill_memory`: without it nothing that the memory does can be seen.
 
-Hypothesis runs few examples, always the same ones; `--hypothesis-profile=wide` looks for new ones.
+Hypothesis runs 25 examples of a property, always the same ones; `--hypothesis-profile=wide` (`make test-all`) looks for
+new ones, 40 times as many. A property that needs more or fewer says `@examples(count)`, which the profile multiplies.
+
+Tests pass in any order and beside each other: `--order-seed N` shuffles them, the same way for the same N, and
+`make test` deals them out to two workers.
 
 Run everything with `pytest`, one floor with `pytest tests/unit`.
 """
@@ -20,12 +24,13 @@ Run everything with `pytest`, one floor with `pytest tests/unit`.
 import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # one thread for each worker, and for the processes that tests start
+os.environ["OMP_WAIT_POLICY"] = "passive"  # where a test does use two threads, waiting ones leave the core to others
 
 import numpy as np
 import pytest
@@ -36,8 +41,8 @@ from transformers.utils import logging
 
 from engram_transformers import EngramForCausalLM
 
+from . import tiny
 
-GOLDEN = Path(__file__).parent / "parity" / "golden"
 
 # Factories are safe to share between examples; a deadline would be an assertion about time.
 HYPOTHESIS = {
@@ -45,14 +50,34 @@ HYPOTHESIS = {
     "database": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
-settings.register_profile("house", max_examples=25, derandomize=True, **HYPOTHESIS)
-settings.register_profile("wide", max_examples=1000, print_blob=True, **HYPOTHESIS)
+HOUSE_EXAMPLES = 25
+settings.register_profile("house", max_examples=HOUSE_EXAMPLES, derandomize=True, **HYPOTHESIS)
+settings.register_profile("wide", max_examples=40 * HOUSE_EXAMPLES, print_blob=True, **HYPOTHESIS)
 settings.load_profile("house")
+
+
+def examples(count: int) -> settings:
+    """Decorator of a property that runs `count` examples in the house profile and 40 times as many in the wide one.
+
+    `@settings(max_examples=...)` would fix the number whatever the profile says.
+    """
+    return settings(max_examples=count * settings().max_examples // HOUSE_EXAMPLES)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--order-seed", type=int, help="shuffle the tests; the same seed gives the same order")
 
 
 def pytest_configure():
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has put tests together that share a fixture
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--order-seed")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +91,7 @@ def seeded():
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """The golden tokenizer."""
-    return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    return AutoTokenizer.from_pretrained(tiny.GOLDEN / "tokenizer")
 
 
 @pytest.fixture
@@ -101,20 +126,7 @@ def tiny_donor(tiny_llama_config) -> Callable[..., PreTrainedModel]:
 @pytest.fixture
 def fill_memory() -> Callable[..., PreTrainedModel]:
     """Stands for training: `fill_memory(model, seed=0)`."""
-
-    @torch.no_grad()
-    def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in model.memory.named_parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
-                values = 1 + values.clamp(-2, 2) / 4
-            elif name.startswith("layers."):
-                values = 0.3 * values
-            parameter.copy_(values)
-        return model
-
-    return fill
+    return tiny.fill_memory
 
 
 @pytest.fixture

@@ -53,7 +53,12 @@ class EngramTrainer(Trainer):
                 f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "
                 "EngramForCausalLM.from_donor(model, tokenizer)."
             )
+        quantised = getattr(model, "is_quantized", False)
+        if quantised and not train_backbone:  # Trainer asks for an adapter: the memory is one, in full precision
+            model.is_quantized = False
         super().__init__(model, args, *positional, **kwargs)
+        if quantised:
+            model.is_quantized = True
         self.table_lr_multiplier = table_lr_multiplier
         if self.args.world_size > 1:
             raise ValueError(

@@ -70,7 +70,7 @@ def test_a_travelling_file_needs_nothing_but_transformers(path):
 
 
 def test_the_door_is_a_door():
-    names = {"EngramConfig", "EngramFormatError"}
+    names = {"EngramConfig", "EngramFormatError", "refuse_parts"}
     body = ast.parse(DOOR.read_text(encoding="utf-8")).body
     (door,) = [node for node in body if isinstance(node, ast.ImportFrom)]
     assert door.module == "engram_transformers.configuration.configuration_engram"

@@ -150,6 +150,7 @@ def test_the_layer_is_appended_once_behind_the_backbones(kind):
     assert layer.number_of_states == 3
     assert engram_cache_layer(cache, 3, 2, 2) is layer
     layer.remember_classes(torch.tensor([[4, 5]]))
+    own.update(torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4), 0)
     assert engram_cache_layer(cache, 3, 2, 2) is layer  # still found when it has seen tokens
     assert len(own.layers) == 4
     assert not any(isinstance(other, EngramCacheLayer) for other in own.layers[:3])

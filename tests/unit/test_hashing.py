@@ -247,15 +247,26 @@ def test_inputs_are_left_as_they_were():
 
 @given(case=cases(max_length=20), added=st.integers(1, 200))
 def test_a_resized_vocabulary_keeps_old_rows_and_gives_new_ids_classes_of_their_own(case, added):
-    hasher, before = case.hasher, case.hasher(case.classes)
+    hasher, classes, before = case.hasher, case.classes, case.hasher(case.classes)
     hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
-    assert torch.equal(hasher(case.classes), before)
-    assert torch.equal(case.classes, hasher.compress(case.ids, case.alive))
-    assert hasher.token_map[VOCABULARY:].tolist() == list(range(40, 40 + added))
+    assert torch.equal(hasher(classes), before)
+    known = VOCABULARY - 3  # three ids behind the tokenizer's last one count as new
+    old = case.ids < known
+    assert torch.equal(classes[old], hasher.compress(case.ids, case.alive)[old])
+    assert hasher.token_map[known:].tolist() == list(range(40, 40 + 3 + added))
     # Products of the new classes may leave int64, and what is left of them may be negative.
     assert all_inside(hasher, hasher(hasher.compress(torch.arange(VOCABULARY + added)[None])))
     hasher.resize(VOCABULARY + added + 5, compressed_vocab_size=40)
-    assert hasher.token_map[VOCABULARY:].tolist() == list(range(40, 40 + added + 5))
+    assert hasher.token_map[known:].tolist() == list(range(40, 40 + 3 + added + 5))
+
+
+def test_a_token_added_inside_a_padded_vocabulary_gets_a_class():
+    hasher = make_hasher(3, 2)
+    assert hasher.token_map[VOCABULARY - 3 :].tolist() == [-1, -1, -1]  # the control
+    original = hasher.original_token_map(40)
+    hasher.resize(VOCABULARY - 2, compressed_vocab_size=40)
+    assert hasher.token_map[VOCABULARY - 3 :].tolist() == [40]
+    assert token_map_sha256(hasher.original_token_map(40)) == token_map_sha256(original)
 
 
 @given(added=st.integers(1, 300), seed=st.integers(0, 2**32))

@@ -1,0 +1,299 @@
+"""The checker of generation: is a model with a memory exact in every way of running it?
+
+Every way of `ways.py` is run on the user's own model. Its logits are compared with those of the same texts read at
+once, alone, without a cache and without pads, and its choices of tokens with those made without a cache. The plain
+backbone runs the same way beside it: where that differs from itself, twice its own difference is allowed.
+Promises: a cell is exact, refused by an error, or wrong; a memory that adds nothing yet is stood in for, because any
+history would pass with it. Never leaves a changed model behind, and never writes a file.
+Source: docs/generation.md.
+"""
+
+import copy
+import io
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..modeling_engram import EngramForCausalLM
+from .ways import SEED, WAYS, Reading, Subject, Way
+
+
+# Largest difference of float32 logits that counts as none, and the same in roundings of the largest logit.
+TOLERANCE = 1e-5
+ROUNDINGS = 8
+
+PROMPTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In the beginning the Universe was created. This has made a lot of people very angry.",
+    "def main():\n    print('hello, world')\n",
+)
+
+
+@dataclass(frozen=True)
+class WayResult:
+    """What came out of one way.
+
+    Args:
+        way (`str`): its name.
+        status (`str`): "exact"; "backbone's" where it differs no more than twice as much as the plain backbone does;
+            "refused" by an error; "not run"; or "wrong".
+        difference (`float`, *optional*): largest difference of a logit from reading at once.
+        backbone_difference (`float`, *optional*): the plain backbone's own.
+        tokens_equal (`bool`, *optional*): whether the same tokens were chosen; None where none are chosen.
+        detail (`str`): the error, or why it was not run.
+    """
+
+    way: str
+    status: str
+    difference: float | None = None
+    backbone_difference: float | None = None
+    tokens_equal: bool | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """Results of all ways; prints as a table.
+
+    Args:
+        results (`list[WayResult]`): in the order of the ways.
+        stood_in (`bool`): whether the memory added nothing, and random rows stood in for it.
+    """
+
+    results: list[WayResult]
+    stood_in: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether no way is wrong."""
+        return not self.wrong
+
+    @property
+    def wrong(self) -> list[WayResult]:
+        """The ways that are."""
+        return [result for result in self.results if result.status == "wrong"]
+
+    def summary(self) -> str:
+        """Counts of the statuses, in one line."""
+        counts = {}
+        for result in self.results:
+            counts[result.status] = counts.get(result.status, 0) + 1
+        memory = "; the memory adds nothing yet, random rows stood in for it" if self.stood_in else ""
+        return ", ".join(f"{count} {status}" for status, count in counts.items()) + memory
+
+    def table(self) -> Table:
+        """The report for a terminal."""
+        table = Table("way", "result", "largest logit difference", "plain backbone's", "tokens equal", "detail")
+        for result in self.results:
+            numbers = ["" if x is None else f"{x:.1e}" for x in (result.difference, result.backbone_difference)]
+            tokens = {None: "", True: "yes", False: "no"}[result.tokens_equal]
+            table.add_row(result.way, result.status, *numbers, tokens, result.detail.split("\n")[0][:80])
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=160).print(self.table())
+        return text.getvalue() + self.summary()
+
+
+@torch.no_grad()
+def check_generation(
+    model: EngramForCausalLM, tokenizer=None, *, new_tokens: int = 6, ways: Iterable[str] | None = None
+) -> GenerationReport:
+    """Runs a model in every way of generating and compares each with reading at once.
+
+    Args:
+        model ([`EngramForCausalLM`]): in memory; put into evaluation mode meanwhile.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): makes the prompts; random ids if None.
+        new_tokens (`int`, *optional*, defaults to 6): tokens to generate from each prompt.
+        ways (iterable of `str`, *optional*): names of the ways to run; all if None.
+
+    Returns:
+        [`GenerationReport`]
+
+    Raises:
+        `TypeError`: if the model is no Engram model with a language-model head.
+        `ValueError`: for an unknown way.
+
+    Example:
+
+    ```python
+    >>> from engram_transformers.inspection import check_generation
+
+    >>> report = check_generation(model, tokenizer)
+    >>> report.ok
+    True
+    >>> print(report)
+    ```"""
+    if not isinstance(model, EngramForCausalLM):
+        raise TypeError(f"check_generation takes an EngramForCausalLM, got {type(model).__name__}.")
+    chosen = chosen_ways(ways)
+    prompts = [prompt.to(model.device) for prompt in make_prompts(model, tokenizer)]
+    with ExitStack() as stack:
+        stack.enter_context(as_it_was(model))
+        memory = adds_something(model, prompts)
+        if not memory:
+            stack.enter_context(stand_in_memory(model))
+        subject, control = (
+            Subject(lm, prompts, new_tokens, pad_id(model), lm is model, model.backbone)
+            for lm in (model, model.backbone)
+        )
+        return GenerationReport([run_way(way, subject, control) for way in chosen], stood_in=not memory)
+
+
+def chosen_ways(names: Iterable[str] | None) -> list[Way]:
+    """Ways by their names."""
+    if names is None:
+        return WAYS
+    known = {way.name: way for way in WAYS}
+    names = list(names)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown ways {unknown}; there are {list(known)}.")
+    return [known[name] for name in names]
+
+
+def run_way(way: Way, subject: Subject, control: Subject) -> WayResult:
+    """Runs one way on the model and on its plain backbone."""
+    if way.device is not None and subject.model.device.type != way.device:
+        return WayResult(way.name, "not run", detail=f"the model is not on a {way.device} device")
+    if way.refused is not None:
+        return declined(way, subject)
+    try:
+        plain_difference, plain_tokens, _ = compare(way, control)
+    except Exception as error:  # noqa: BLE001 - whatever a backbone raises for a way that it does not offer
+        plain_difference, plain_tokens, refusal = None, None, error
+    try:
+        difference, tokens, floor = compare(way, subject)
+    except Exception as error:  # noqa: BLE001
+        refused = plain_difference is None
+        return WayResult(way.name, "refused" if refused else "wrong", detail=f"{type(error).__name__}: {error}")
+    if difference <= floor and tokens is not False:
+        status = "exact"
+    elif plain_difference is None:
+        return WayResult(way.name, "wrong", difference, None, tokens, f"the plain backbone: {refusal}")
+    elif difference <= max(floor, 2 * plain_difference) and (tokens is not False or plain_tokens is False):
+        status = "backbone's"
+    else:
+        status = "wrong"
+    return WayResult(way.name, status, difference, plain_difference, tokens)
+
+
+def declined(way: Way, subject: Subject) -> WayResult:
+    """Result of a way that Engram refuses by design."""
+    try:
+        way.run(subject)
+    except way.refused as error:
+        return WayResult(way.name, "refused", detail=f"{type(error).__name__}: {error}")
+    except Exception as error:  # noqa: BLE001
+        return WayResult(way.name, "wrong", detail=f"{type(error).__name__}: {error}")
+    return WayResult(way.name, "wrong", detail="it should have been declined")
+
+
+def compare(way: Way, subject: Subject) -> tuple[float, bool | None, float]:
+    """Runs a way.
+
+    Returns:
+        Largest difference of a logit, whether the tokens are the expected ones, and what counts as no difference.
+    """
+    readings = way.run(subject)
+    at_once = [subject.read(reading.text[None])[0] for reading in readings]  # (length, vocabulary) each
+    difference = max(
+        float((reading.logits.float() - logits[reading.first :][: len(reading.logits)].float()).abs().max())
+        for reading, logits in zip(readings, at_once, strict=True)
+    )
+    largest = max(float(logits.abs().max()) for logits in at_once)
+    floor = max(TOLERANCE, ROUNDINGS * torch.finfo(at_once[0].dtype).eps * largest)
+    if way.expect is None:
+        return difference, None, floor
+    expected = way.expect(subject)
+    pairs = zip(readings, expected, at_once, strict=True)
+    return difference, all(same_choice(ours, theirs, logits, floor) for ours, theirs, logits in pairs), floor
+
+
+def same_choice(ours: Reading, theirs: Reading, logits: torch.Tensor, floor: float) -> bool:
+    """Whether two texts are equal, or part where two tokens are as good as each other."""
+    differ = torch.nonzero(ours.text != theirs.text).flatten()
+    if len(differ) == 0:
+        return True
+    first = int(differ[0])
+    one, other = (logits[first - 1, text[first]] for text in (ours.text, theirs.text))
+    return abs(float(one - other)) <= 2 * floor
+
+
+def make_prompts(model: EngramForCausalLM, tokenizer) -> list[torch.Tensor]:
+    """Three short prompts of different lengths, as ids."""
+    if tokenizer is not None:
+        return [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    token_map = model.memory.hashing.token_map.cpu()
+    text = torch.nonzero(token_map >= 0).flatten()  # (ids that are text,)
+    generator = torch.Generator().manual_seed(SEED)
+    return [text[torch.randint(len(text), (length,), generator=generator)] for length in (12, 9, 17)]
+
+
+def pad_id(model: EngramForCausalLM) -> int:
+    """A token to fill batches up with; masked, so that any will do."""
+    pad = model.config.text_config.get_text_config().pad_token_id
+    return model.config.engram_pad_token_id if pad is None or pad < 0 else pad
+
+
+def adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> bool:
+    """Whether the memory changes any logit, and its convolution, if it has one, sees anything."""
+    if any(layer.taps and not bool(layer.conv.any()) for layer in model.memory.layers.values()):
+        return False
+    ids = prompts[0][None]
+    return float((model(ids).logits - model.backbone(ids).logits).abs().max()) > 100 * TOLERANCE
+
+
+@contextmanager
+def as_it_was(model: PreTrainedModel):
+    """Evaluation mode while the block runs; mode, generation settings and verbosity are put back."""
+    settings = [(lm, copy.deepcopy(lm.generation_config)) for lm in (model, model.backbone)]
+    training, verbosity = model.training, logging.get_verbosity()
+    model.eval()
+    logging.set_verbosity_error()  # `generate` comments on settings that the ways overrule
+    try:
+        yield
+    finally:
+        model.train(training)
+        logging.set_verbosity(verbosity)
+        for lm, before in settings:
+            lm.generation_config = before
+
+
+class RandomRows:
+    """Forward hook of a table: a fixed pattern of each row's number in place of its values."""
+
+    def __call__(self, table: nn.Module, args: tuple, vectors: torch.Tensor) -> torch.Tensor:
+        rows = args[0].to(vectors.device)  # (batch, length, orders, heads)
+        scale = torch.arange(1, table.width + 1, device=rows.device)
+        pattern = torch.sin((rows[..., None] % 9973 + 1) * scale * 0.7)  # (batch, length, orders, heads, width)
+        return pattern.flatten(2).to(vectors.dtype)
+
+
+@contextmanager
+def stand_in_memory(model: EngramForCausalLM):
+    """Random rows and a random convolution while the block runs; no table is written to."""
+    generator = torch.Generator().manual_seed(SEED)
+    hooks = [table.register_forward_hook(RandomRows()) for table in model.memory.tables.values()]
+    kept = []
+    for layer in model.memory.layers.values():
+        for name, deviation in (("conv", 0.3), ("key_value.weight", None)):
+            parameter = dict(layer.named_parameters()).get(name)
+            if parameter is not None and (deviation is not None or not bool(parameter.any())):
+                kept.append((parameter, parameter.detach().clone()))
+                noise = torch.randn(parameter.shape, generator=generator) * (deviation or 0.04)
+                parameter.copy_(noise.to(parameter))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, before in kept:
+            parameter.copy_(before)

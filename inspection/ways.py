@@ -1,0 +1,320 @@
+"""Ways of running a language model that must all read the same text alike.
+
+Each way takes a `Subject` (a model and a few prompts) and returns `Reading`s: texts, and the logits that the model gave
+along them. The same ways run on the Engram model and on its plain backbone, which is the control.
+Promises: only what `generate`, a forward pass and `Cache` offer in public. Never changes a model.
+Source: Transformers 5.23, `generation/utils.py` and `cache_utils.py`.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+
+SEED = 0
+
+
+@dataclass
+class Reading:
+    """A text and what a model predicted along it.
+
+    Args:
+        text (`torch.LongTensor` of shape `(length,)`): token ids, without pads.
+        logits (`torch.Tensor` of shape `(steps, vocabulary)`): predictions after `text[first]`, `text[first + 1]`, ...
+        first (`int`): position of the first prediction.
+    """
+
+    text: torch.Tensor
+    logits: torch.Tensor
+    first: int
+
+
+@dataclass
+class Subject:
+    """A model under examination.
+
+    Args:
+        model (`PreTrainedModel`): the Engram model, or its backbone as the control.
+        prompts (`list[torch.LongTensor]`): token ids of shape `(length,)`, of different lengths, 6 or more.
+        new_tokens (`int`): tokens to generate.
+        pad_token_id (`int`): fills up batches.
+        has_memory (`bool`): whether it takes Engram's arguments.
+        assistant (`PreTrainedModel`): another model with the same vocabulary.
+    """
+
+    model: PreTrainedModel
+    prompts: list[torch.Tensor]
+    new_tokens: int
+    pad_token_id: int
+    has_memory: bool
+    assistant: PreTrainedModel
+
+    @cached_property
+    def greedy(self) -> list[Reading]:
+        """Greedy decoding of each prompt alone and without a cache."""
+        return one_by_one(use_cache=False)(self)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache with this backbone's kinds of layers."""
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def read(self, ids: torch.Tensor, cache=None, **inputs) -> torch.Tensor:
+        """Logits `(batch, length, vocabulary)` of ids `(batch, length)`."""
+        return self.model(ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
+
+    def read_on(self, ids: torch.Tensor, cache, first: int) -> list[Reading]:
+        """Reads whole texts `(batch, length)` from position `first` on, behind what a cache holds of them."""
+        logits = self.read(ids[:, first:], cache)
+        return [Reading(text, row, first) for text, row in zip(ids, logits, strict=True)]
+
+    def write(self, prompts: list[torch.Tensor], **options) -> list[Reading]:
+        """Generates from a batch of prompts, padded on the left where lengths differ."""
+        ids = pad_sequence(prompts, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+        inputs = {"input_ids": ids} if "inputs_embeds" not in options else {}
+        torch.manual_seed(SEED)
+        out = self.model.generate(
+            **inputs,
+            attention_mask=mask,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **{**self.settings(), **options},
+        )
+        written = out.sequences[:, -self.new_tokens :]  # (batch * returned, new tokens)
+        returned = len(written) // len(prompts)
+        beams = getattr(out, "beam_indices", None)
+        readings = []
+        for row, tokens in enumerate(written):
+            prompt = prompts[row // returned]
+            places = [row] * self.new_tokens if beams is None else beams[row, : self.new_tokens].tolist()
+            logits = torch.stack([step[place] for step, place in zip(out.logits, places, strict=True)])
+            readings.append(Reading(torch.cat([prompt, tokens]), logits, len(prompt) - 1))
+        return readings
+
+    def settings(self) -> dict:
+        """Greedy, of a fixed length, whatever the model's own generation settings are."""
+        return {
+            "max_new_tokens": self.new_tokens,
+            "min_new_tokens": self.new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "repetition_penalty": 1.0,
+            "pad_token_id": self.pad_token_id,
+            "disable_compile": True,
+        }
+
+    def rows(self) -> torch.Tensor:
+        """The prompts cut to one length, `(prompts, length)`."""
+        shortest = min(len(prompt) for prompt in self.prompts)
+        return torch.stack([prompt[:shortest] for prompt in self.prompts])
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of running a model.
+
+    Args:
+        name (`str`): for tables.
+        run (`Callable[[Subject], list[Reading]]`): the way.
+        expect (`Callable[[Subject], list[Reading]]`, *optional*):
+            What it must write: the same manner of choosing without a cache, one text at a time. None where nothing is
+            chosen.
+        refused (`type[Exception]`, *optional*): the error with which Engram declines it.
+        device (`str`, *optional*): a kind of device without which it cannot be run.
+    """
+
+    name: str
+    run: Callable[[Subject], list[Reading]]
+    expect: Callable[[Subject], list[Reading]] | None = None
+    refused: type[Exception] | None = None
+    device: str | None = None
+
+
+def one_by_one(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options):
+    """Generates from each prompt alone; from all of the subject's if `prompts` is None."""
+
+    def run(s: Subject) -> list[Reading]:
+        chosen = s.prompts if prompts is None else prompts(s)
+        return [reading for prompt in chosen for reading in s.write([prompt], **options)]
+
+    return run
+
+
+def first_tokens(s: Subject) -> list[torch.Tensor]:
+    return [prompt[:1] for prompt in s.prompts]
+
+
+def repeated(s: Subject) -> list[torch.Tensor]:
+    """Texts that say everything twice, so that looking up the prompt finds something."""
+    return [prompt.repeat(2) for prompt in s.prompts]
+
+
+def padded_right(s: Subject) -> list[Reading]:
+    ids = pad_sequence(s.prompts, batch_first=True, padding_value=s.pad_token_id)
+    mask = pad_sequence([torch.ones_like(p) for p in s.prompts], batch_first=True)
+    logits = s.read(ids, attention_mask=mask)
+    return [Reading(text, row[: len(text)], 0) for text, row in zip(s.prompts, logits, strict=True)]
+
+
+def packed(s: Subject) -> list[Reading]:
+    """All prompts in one row, told apart by positions alone."""
+    positions = torch.cat([torch.arange(len(prompt), device=prompt.device) for prompt in s.prompts])
+    logits = s.read(torch.cat(s.prompts)[None], position_ids=positions[None])[0]
+    pieces = logits.split([len(prompt) for prompt in s.prompts])
+    return [Reading(text, piece, 0) for text, piece in zip(s.prompts, pieces, strict=True)]
+
+
+def in_chunks(new_cache: Callable[[Subject], DynamicCache] = Subject.new_cache):
+    """Reads every prompt in pieces of 1, 2, 3, 1, 2, 3, ... tokens."""
+
+    def run(s: Subject) -> list[Reading]:
+        readings = []
+        for text in s.prompts:
+            cache, pieces, first = new_cache(s), [], 0
+            while first < len(text):
+                size = 1 + len(pieces) % 3
+                pieces.append(s.read(text[None, first : first + size], cache)[0])
+                first += size
+            readings.append(Reading(text, torch.cat(pieces), 0))
+        return readings
+
+    return run
+
+
+def continued(s: Subject) -> list[Reading]:
+    """Generates, appends the end of another prompt, and goes on with the cache that came back."""
+    readings = []
+    for prompt, other in zip(s.prompts, s.prompts[1:] + s.prompts[:1], strict=True):
+        cache = s.new_cache()
+        longer = torch.cat([s.write([prompt], past_key_values=cache)[0].text, other[-3:]])
+        readings += s.write([longer], past_key_values=cache)
+    return readings
+
+
+def continued_without_cache(s: Subject) -> list[Reading]:
+    pairs = zip(s.greedy, s.prompts[1:] + s.prompts[:1], strict=True)
+    longer = [torch.cat([reading.text, other[-3:]]) for reading, other in pairs]
+    return one_by_one(lambda _: longer, use_cache=False)(s)
+
+
+def interleaved(s: Subject) -> list[Reading]:
+    """One token of each text in turn, every text with a cache of its own."""
+    rows = s.rows()
+    caches = [s.new_cache() for _ in rows]
+    steps = [
+        torch.cat([s.read(row[None, t : t + 1], cache)[0] for row, cache in zip(rows, caches, strict=True)])
+        for t in range(rows.shape[1])
+    ]
+    return [Reading(row, logits, 0) for row, logits in zip(rows, torch.stack(steps, dim=1), strict=True)]
+
+
+def cropped(s: Subject) -> list[Reading]:
+    """Reads the wrong end, takes it back, and reads the right one."""
+    rows, cache = s.rows(), s.new_cache()
+    middle = rows.shape[1] - 3
+    s.read(rows[:, :middle], cache)
+    cache.activate_past_recording()
+    s.read(rows.flip(0)[:, middle:], cache)
+    cache.crop(-3)
+    return s.read_on(rows, cache, middle)
+
+
+def changed_batch(change: Callable[[DynamicCache], None], kept: list[int], start: list[int] | None = None):
+    """Reads the beginnings of some texts, changes the cache's batch, and reads on.
+
+    Args:
+        change: what is done to the cache.
+        kept: the prompts whose ends are read afterwards; their beginnings are those that the cache then holds.
+        start: the prompts whose beginnings are read; all if None.
+    """
+
+    def run(s: Subject) -> list[Reading]:
+        rows, cache = s.rows(), s.new_cache()
+        middle = rows.shape[1] // 2
+        begun = rows if start is None else rows[start]
+        s.read(begun[:, :middle], cache)
+        change(cache)
+        beginnings = rows[kept] if start is None else rows[start].expand(len(kept), -1)
+        texts = torch.cat([beginnings[:, :middle], rows[kept][:, middle:]], dim=1)  # (kept, length)
+        return s.read_on(texts, cache, middle)
+
+    return run
+
+
+def copied(s: Subject) -> list[Reading]:
+    """Two ends read behind copies of one beginning."""
+    rows, cache = s.rows(), s.new_cache()
+    middle = rows.shape[1] // 2
+    s.read(rows[:1, :middle], cache)
+    texts = torch.cat([rows[:1, :middle].expand(len(rows), -1), rows[:, middle:]], dim=1)  # (prompts, length)
+    return [reading for text in texts for reading in s.read_on(text[None], copy.deepcopy(cache), middle)]
+
+
+def embedded(s: Subject) -> list[Reading]:
+    """Generates from embeddings; the memory gets the ids beside them."""
+    readings = []
+    for prompt in s.prompts:
+        ids = {"engram_input_ids": prompt[None]} if s.has_memory else {}
+        embeds = s.model.get_input_embeddings()(prompt[None])
+        readings += s.write([prompt], inputs_embeds=embeds, **ids)
+    return readings
+
+
+def assisted(by_itself: bool):
+    """Every prompt drafted for by the model itself, or by another one."""
+    return lambda s: one_by_one(assistant_model=s.model if by_itself else s.assistant)(s)
+
+
+def batched_continuously(s: Subject) -> list[Reading]:
+    s.model.init_continuous_batching()
+    raise AssertionError("continuous batching was not declined")
+
+
+def same(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options) -> dict:
+    """Chooses tokens in some manner, and expects what the same manner gives without a cache."""
+    return {"run": one_by_one(prompts, **options), "expect": one_by_one(prompts, use_cache=False, **options)}
+
+
+def greedy(run: Callable[[Subject], list[Reading]]) -> dict:
+    """Expects what greedy decoding without a cache gives."""
+    return {"run": run, "expect": lambda s: s.greedy}
+
+
+SAMPLING = {"do_sample": True, "top_k": 20, "temperature": 1.0}
+
+WAYS = [
+    Way("greedy", **same()),
+    Way("one-token prompt", **same(first_tokens)),
+    Way("sampling", **same(**SAMPLING)),
+    Way("beams", **same(num_beams=4)),
+    Way("beam sampling", **same(num_beams=4, **SAMPLING)),
+    Way("num_return_sequences", **same(num_return_sequences=3, **SAMPLING)),
+    Way("left padding", **greedy(lambda s: s.write(s.prompts))),
+    Way("left padding, beams", lambda s: s.write(s.prompts, num_beams=4), one_by_one(num_beams=4, use_cache=False)),
+    Way("right padding", padded_right),
+    Way("packed documents", packed),
+    Way("static cache", **greedy(one_by_one(cache_implementation="static"))),
+    Way("static cache, left padding", **greedy(lambda s: s.write(s.prompts, cache_implementation="static"))),
+    Way("offloaded cache", **greedy(one_by_one(cache_implementation="offloaded")), device="cuda"),
+    Way("DynamicCache() of the user", in_chunks(lambda s: DynamicCache())),
+    Way("chunks", in_chunks()),
+    Way("prefill_chunk_size", **greedy(one_by_one(prefill_chunk_size=3))),
+    Way("assisted by itself", **greedy(assisted(by_itself=True))),
+    Way("assisted by another", **greedy(assisted(by_itself=False))),
+    Way("prompt lookup", one_by_one(repeated, prompt_lookup_num_tokens=3), one_by_one(repeated, use_cache=False)),
+    Way("continued cache", continued, continued_without_cache),
+    Way("copied cache", copied),
+    Way("interleaved requests", interleaved),
+    Way("cache.crop", cropped),
+    Way("cache.reorder_cache", changed_batch(lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0])),
+    Way("cache.batch_repeat_interleave", changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
+    Way("cache.batch_select_indices", changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0])),
+    Way("inputs_embeds", **greedy(embedded)),
+    Way("continuous batching", batched_continuously, refused=NotImplementedError),
+]
