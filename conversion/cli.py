@@ -114,15 +114,18 @@ def graft(
 def verify(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of an Engram checkpoint.")],
     tokenizer: Annotated[str | None, typer.Option(help="Check this tokenizer in place of the checkpoint's.")] = None,
+    generation: Annotated[bool, typer.Option(help="Load the model and run it in every way of generating.")] = True,
 ) -> None:
-    """Check a checkpoint's files, hash constants and tokenizer."""
+    """Check a checkpoint's files, hash constants and tokenizer, and that it generates exactly in every way."""
     from ..inspection import verify_checkpoint
 
     with progress.status(f"verifying {checkpoint}"):
-        findings = verify_checkpoint(checkpoint, tokenizer)
+        findings = verify_checkpoint(checkpoint, tokenizer, generation=generation)
     table = Table("section", "result", "detail")
     for finding in findings:
         table.add_row(finding.section, "[green]ok[/green]" if finding.ok else "[red]wrong[/red]", finding.detail)
+    for report in (finding.report for finding in findings if finding.report is not None):
+        result.print(report.table())
     result.print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)

@@ -1,8 +1,9 @@
-"""Verification of a checkpoint's files, hash constants and tokenizer, without loading the model.
+"""Verification of a checkpoint: its files, hash constants and tokenizer, and whether it generates exactly.
 
 Promises: every section is looked at even if an earlier one is bad; constants are derived again and compared with the
-stored ones; memory use is that of the token map, whatever the size of the tables. Never changes a file.
-Source: docs/format.md.
+stored ones; only the last section loads the model, the others need memory for the token map, whatever the size of the
+tables. Never changes a file.
+Source: docs/format.md, docs/generation.md.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from ..configuration import EngramConfig
 from ..constants_engram import HashConstants, derive_constants
 from ..hashing_engram import NgramHasher
 from ..memory_engram import MEMORY_PREFIX
+from ..modeling_engram import EngramForCausalLM
 from ..shards_engram import check_folder, read_header, read_index
+from .generation import GenerationReport, check_generation
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,28 @@ class Finding:
     """Result of one section.
 
     Args:
-        section (`str`): "files", "constants" or "tokenizer".
+        section (`str`): "files", "constants", "tokenizer" or "generation".
         ok (`bool`): whether the section is right.
         detail (`str`): what was found, or what is wrong and what to do.
+        report ([`GenerationReport`], *optional*): every way of generating.
     """
 
     section: str
     ok: bool
     detail: str
+    report: GenerationReport | None = None
 
 
-def verify_checkpoint(folder: str | Path, tokenizer: str | Path | None = None) -> list[Finding]:
+def verify_checkpoint(
+    folder: str | Path, tokenizer: str | Path | None = None, *, generation: bool = True
+) -> list[Finding]:
     """Checks a local checkpoint.
 
     Args:
         folder (`str` or `Path`): the checkpoint.
         tokenizer (`str` or `Path`, *optional*): folder or id of a tokenizer to check in place of the checkpoint's own.
+        generation (`bool`, *optional*, defaults to `True`):
+            Load the model and run it in every way of generating, see [`check_generation`].
 
     Returns:
         `list[Finding]`, one for each section.
@@ -63,11 +72,12 @@ def verify_checkpoint(folder: str | Path, tokenizer: str | Path | None = None) -
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"'{folder}' has no config.json: name the folder of an Engram checkpoint.")
     config = EngramConfig.from_pretrained(folder)
-    return [
+    findings = [
         look("files", lambda: files_section(folder, config)),
         look("constants", lambda: constants_section(folder, config)),
         look("tokenizer", lambda: tokenizer_section(folder, config, tokenizer)),
     ]
+    return [*findings, generation_section(folder, tokenizer)] if generation else findings
 
 
 def look(section: str, check: Callable[[], str]) -> Finding:
@@ -109,6 +119,17 @@ def tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path 
     check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder), config.engram_compressed_vocab_size)
     dead = int((token_map == DEAD).sum())
     return f"{len(token_map)} ids in {int(token_map.max()) + 1} classes, {dead} without a tokenizer entry"
+
+
+def generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
+    """Whether the model generates exactly in every way."""
+    try:
+        model = EngramForCausalLM.from_pretrained(folder)
+        report = check_generation(model, AutoTokenizer.from_pretrained(tokenizer or folder))
+    except (ValueError, OSError, KeyError) as error:
+        return Finding("generation", False, str(error))
+    named = ", ".join(result.way for result in report.wrong)
+    return Finding("generation", report.ok, report.summary() + (f": {named}" if named else ""), report)
 
 
 def stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:

@@ -18,6 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 SEED = 0
 
+# One-bit changes of the embeddings that are tried to measure rounding.
+PERTURBATIONS = 4
+
 
 @dataclass
 class Reading:
@@ -66,6 +69,18 @@ class Subject:
     def read(self, ids: torch.Tensor, cache=None, **inputs) -> torch.Tensor:
         """Logits `(batch, length, vocabulary)` of ids `(batch, length)`."""
         return self.model(ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
+
+    def rounding(self, text: torch.Tensor) -> float:
+        """What rounding does to the logits of a text: their change when the last bits of its embeddings change."""
+        ids = {"engram_input_ids": text[None]} if self.has_memory else {}
+        embeds, at_once = self.model.get_input_embeddings()(text[None]), self.read(text[None])
+        bit, generator = torch.finfo(embeds.dtype).eps, torch.Generator().manual_seed(SEED)
+        changes = []
+        for _ in range(PERTURBATIONS):
+            signs = torch.randint(0, 2, embeds.shape, generator=generator).to(embeds) * 2 - 1
+            changed = self.model(inputs_embeds=embeds * (1 + bit * signs), use_cache=False, **ids).logits
+            changes.append(float((changed - at_once).float().abs().max()))
+        return max(changes)
 
     def read_on(self, ids: torch.Tensor, cache, first: int) -> list[Reading]:
         """Reads whole texts `(batch, length)` from position `first` on, behind what a cache holds of them."""

@@ -7,7 +7,6 @@ Source: docs/format.md.
 """
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from transformers.utils import logging
 
 from .configuration_engram import EngramFormatError
 from .memory_engram import MEMORY_PREFIX, SHARD_PREFIXES, EngramMemory
+from .quantised_engram import only_state, quantization_in_graft
 from .shards_engram import (
     DTYPE_NAMES,
     INDEX_NAME,
@@ -59,6 +59,8 @@ class EngramCheckpointMixin:
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
         folder = local_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         if folder is not None:
             config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
@@ -141,16 +143,6 @@ class EngramCheckpointMixin:
             "shards (zeros of a sparse file are sent as bytes)."
         )
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-
-@contextmanager
-def only_state(model, state: dict[str, torch.Tensor]):
-    """Lets `model.state_dict()` give `state` while the block runs: a quantiser saves that, whatever it is handed."""
-    model.__dict__["state_dict"] = lambda *args, **kwargs: state
-    try:
-        yield
-    finally:
-        del model.__dict__["state_dict"]
 
 
 def local_checkpoint(path, subfolder: str) -> Path | None:

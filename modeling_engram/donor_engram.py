@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from .compression_engram import TokenCompressor, token_map_sha256
 from .configuration_engram import EngramConfig, refuse_parts
+from .quantised_engram import quantization_in_graft
 
 
 def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool = False, **kwargs):
@@ -102,18 +103,6 @@ def engram_config(
         dtype=text_config.dtype,
         **fields,
     )
-    if (quantization := quantization_of(text_config)) is not None:
-        config.quantization_config = quantization
+    if (quantization := getattr(text_config, "quantization_config", None)) is not None:
+        config.quantization_config = quantization_in_graft(quantization)
     return config, token_map
-
-
-def quantization_of(donor_config: PreTrainedConfig):
-    """A quantised donor's `quantization_config`, its modules also under the names that they have in a graft."""
-    quantization = copy.deepcopy(getattr(donor_config, "quantization_config", None))
-    if quantization is None:
-        return None
-    held = quantization if isinstance(quantization, dict) else vars(quantization)
-    for names in ("modules_to_not_convert", "llm_int8_skip_modules"):
-        if held.get(names):
-            held[names] = [*held[names], *(f"backbone.{name}" for name in held[names])]
-    return quantization

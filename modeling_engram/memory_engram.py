@@ -6,6 +6,7 @@ Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3; insertion by pre-hook o
 `deepcopy` pointing at the first model.
 """
 
+import inspect
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,8 +248,14 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
         [`ReadsInFlight`] through which forward passes hand their reads over.
 
     Raises:
-        `ValueError`: if the layers cannot be found or carry a memory already.
+        `ValueError`: if the layers cannot be found or carry a memory already, or the backbone's history is kept
+            elsewhere than in a `Cache` that it is given.
     """
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        raise ValueError(
+            f"{type(backbone).__name__} takes no past_key_values: its state is elsewhere (a pure state space model?) "
+            "and the memory's history could not be kept beside it. Engram cannot be inserted into this backbone."
+        )
     decoder_layers = find_decoder_layers(backbone, depth)
     for layer in decoder_layers:
         if any(isinstance(hook, InsertMemory) for hook in layer._forward_pre_hooks.values()):

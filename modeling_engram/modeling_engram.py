@@ -15,6 +15,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .configuration_engram import EngramConfig
 from .donor_engram import engram_config, load_donor
@@ -52,7 +54,7 @@ class EngramModel(EngramPreTrainedModel):
         engram_input_ids: torch.LongTensor | None = None,
         engram_attention_mask: torch.Tensor | None = None,
         engram_segment_ids: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the backbone with memory.
 
@@ -74,6 +76,8 @@ class EngramModel(EngramPreTrainedModel):
             engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Documents packed into one row, for n-grams and convolution alone: what the backbone attends to is up to
                 `attention_mask` and `position_ids`. Defaults to where `position_ids` restart.
+            kwargs (`TransformersKwargs`): further arguments of the backbone, such as `output_hidden_states`: states
+                between layers are those before the memory is added, but the first is what layer 0 is given.
 
         Returns:
             `BaseModelOutputWithPast`, as the backbone returns it.
@@ -169,7 +173,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         engram_input_ids: torch.LongTensor | None = None,
         engram_attention_mask: torch.Tensor | None = None,
         engram_segment_ids: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast | tuple:
         """Runs the language model with memory.
 
@@ -193,6 +197,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Documents packed into one row, for n-grams and convolution alone: what the backbone attends to is up to
                 `attention_mask` and `position_ids`. Defaults to where `position_ids` restart.
+            kwargs (`TransformersKwargs`): further arguments of the backbone, such as `output_hidden_states`: states
+                between layers are those before the memory is added, but the first is what layer 0 is given.
 
         Returns:
             `CausalLMOutputWithPast`, as the backbone returns it.
@@ -228,6 +234,11 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             inputs["engram_attention_mask"] = input_ids.new_ones(batch, length)
         if embeds is not None and engram_ids is not None:
             inputs["engram_input_ids"] = engram_ids[:, -length:]  # (batch, length)
+        elif engram_ids is not None:
+            cache = inputs.get("past_key_values")
+            first = 0 if cache is None else int(cache.get_seq_length())
+            given = engram_ids[:, first : first + length]  # (batch, up to length): what was generated is text
+            inputs["engram_input_ids"] = torch.cat([given, inputs["input_ids"][:, given.shape[1] :]], dim=1)
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -19,17 +19,27 @@ from .cache_engram import refuse_engram_history
 from .checkpoint_engram import EngramCheckpointMixin
 from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig
-from .constants_engram import check_constants
+from .constants_engram import check_constants, derive_constants
+from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .memory_engram import EngramMemory, insert_memory
+from .quantised_engram import take_over_quantiser
 from .reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from .table_engram import EngramTable, clear_row_gradients, with_row_gradients
 
 
 logger = logging.get_logger(__name__)
 
-# What Transformers puts on a model that it has quantised.
-QUANTISER_ATTRIBUTES = ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
+# What Transformers asks of a class and only the backbone knows: whether states can be rolled back, what compiles, and
+# which kinds of attention there are.
+BACKBONES_TRAITS = (
+    "_is_stateful",
+    "_can_compile_fullgraph",
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+)
 
 
 class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
@@ -60,18 +70,22 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         config.text_config = self.backbone.config  # one object: a resized vocabulary is known to both
         config._attn_implementation = self.backbone.config._attn_implementation
         self.backbone.is_custom_code = leaves_conversions_to_base_model
-        for name in QUANTISER_ATTRIBUTES:  # a quantised donor is saved by its quantiser
-            if getattr(self.backbone, name, None) is not None:
-                setattr(self, name, getattr(self.backbone, name))
-        # What `generate` asks of a class: assisted decoding is refused for states that cannot be rolled back, and only
-        # some types compile.
-        self._is_stateful = self.backbone._is_stateful
-        self._can_compile_fullgraph = self.backbone._can_compile_fullgraph
+        take_over_quantiser(self, self.backbone)
+        # Transformers leaves out modules of custom code that have no tensor of their own left to fill; falcon_h1 fills
+        # its layers' buffers from such a one. What counts is whose code the backbone is.
+        self.is_custom_code = type(self.backbone).is_custom_code
+        for name in BACKBONES_TRAITS:
+            setattr(self, name, getattr(self.backbone, name))
         self.memory = EngramMemory(config, token_map)
         self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
         if not on_meta():
             check_constants(self.memory.hashing.constants, config)
             config.engram_hash_sha256 = self.memory.hashing.constants.sha256()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks for experts in a class's own source; here they are the backbone's, and it is asked next.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -80,8 +94,24 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         elif isinstance(module, EngramTable):
             for parameter in module.parameters():
                 initialization.zeros_(parameter)
+        elif isinstance(module, NgramHasher):
+            self.init_hasher(module)
         elif not isinstance(module, EngramMemory):
             super()._init_weights(module)
+
+    def init_hasher(self, hasher: NgramHasher) -> None:
+        """Hash constants of a model that was made without storage and is not filled from a checkpoint.
+
+        Raises:
+            [`EngramFormatError`]: if the token map is lost, which the configuration knows by its digest alone.
+        """
+        if self.config.engram_token_map_sha256 is not None:
+            hasher.check(self.config)
+            return
+        token_map = identity_map(self.config)
+        initialization.copy_(hasher.token_map, token_map)
+        for name, tensor in derive_constants(self.config, None).named().items():
+            initialization.copy_(getattr(hasher, name), tensor)
 
     def init_engram_layer(self, layer: EngramLayer) -> None:
         """Fresh dense weights: keys and value normal with deviations of their own, norms 1, convolution 0."""

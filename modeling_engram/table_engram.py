@@ -86,8 +86,9 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
 
 
 # The gather as an operator that a compiler calls and does not look into: it sees no table that it might copy, and no
-# gradient whose size depends on data. Autograd hands gradients to inputs only, and the table must get none: so the gather
-# takes an anchor, one number that it does not read, whose gradient comes out of the operator that leaves the rows' own.
+# gradient whose size depends on data. Autograd hands gradients to inputs only, and the table must get none: so the
+# gather takes an anchor, one number that it does not read, whose gradient comes out of the operator that leaves the
+# rows' own.
 #
 # The namespace is this module's, because a checkpoint's own copy of the code may run beside the package; the number is
 # raised whenever a backward changes, because compilers cache graphs by operators' names.
@@ -144,6 +145,40 @@ def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
     return (rows // part_height).clamp(max=parts - 1)
 
 
+class OrderRows(nn.Module):
+    """Rows of one order, in parts.
+
+    A module that is called, where a list would be read: accelerate brings offloaded weights when a module is called.
+
+    Args:
+        heights (`list[int]`): rows of each part.
+        width (`int`): values in a row.
+        dtype (`torch.dtype`): type of the rows.
+    """
+
+    def __init__(self, heights: list[int], width: int, dtype: torch.dtype):
+        super().__init__()
+        self.part_height = heights[0]
+        self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
+        for number, height in enumerate(heights):
+            self.register_parameter(str(number), nn.Parameter(torch.zeros(height, width, dtype=dtype)))
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __getitem__(self, number: int) -> nn.Parameter:
+        return list(self.parameters())[number]
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reads rows of any shape: `(*rows.shape, width)`, in the table's dtype and on its device."""
+        parts = list(self.parameters())
+        rows = rows.to(parts[0].device)
+        learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        if learns or torch.compiler.is_compiling():
+            return gather_rows(rows, self.part_height, parts, self.anchor if learns else self.anchor.detach())
+        return read_parts(rows, self.part_height, parts)  # an operator costs 10 microseconds more
+
+
 class EngramTable(nn.Module):
     """Rows of all orders and heads of one Engram layer.
 
@@ -160,7 +195,6 @@ class EngramTable(nn.Module):
     def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype):
         super().__init__()
         self.width = width
-        self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
         self.part_heights = [rows // parts for rows in order_rows]
         for order, rows in enumerate(order_rows, start=2):
             if rows < parts:
@@ -169,10 +203,9 @@ class EngramTable(nn.Module):
                 )
             height = self.part_heights[order - 2]
             heights = [height] * (parts - 1) + [rows - height * (parts - 1)]
-            pieces = [nn.Parameter(torch.zeros(h, width, dtype=dtype)) for h in heights]
-            self.register_module(f"order{order}", nn.ParameterList(pieces))
+            self.register_module(f"order{order}", OrderRows(heights, width, dtype))
 
-    def orders(self) -> list[nn.ParameterList]:
+    def orders(self) -> list[OrderRows]:
         """Parts by order, bigrams first."""
         return [getattr(self, f"order{order}") for order in range(2, 2 + len(self.part_heights))]
 
@@ -191,17 +224,10 @@ class EngramTable(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch, length, orders * heads * width)`, in the table's dtype and on its device.
         """
-        rows = rows.to(self.device)
-        vectors = []
-        for index, (height, parts) in enumerate(zip(self.part_heights, self.orders(), strict=True)):
-            wanted = rows[:, :, index]  # (batch, length, heads)
-            learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-            if learns or torch.compiler.is_compiling():
-                values = gather_rows(wanted, height, list(parts), self.anchor if learns else self.anchor.detach())
-            else:
-                values = read_parts(wanted, height, parts)  # an operator costs 10 microseconds more
-            vectors.append(values.flatten(-2))  # (batch, length, heads * width)
-        return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
+        # (batch, length, heads) -> (batch, length, heads * width), for every order
+        vectors = [order(rows[:, :, index]).flatten(-2) for index, order in enumerate(self.orders())]
+        with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
+            return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
 
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:

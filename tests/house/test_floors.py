@@ -36,6 +36,7 @@ FLOORS = {
     "layer_engram": 7,
     "memory_engram": 8,
     "reading_engram": 8,
+    "quantised_engram": 8,
     "checkpoint_engram": 9,
     "donor_engram": 9,
     "pretrained_engram": 10,

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
-from engram_transformers import EngramFormatError
+from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError
 from engram_transformers.shards_engram import INDEX_NAME, MEMORY_STEM
 
 
@@ -291,3 +291,15 @@ def test_copying_the_folder_copies_the_model(saved, ids, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_model_made_without_storage_gets_its_hash_constants_or_an_error(tiny_llama_config, tiny_engram):
+    config = EngramConfig(text_config=tiny_llama_config, engram_layer_ids=[1], engram_vocab_size=200)
+    wanted = EngramForCausalLM(config)
+    with torch.device("meta"):
+        made, grafted = EngramForCausalLM(config), EngramForCausalLM(tiny_engram().config)
+    made.to_empty(device="cpu").init_weights()
+    for name, tensor in wanted.memory.hashing.state_dict().items():
+        assert torch.equal(made.memory.hashing.state_dict()[name], tensor), name
+    with pytest.raises(EngramFormatError):  # its token map is in the checkpoint only
+        grafted.to_empty(device="cpu").init_weights()

@@ -1,0 +1,105 @@
+"""The matrix of backbones and ways of generating: what its cells may be, and its page in the documentation.
+
+Write the page: python -m tests.integration.matrix docs/generation.md (`make docs`).
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from engram_transformers.inspection import GenerationReport, check_generation
+from engram_transformers.inspection.ways import WAYS
+from tests.tiny import engram_on
+
+from .backbones import BACKBONES, READS_PADS, REFUSED
+
+
+ROWS = BACKBONES | READS_PADS
+
+# Cells in which the plain backbone differs from itself; within twice of that is what a memory can be asked for.
+BACKBONES_OWN = {
+    ("deepseek_v4_compressed", "left padding"): "it compresses pads with the text",
+    ("deepseek_v4_compressed", "left padding, beams"): "it compresses pads with the text",
+    ("deepseek_v4_compressed", "packed documents"): "it compresses tokens of neighbouring documents",
+    ("gpt_oss", "packed documents"): "its eager attention gets no mask between documents",
+    ("lfm2", "packed documents"): "its convolution runs over borders",
+    ("falcon_h1", "packed documents"): "its state runs over borders",
+    ("falcon_h1", "cache.crop"): "its recurrent state is not rolled back",
+}
+
+NO_ROLLBACK = ("assisted by itself", "assisted by another", "prompt lookup")
+BATCH_CHANGES = ("cache.batch_repeat_interleave", "cache.batch_select_indices")
+
+# Cells that are refused, and what the error says. All but the first are the plain backbone's own refusals.
+REFUSALS = {(row, "continuous batching"): "keeps no n-gram history" for row in ROWS}
+for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
+    REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in NO_ROLLBACK}
+for row in ("deepseek_v4", "deepseek_v4_compressed"):
+    REFUSALS |= {(row, way): "compressed" for way in ("static cache", "static cache, left padding")}
+    REFUSALS |= {(row, way): "size" for way in (*BATCH_CHANGES, "cache.crop")}
+    REFUSALS[row, "DynamicCache() of the user"] = "store_compression_weights"
+for row in ("lfm2", "falcon_h1"):
+    REFUSALS[row, "DynamicCache() of the user"] = "Cannot get conv state"
+REFUSALS |= {("lfm2", way): "'LinearAttentionLayer' object has no attribute" for way in BATCH_CHANGES}
+REFUSALS |= {("falcon_h1", way): "Sizes of tensors must match" for way in BATCH_CHANGES}
+
+SYMBOLS = {"exact": "=", "rounding": "~", "backbone's": "b", "refused": "r", "not run": "gpu", "wrong": "**WRONG**"}
+
+PAGE = """# Ways of generating
+
+<!-- made by `make docs`; tests/integration/test_matrix.py asserts every cell -->
+
+Each cell is a model of tiny random size with a random memory and a convolution that is not zero. It is run in one way
+and compared with the same texts read at once, alone, without a cache and without pads: logits to 1e-5 in float32, and
+the tokens chosen with those chosen without a cache. The same check for your own model:
+
+```python
+from engram_transformers.inspection import check_generation
+
+print(check_generation(model, tokenizer))
+```
+
+or `engram verify CHECKPOINT`, whose last section it is.
+
+`=` exact. `~` more than 1e-5 away, but no more than 4 times what changing the last bit of the embeddings does to
+reading at once: rounding. `b` the plain backbone differs from itself in this way, and the memory by no more than twice
+as much (list below). `r` refused with an error: by Transformers or the backbone, which does not offer this way, or by
+Engram (continuous batching). `gpu` needs one; not run on a machine without.
+
+{table}
+
+Where the plain backbone differs from itself:
+
+{differing}
+
+Refused when the memory is grafted or the configuration made:
+
+{refused}
+
+What is behind the cells:
+
+- N-grams and convolution inputs of a text live in one more layer of its `Cache`, so whatever happens to a cache
+  happens to them. `crop` works on tokens that were read after `cache.activate_past_recording()`, and is refused
+  otherwise; a cache that went on without its memory is refused.
+- Packed documents are told apart where `position_ids` restart (with `attention_mask=None` and `use_cache=False`, as
+  backbones themselves need it), or by `engram_segment_ids`. Beside a cache or a flat mask they are refused.
+- Continuous batching keeps keys and values of many requests in pages of its own, and no n-grams: refused.
+- Positions that are no text are -1 in `engram_input_ids`, also in `generate`.
+- `~` comes from the published gate: where its score is close to 0, the signed square root is so steep that a rounding
+  of 1e-7 becomes 5e-5 (`engram_gate="sigmoid"` has none of it). A broken history is off by a thousand times more.
+"""
+
+
+def page(reports: dict[str, GenerationReport]) -> str:
+    """The documentation's page."""
+    cells = {(row, result.way): SYMBOLS[result.status] for row, report in reports.items() for result in report.results}
+    lines = ["| | " + " | ".join(reports) + " |", "| --- |" + " :-: |" * len(reports)]
+    lines += [f"| {way.name} | " + " | ".join(cells[row, way.name] for row in reports) + " |" for way in WAYS]
+    differing = [f"- {row}, {way}: {why}." for (row, way), why in BACKBONES_OWN.items()]
+    refused = [f"- {name}: {said}." for name, (_, said) in REFUSED.items()]
+    return PAGE.format(table="\n".join(lines), differing="\n".join(differing), refused="\n".join(refused))
+
+
+if __name__ == "__main__":
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    Path(sys.argv[1]).write_text(page({name: check_generation(engram_on(make())) for name, make in ROWS.items()}))
