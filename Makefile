@@ -5,6 +5,7 @@
 # TORCH_INDEX=URL         where torch comes from: the index of CPU builds by default, so that no CUDA libraries are
 #                         fetched; empty for PyPI's own build, or an index from https://pytorch.org/get-started
 # ARGS="--no-control"     arguments for the demo or for pytest
+# WORKERS=2               processes that share the tests, one thread each
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,11 +13,12 @@ TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 DONOR ?= runs/donor
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo docs test test-unit donor quality style clean
+.PHONY: demo docs test test-all test-foreign test-unit donor quality style clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -28,8 +30,21 @@ demo: $(VENV)/.demo
 docs: $(VENV)/.demo
 	$(BIN)/python -m examples.demo.publish
 
+# Each worker begins with one half of the tests, so that what a file prepares once is mostly prepared once, and the one
+# that is done first takes over from the other.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(VENV)/.dev donor
-	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m pytest $(ARGS)
+	ENGRAM_DONOR=$(DONOR) $(PYTEST) -m "not slow" $(ARGS)
+
+# Also the slow ones, and 40 times as many examples of every property, other ones each time.
+test-all: $(VENV)/.dev donor
+	ENGRAM_DONOR=$(DONOR) $(PYTEST) --hypothesis-profile=wide $(ARGS)
+
+# What Transformers and accelerate test their own models with, on ours and theirs: docs/foreign-tests.md.
+test-foreign: $(VENV)/.dev
+	$(PIP) install --quiet --editable ".[foreign]"
+	$(BIN)/python -m tests.foreign
 
 test-unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit tests/parity tests/house $(ARGS)

@@ -251,9 +251,10 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
         `ValueError`: if the layers cannot be found or carry a memory already, or the backbone's history is kept
             elsewhere than in a `Cache` that it is given.
     """
-    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+    takes_cache = "past_key_values" in inspect.signature(backbone.forward).parameters
+    if not takes_cache or not backbone._supports_default_dynamic_cache():
         raise ValueError(
-            f"{type(backbone).__name__} takes no past_key_values: its state is elsewhere (a pure state space model?) "
+            f"{type(backbone).__name__} takes no past_key_values that Transformers makes: its state is elsewhere "
             "and the memory's history could not be kept beside it. Engram cannot be inserted into this backbone."
         )
     decoder_layers = find_decoder_layers(backbone, depth)

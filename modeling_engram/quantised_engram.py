@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 # What Transformers puts on a model that it has quantised.
-QUANTISER_ATTRIBUTES = ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
+QUANTISER_ATTRIBUTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 # Fields of `quantization_config` that name modules.
 SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")

@@ -82,10 +82,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random numbers in every test, whatever ran before it."""
+    """The same random numbers in every test, and warnings that are given once, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    logging.warning_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

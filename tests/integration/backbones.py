@@ -1,36 +1,92 @@
-"""Tiny random configurations of the backbones that integration tests run on, for the golden tokenizer's 4104 ids."""
+"""Tiny random configurations of the backbones that integration tests run on, for the golden tokenizer's 4104 ids.
 
+`BACKBONES` are those that a memory works in, `REFUSED` those that it must refuse, with what the error says;
+`BACKBONES[name]()` makes a new configuration. Weights are large (`initializer_range`), so that logits depend on every
+token. Windows hold 8 tokens, so that a test's 15 leave them.
+"""
+
+from itertools import chain
+
+import torch
 from transformers import (
+    DeepseekV3Config,
     DeepseekV4Config,
+    FalconH1Config,
+    Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
+    Mamba2Config,
+    MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen4ExpTextConfig,
+    SmolLM3Config,
 )
 
 
-SHARED = {
-    "vocab_size": 4104,
+TOKENS = {"vocab_size": 4104, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.1}
+SIZES = {
+    **TOKENS,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
 }
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+HEADS = {**GROUPED, "head_dim": 8}  # types that take a head's width, which others compute
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
-def deepseek_v4() -> PreTrainedConfig:
-    """Hyper-connections: four residual streams."""
+def gpt2() -> PreTrainedConfig:
+    """Learned positions, tied head, and names of its own for every size."""
+    return GPT2Config(**TOKENS, n_embd=32, n_layer=3, n_head=4, n_positions=128)
+
+
+def gpt_oss() -> PreTrainedConfig:
+    """Sinks beside keys, windows, experts; YaRN as released, with lengths that its factor fits."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    return GptOssConfig(**HEADS, **MIXED, num_local_experts=4, num_experts_per_tok=2, rope_parameters=yarn)
+
+
+def deepseek_v3() -> PreTrainedConfig:
+    """Latent attention (keys and values from 8 values a token), a dense layer, then routed and shared experts."""
+    return DeepseekV3Config(
+        **SIZES,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        q_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+    )
+
+
+def deepseek_v4(**fields) -> PreTrainedConfig:
+    """Hyper-connections: four residual streams. No text of a test is as long as the 128 tokens that it compresses."""
     return DeepseekV4Config(
-        **{**SHARED, "num_key_value_heads": 1, "head_dim": 16},
+        **SIZES,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
         moe_intermediate_size=16,
         n_routed_experts=4,
         num_experts_per_tok=2,
@@ -39,29 +95,125 @@ def deepseek_v4() -> PreTrainedConfig:
         o_lora_rank=16,
         o_groups=2,
         qk_rope_head_dim=8,
-        index_n_heads=2,
+        index_n_heads=8,
         index_head_dim=8,
-        index_topk=4,
-        sliding_window=8,
+        index_topk=2,
         num_hash_layers=0,
+        **fields,
+    )
+
+
+def deepseek_v4_compressed() -> PreTrainedConfig:
+    """One layer of each kind of its attention, which compresses 4 and 8 tokens: left pads too, so that they count.
+
+    With fewer than 8 index heads the scores behind their ReLU are often all 0, and the best 2 entries a matter of luck.
+    """
+    return deepseek_v4(
+        layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    )
+
+
+def falcon_h1() -> PreTrainedConfig:
+    """Attention and a state space model side by side in every layer."""
+    return FalconH1Config(
+        **HEADS,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+        mamba_n_groups=2,
+        mamba_d_state=8,
+        mamba_chunk_size=4,
+    )
+
+
+def gemma3n() -> PreTrainedConfig:
+    """AltUp: four streams in front of the batch."""
+    return Gemma3nTextConfig(
+        **HEADS,
+        **MIXED,
+        altup_num_inputs=4,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        vocab_size_per_layer_input=4104,
+        hidden_size_per_layer_input=8,
+    )
+
+
+def mamba2() -> PreTrainedConfig:
+    """A state space model alone: its state is in a cache of its own and not in past_key_values."""
+    return Mamba2Config(
+        **TOKENS, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=4
+    )
+
+
+def qwen4_exp() -> PreTrainedConfig:
+    """Streams folded into the hidden dimension."""
+    sizes = {name: value for name, value in HEADS.items() if name != "intermediate_size"}
+    return Qwen4ExpTextConfig(
+        **sizes,
+        layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        hc_count=4,
+        hc_lowrank=8,
     )
 
 
 BACKBONES = {
-    "llama": lambda: LlamaConfig(**SHARED),
-    "qwen3": lambda: Qwen3Config(**SHARED),
-    "gemma3": lambda: Gemma3TextConfig(**SHARED, sliding_window=8),
-    "gpt2": lambda: GPT2Config(
-        vocab_size=4104,
-        n_embd=32,
-        n_layer=3,
-        n_head=4,
-        n_positions=128,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
+    "llama": lambda: LlamaConfig(**HEADS),
+    "qwen3": lambda: Qwen3Config(**HEADS),
+    "granite": lambda: GraniteConfig(
+        **GROUPED, embedding_multiplier=2.0, logits_scaling=0.5, residual_multiplier=0.5, attention_multiplier=0.25
     ),
-    "mixtral": lambda: MixtralConfig(**SHARED, num_local_experts=4, num_experts_per_tok=2),
+    "olmo2": lambda: Olmo2Config(**GROUPED),
+    "gpt2": gpt2,
+    "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
+    # Windows, in all layers or mixed with full attention
+    "mistral": lambda: MistralConfig(**HEADS, sliding_window=8),
+    "phi3": lambda: Phi3Config(**GROUPED, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(**GROUPED, **MIXED, use_sliding_window=True),
+    "smollm3": lambda: SmolLM3Config(**GROUPED, **MIXED, use_sliding_window=True, no_rope_layers=[0, 1, 0]),
+    "gemma2": lambda: Gemma2Config(**HEADS, **MIXED),
+    "gemma3": lambda: Gemma3TextConfig(**HEADS, **MIXED),
+    # Experts
+    "mixtral": lambda: MixtralConfig(**HEADS, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **HEADS, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[1]
+    ),
+    "gpt_oss": gpt_oss,
+    "deepseek_v3": deepseek_v3,
     "deepseek_v4": deepseek_v4,
+    # States of a convolution or a state space model beside attention
+    "lfm2": lambda: Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"]),
+    "falcon_h1": falcon_h1,
 }
+
+# Left pads change what these read, with a memory or without: not for tests that pad.
+READS_PADS = {"deepseek_v4_compressed": deepseek_v4_compressed}
+
+# Configuration, and what the error must say.
+REFUSED = {
+    "gemma3n": (gemma3n, "altup_num_inputs=4: AltUp keeps its streams in front of the batch"),
+    "qwen4_exp": (qwen4_exp, "hc_count=4: its streams are folded into the hidden dimension"),
+    "mamba2": (mamba2, "Mamba2ForCausalLM takes no past_key_values"),
+}
+
+
+@torch.no_grad()
+def unmapped(model: PreTrainedModel) -> PreTrainedModel:
+    """Copies weights out of the mapped file, for comparisons bit for bit: kernels round by where a tensor begins."""
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model

@@ -295,9 +295,9 @@ def test_copying_the_folder_copies_the_model(saved, ids, tmp_path):
 
 def test_a_model_made_without_storage_gets_its_hash_constants_or_an_error(tiny_llama_config, tiny_engram):
     config = EngramConfig(text_config=tiny_llama_config, engram_layer_ids=[1], engram_vocab_size=200)
-    wanted = EngramForCausalLM(config)
+    wanted, graft = EngramForCausalLM(config), tiny_engram().config
     with torch.device("meta"):
-        made, grafted = EngramForCausalLM(config), EngramForCausalLM(tiny_engram().config)
+        made, grafted = EngramForCausalLM(config), EngramForCausalLM(graft)
     made.to_empty(device="cpu").init_weights()
     for name, tensor in wanted.memory.hashing.state_dict().items():
         assert torch.equal(made.memory.hashing.state_dict()[name], tensor), name

@@ -1,7 +1,7 @@
 """Documents packed into one row read nothing across their borders, told apart by positions, segments or reset tokens.
 
-Packed logits equal the separate documents' to 1e-5 in float32; the plain backbone is packed the same way as the control.
-Rows are compared as integers. Run: pytest tests/integration/test_packing.py
+Packed logits equal the separate documents' to 1e-5 in float32, and the plain backbone is packed in the same way as the
+control. Rows are compared as integers. Run: pytest tests/integration/test_packing.py
 """
 
 import pytest

@@ -4,7 +4,6 @@ Run: pytest tests/integration/test_training.py
 """
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -13,10 +12,13 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
 from engram_transformers import EngramTrainer
+from engram_transformers.memory_engram import find_decoder_layers
 from engram_transformers.table_engram import RowGradient
 from engram_transformers.training import EngramAdamW, engram_optimizer
 from engram_transformers.training.optimizer import clip_gradients
 from engram_transformers.training.rows import RowMoments
+
+from .backbones import BACKBONES
 
 
 @pytest.fixture
@@ -139,6 +141,49 @@ def test_gradient_checkpointing_trains_the_same(tiny_engram, dataset, arguments,
         torch.testing.assert_close(saving.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
+def gradients(model):
+    """Gradients by name, dense ones and those of a table's rows; only tables are without a dense one."""
+    held = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    rows = {name: p for name, p in model.named_parameters() if getattr(p, "row_grad", None) is not None}
+    assert set(held).isdisjoint(rows)
+    for name, parameter in rows.items():
+        held[name] = torch.zeros(parameter.shape).index_add_(0, parameter.row_grad.rows, parameter.row_grad.values)
+    return held
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("layers", [(0, 1), (1, 2)])
+@pytest.mark.parametrize("backbone", ["llama", "gemma3", "gpt2", "deepseek_v4", "falcon_h1"])
+def test_gradient_checkpointing_gives_equal_gradients(
+    backbone, layers, frozen, reentrant, tiny_donor, tiny_engram, dataset
+):
+    batch = {name: torch.stack([entry[name] for entry in dataset[:4]]) for name in ("input_ids", "labels")}
+    models = [tiny_engram(True, donor=tiny_donor(BACKBONES[backbone]()), layers=layers).train() for _ in range(2)]
+    models[1].gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant and not frozen:
+        models[1].enable_input_require_grads()  # as Trainer does; without it this kind gives the first layer none
+    runs = []
+    for model in models:
+        first_part = next(find_decoder_layers(model.backbone, 3)[layers[1]].children())
+        first_part.register_forward_pre_hook(lambda *_: runs.append("backbone"))
+        model.memory.layers[str(layers[1])].key_value.register_forward_hook(lambda *_: runs.append("memory"))
+        model.backbone.requires_grad_(not frozen)
+        torch.manual_seed(0)  # GPT-2 drops out, and what is run a second time must drop out the same
+        model(**batch).loss.backward()
+    assert runs.count("backbone") == runs.count("memory") == 1 + 2, "control: the second model runs everything twice"
+    plain, saving = gradients(models[0]), gradients(models[1])
+    assert saving.keys() == plain.keys()
+    assert {name for name in plain if name.startswith("memory.")} == {
+        name for name, _ in models[0].named_parameters() if name.startswith("memory.")
+    }
+    assert any(name.startswith("backbone.") for name in plain) != frozen
+    for name, gradient in plain.items():
+        torch.testing.assert_close(
+            saving[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda t, name=name: f"{name}: {t}"
+        )
+
+
 def test_checkpointing_that_would_run_hooks_twice_is_refused(tiny_engram, monkeypatch):
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -156,6 +201,47 @@ def test_accumulation_equals_the_larger_batch(tiny_engram, dataset, arguments):
     EngramTrainer(pieces, arguments(**settings), train_dataset=dataset).train()
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(pieces.state_dict()[name], tensor, rtol=0, atol=2e-4)
+
+
+@pytest.fixture
+def uneven():
+    """Texts with 1 to 19 labels each, so that a mean of means is no mean."""
+    generator = torch.Generator().manual_seed(2)
+    entries = []
+    for index, text in enumerate(torch.randint(3, 300, (24, 20), generator=generator)):
+        labels = text.clone()
+        labels[: index * 7 % 19] = -100
+        entries.append({"input_ids": text, "labels": labels})
+    return entries
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 4])
+def test_logged_losses_are_the_plain_trainers(accumulated, tiny_engram, tiny_donor, uneven, arguments):
+    settings = {"learning_rate": 0.0, "gradient_accumulation_steps": accumulated, "max_steps": 3}
+    settings["per_device_train_batch_size"] = 4 // accumulated
+    losses = []
+    for kind, model in ((EngramTrainer, tiny_engram()), (Trainer, tiny_donor())):
+        trainer = kind(model, arguments(**settings), train_dataset=uneven)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_accumulated_texts_of_uneven_length_count_by_their_tokens(tiny_engram, uneven, arguments):
+    trained = []
+    for accumulated in (1, 4):
+        model = tiny_engram(trained=True)
+        settings = {"max_steps": 2, "gradient_accumulation_steps": accumulated, "max_grad_norm": 0.0}
+        settings["per_device_train_batch_size"] = 4 // accumulated
+        # So large an epsilon that Adam's step is nearly proportional to the gradient, whose scale is what is asked.
+        EngramTrainer(model, arguments(**settings, adam_epsilon=1.0), train_dataset=uneven).train()
+        trained.append(model.memory.state_dict())
+    moved = 0.0
+    for name, tensor in tiny_engram(trained=True).memory.state_dict().items():
+        torch.testing.assert_close(trained[1][name], trained[0][name], rtol=0, atol=1e-6)
+        moved = max(moved, (trained[0][name] - tensor).abs().max().item())
+    assert moved > 1e-4, "control: the memory must have been trained"
 
 
 def test_clipping_scales_rows_and_dense_gradients_together(tiny_engram, dataset):
@@ -199,10 +285,6 @@ def test_tables_have_their_own_rate_and_no_decay(tiny_engram):
 def test_plain_trainer_says_what_to_use(tiny_engram, dataset, arguments, caplog):
     model = tiny_engram()
     before = clone(model)
-    transformers_logger = logging.getLogger("transformers")
-    transformers_logger.addHandler(caplog.handler)
-    package_logger = logging.getLogger("engram_transformers.pretrained_engram")
-    package_logger.addHandler(caplog.handler)
     Trainer(model, arguments(max_steps=2), train_dataset=dataset).train()
     assert "EngramTrainer" in caplog.text
     assert not any(name.startswith("memory.tables.") for name in changed(model, before))
