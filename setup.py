@@ -57,7 +57,14 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "demo": ["gguf>=0.17"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff==0.17.6"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff==0.17.6",
+            "torchao>=0.18",
+            "bitsandbytes>=0.50; sys_platform == 'linux'",
+        ],
         "foreign": ["pytest>=8", "pytest-timeout>=2.3", "parameterized>=0.9"],
     },
     entry_points={"console_scripts": ["engram = engram_transformers.conversion.cli:main"]},
