@@ -27,8 +27,9 @@ KEEP_BLOCKS := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=85899345
 demo: $(VENV)/.demo
 	$(KEEP_BLOCKS) $(BIN)/python -m examples.demo $(ARGS)
 
-docs: $(VENV)/.demo
+docs: $(VENV)/.dev
 	$(BIN)/python -m examples.demo.publish
+	$(BIN)/python -m tests.integration.matrix docs/generation.md
 
 # Each worker begins with one half of the tests, so that what a file prepares once is mostly prepared once, and the one
 # that is done first takes over from the other.

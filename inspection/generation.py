@@ -90,7 +90,7 @@ class GenerationReport:
         counts = {}
         for result in self.results:
             counts[result.status] = counts.get(result.status, 0) + 1
-        memory = "; the memory adds nothing yet, random rows stood in for it" if self.stood_in else ""
+        memory = "; the memory adds nothing to the prompts, random rows stood in for it" if self.stood_in else ""
         return ", ".join(f"{count} {status}" for status, count in counts.items()) + memory
 
     def table(self) -> Table:

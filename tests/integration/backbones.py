@@ -22,6 +22,7 @@ from transformers import (
     Lfm2Config,
     LlamaConfig,
     Mamba2Config,
+    MiniMaxConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -148,6 +149,17 @@ def mamba2() -> PreTrainedConfig:
     )
 
 
+def minimax() -> PreTrainedConfig:
+    """Lightning attention, whose state is in a kind of cache of its own."""
+    return MiniMaxConfig(
+        **HEADS,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        block_size=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
 def qwen4_exp() -> PreTrainedConfig:
     """Streams folded into the hidden dimension."""
     sizes = {name: value for name, value in HEADS.items() if name != "intermediate_size"}
@@ -209,6 +221,7 @@ REFUSED = {
     "gemma3n": (gemma3n, "altup_num_inputs=4: AltUp keeps its streams in front of the batch"),
     "qwen4_exp": (qwen4_exp, "hc_count=4: its streams are folded into the hidden dimension"),
     "mamba2": (mamba2, "Mamba2ForCausalLM takes no past_key_values"),
+    "minimax": (minimax, "MiniMaxForCausalLM takes no past_key_values"),
 }
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.conversion import graft
-from engram_transformers.inspection import verify_checkpoint
+from engram_transformers.inspection import check_generation, verify_checkpoint
 from engram_transformers.training import engram_optimizer
 
 
@@ -65,9 +65,18 @@ def test_fresh_graft_gives_the_donors_logits_bit_for_bit(folder, tokenizer):
 
 
 def test_fresh_graft_verifies(folder):
-    findings = verify_checkpoint(folder)
+    findings = verify_checkpoint(folder, generation=False)
     assert [finding.section for finding in findings] == ["files", "constants", "tokenizer"]
     assert all(finding.ok for finding in findings), findings
+
+
+def test_the_checker_finds_the_model_exact_up_to_rounding(taught, tokenizer):
+    ways = ["left padding", "static cache", "prompt lookup", "cache.crop"]  # all of them take minutes
+    report = check_generation(taught, tokenizer, ways=ways)
+    assert report.ok, str(report)
+    assert report.stood_in, "control: no row of the one sentence that was taught is in the checker's prompts"
+    assert {result.status for result in report.results} <= {"exact", "rounding"}, str(report)
+    assert max(result.difference for result in report.results) < 1e-3  # logits reach 30
 
 
 @torch.no_grad()
