@@ -88,12 +88,12 @@ class EngramCacheLayer(LinearAttentionLayer):
                 continue
             kernel = self.conv_kernel_size[index]
             needed = kernel if left is None else min(kernel, left)
-            if tokens_to_remove > 0 or not self.record_past or state.shape[-1] - removed < needed:
+            kept = state.shape[-1] - removed
+            if tokens_to_remove > 0 or (removed and not (self.record_past and kept >= needed)):
                 raise RuntimeError(
                     f"crop({tokens_to_remove}): the memory's history cannot go back that far. Crop by a negative "
                     "number of tokens that were read after cache.activate_past_recording(), or read the text again."
                 )
-            kept = state.shape[-1] - removed
             self.conv_states[index] = state[..., max(0, kept - kernel) : kept]
         self.seen = left
 

@@ -252,7 +252,8 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
             elsewhere than in a `Cache` that it is given.
     """
     takes_cache = "past_key_values" in inspect.signature(backbone.forward).parameters
-    if not takes_cache or not backbone._supports_default_dynamic_cache():
+    keeps_own = hasattr(backbone.base_model, "_setup_cache")  # recurrent_gemma: on its modules
+    if not takes_cache or keeps_own or not backbone._supports_default_dynamic_cache():
         raise ValueError(
             f"{type(backbone).__name__} takes no past_key_values that Transformers makes: its state is elsewhere "
             "and the memory's history could not be kept beside it. Engram cannot be inserted into this backbone."
