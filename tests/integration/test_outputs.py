@@ -60,7 +60,7 @@ def test_hidden_states_and_attentions_are_the_backbones_up_to_the_first_engram_l
     assert len(found.hidden_states) == 1 + model.config.text_config.num_hidden_layers
     # States are taken before the memory is added, but that of layer 0 from what the layer is given: after it.
     same = [torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True)]
-    assert same == [0 < first and index <= first for index in range(len(same))]
+    assert same == [first > 0 and index <= first for index in range(len(same))]
     with model.without_memory():
         off = model(ids, **OUTPUTS)
     assert all(torch.equal(a, b) for a, b in zip(off.hidden_states, expected.hidden_states, strict=True))
