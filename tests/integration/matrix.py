@@ -21,7 +21,7 @@ BACKBONES_OWN = {
     ("deepseek_v4_compressed", "left padding"): "it compresses pads with the text",
     ("deepseek_v4_compressed", "left padding, beams"): "it compresses pads with the text",
     ("deepseek_v4_compressed", "packed documents"): "it compresses tokens of neighbouring documents",
-    ("gpt_oss", "packed documents"): "its eager attention gets no mask between documents",
+    ("gpt_oss", "packed documents"): "it makes its masks without position_ids and reads on into the next document",
     ("lfm2", "packed documents"): "its convolution runs over borders",
     ("falcon_h1", "packed documents"): "its state runs over borders",
     ("falcon_h1", "cache.crop"): "its recurrent state is not rolled back",
