@@ -7,6 +7,7 @@ Source: Transformers 5.23, `generation/utils.py` and `cache_utils.py`.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,16 +72,21 @@ class Subject:
         return self.model(ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
 
     def rounding(self, text: torch.Tensor) -> float:
-        """What rounding does to the logits of a text: their change when the last bits of its embeddings change."""
-        ids = {"engram_input_ids": text[None]} if self.has_memory else {}
-        embeds, at_once = self.model.get_input_embeddings()(text[None]), self.read(text[None])
+        """What rounding does to the logits of a text: their change when the last bits of its embeddings change.
+
+        Never more than half of the digits of the largest logit: a difference beyond that has another cause.
+        """
+        inputs = {"engram_input_ids": text[None]} if self.has_memory else {}
+        inputs["use_cache"] = False
+        embeds = self.model.get_input_embeddings()(text[None])  # (1, length, hidden)
+        at_once = self.model(inputs_embeds=embeds, **inputs).logits
         bit, generator = torch.finfo(embeds.dtype).eps, torch.Generator().manual_seed(SEED)
         changes = []
         for _ in range(PERTURBATIONS):
             signs = torch.randint(0, 2, embeds.shape, generator=generator).to(embeds) * 2 - 1
-            changed = self.model(inputs_embeds=embeds * (1 + bit * signs), use_cache=False, **ids).logits
+            changed = self.model(inputs_embeds=embeds * (1 + bit * signs), **inputs).logits
             changes.append(float((changed - at_once).float().abs().max()))
-        return max(changes)
+        return min(max(changes), math.sqrt(bit) * float(at_once.abs().max()))
 
     def read_on(self, ids: torch.Tensor, cache, first: int) -> list[Reading]:
         """Reads whole texts `(batch, length)` from position `first` on, behind what a cache holds of them."""
