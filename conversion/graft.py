@@ -24,8 +24,9 @@ from ..configuration import EngramConfig, EngramFormatError
 from ..configuration.configuration_engram import foreign_config_message
 from ..constants_engram import derive_constants
 from ..donor_engram import engram_config, load_donor
-from ..memory_engram import MEMORY_PREFIX, SHARD_PREFIXES
+from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
+from ..placement_engram import TABLES_PREFIX
 from ..shards_engram import (
     INDEX_NAME,
     MAX_MEMORY_SHARD_SIZE,
@@ -226,18 +227,19 @@ def rewrite_donor_files(draft: Path, folder: Path, tok, trust_remote_code: bool)
 def write_weights(
     draft: Path, empty: EngramForCausalLM, config: EngramConfig, token_map: torch.Tensor, shard_bytes: int
 ) -> None:
-    """Writes the memory's dense weights beside the donor's files, its shards, and the index over everything."""
+    """Writes what the memory has beside its tables next to the donor's files, its tables, and the indexes."""
     donor_files = sorted(draft.glob(f"{MODEL_STEM}-*.safetensors"))
     dense = draft / shard_name(MODEL_STEM, len(donor_files) + 1, len(donor_files) + 1)
     if not any(path.name == dense.name for path in donor_files):
-        write_shard(dense, fresh_layers(empty, config))
+        write_shard(dense, fresh_layers(empty, config) | fresh_hashing(config, token_map))
     names = [(name, path.name) for path in (*donor_files, dense) for name in read_header(path)]
     weight_map = dict(names)
     if len(weight_map) != len(names):
         raise EngramFormatError(f"the donor's files hold a tensor twice ({len(names) - len(weight_map)} repeats).")
-    weight_map |= write_shards(draft, MEMORY_STEM, fresh_shards(empty, config, token_map), shard_bytes)
+    tables = fresh_tables(empty)
+    weight_map |= write_shards(draft, MEMORY_STEM, tables, shard_bytes)
     total = sum(entry.end - entry.begin for path in draft.glob("*.safetensors") for entry in read_header(path).values())
-    write_index(draft, weight_map, total)
+    write_index(draft, weight_map, total, tables)
 
 
 def fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, torch.Tensor]:
@@ -250,14 +252,19 @@ def fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, to
     return {f"{MEMORY_PREFIX}layers.{name}": tensor.to(config.dtype) for name, tensor in layers.state_dict().items()}
 
 
-def fresh_shards(empty: EngramForCausalLM, config: EngramConfig, token_map: torch.Tensor) -> dict:
-    """What goes into memory shards: tables of zeros, token map, hash constants."""
+def fresh_hashing(config: EngramConfig, token_map: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Token map and hash constants."""
     constants = derive_constants(config, token_map).named() | {"token_map": token_map}
-    shards = {f"{MEMORY_PREFIX}hashing.{name}": tensor for name, tensor in constants.items()}
-    for name, tensor in empty.memory.state_dict().items():
-        if (MEMORY_PREFIX + name).startswith(SHARD_PREFIXES) and MEMORY_PREFIX + name not in shards:
-            shards[MEMORY_PREFIX + name] = ZeroTensor(tuple(tensor.shape), tensor.dtype)
-    return shards
+    return {f"{MEMORY_PREFIX}hashing.{name}": tensor for name, tensor in constants.items()}
+
+
+def fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
+    """Tables of zeros."""
+    return {
+        MEMORY_PREFIX + name: ZeroTensor(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in empty.memory.state_dict().items()
+        if (MEMORY_PREFIX + name).startswith(TABLES_PREFIX)
+    }
 
 
 def dry_load(draft: Path) -> str | None:

@@ -147,7 +147,7 @@ def read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
     for name in names:
         key = f"{MEMORY_PREFIX}hashing.{name}"
         if key not in weight_map:
-            raise ValueError(f"the index does not name '{key}': restore the `engram-memory-*.safetensors` files.")
+            raise ValueError(f"the index does not name '{key}': restore the `model-*.safetensors` files.")
         read_header(folder / weight_map[key])
         with safe_open(folder / weight_map[key], framework="pt") as file:
             tensors[name] = file.get_tensor(key)

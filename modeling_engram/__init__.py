@@ -11,6 +11,7 @@ from .configuration_engram import EngramConfig, EngramFormatError
 from .hashing_engram import NgramHasher
 from .layer_engram import EngramLayer
 from .modeling_engram import EngramForCausalLM, EngramModel
+from .offload_engram import EngramRowsHook, attach_memory_offload, detach_memory_offload
 
 
 __version__ = "0.1.0"
@@ -21,9 +22,12 @@ __all__ = [
     "EngramFormatError",
     "EngramLayer",
     "EngramModel",
+    "EngramRowsHook",
     "EngramTrainer",
     "NgramHasher",
     "TokenCompressor",
+    "attach_memory_offload",
+    "detach_memory_offload",
 ]
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)

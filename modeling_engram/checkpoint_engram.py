@@ -6,16 +6,27 @@ their own dtype are mapped from the file on a CPU, not copied. Never writes into
 Source: docs/format.md.
 """
 
+import copy
+import math
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .configuration_engram import EngramFormatError
-from .memory_engram import MEMORY_PREFIX, SHARD_PREFIXES, EngramMemory
+from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
+from .placement_engram import (
+    TABLES_PREFIX,
+    check_placement,
+    choose_placement,
+    free_memory,
+    mapped_place,
+    without_tables,
+)
 from .quantised_engram import only_state, quantization_in_graft
+from .rows_engram import CheckpointTables
 from .shards_engram import (
     DTYPE_NAMES,
     INDEX_NAME,
@@ -23,10 +34,13 @@ from .shards_engram import (
     MEMORY_STEM,
     MODEL_STEM,
     SINGLE_NAME,
+    WITHOUT_TABLES_NAME,
     check_folder,
     parse_size,
     read_header,
+    read_index,
     shard_name,
+    total_size,
     whole_save,
     write_index,
     write_shards,
@@ -34,6 +48,9 @@ from .shards_engram import (
 
 
 logger = logging.get_logger(__name__)
+
+# Arguments of `from_pretrained` that say where a checkpoint is.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 # Classes of this package that a checkpoint's own copy of the code offers to `trust_remote_code=True`.
 AUTO_MAP = {
@@ -47,24 +64,33 @@ class EngramCheckpointMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` for models with a memory."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, engram_placement: str = "auto", **kwargs):
         """As in Transformers, refusing a checkpoint whose memory is incomplete or another's.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
+            engram_placement (`str`, *optional*, defaults to `"auto"`):
+                Where tables are: "device" (with the other weights), "cpu" (host memory; rows travel), "disk" (read
+                from the checkpoint's files), "none" (not loaded, nor downloaded), or "auto" (the first of "device",
+                "cpu" and "disk" with room to spare, or what `device_map` says about "memory.tables").
             kwargs: arguments of `PreTrainedModel.from_pretrained`. `dtype` leaves tables in their own type.
 
         Raises:
             `FileNotFoundError`: if a file is missing.
+            `ValueError`: for another word, or one that `device_map` contradicts.
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
+        check_placement(engram_placement)
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
-        folder = local_checkpoint(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-        if folder is not None:
-            config = kwargs.get("config") or cls.config_class.from_pretrained(folder)
-            check_folder(folder, expected_shards(config))
+        files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
+        said = engram_placement == "auto" and files.config is not None
+        placement = files.placement(engram_placement)
+        if placement != "device":
+            kwargs["config"], kwargs["hold_tables"] = files.config_without_tables(), False
+            kwargs["device_map"] = without_tables(kwargs.get("device_map"))
+        files.check(placement)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -72,12 +98,19 @@ class EngramCheckpointMixin:
         except SafetensorError as error:
             raise EngramFormatError(
                 f"a weight file of '{pretrained_model_name_or_path}' cannot be read ({error}): it is truncated or "
-                "damaged, or larger than this machine's RAM and swap can map. Download it again, or graft with smaller "
-                "files (max_memory_shard_size)."
+                "damaged, or larger than this machine's RAM and swap can map. Download it again, graft with smaller "
+                "files (max_memory_shard_size), or leave the memory on disk (engram_placement='disk')."
             ) from error
         refuse_incomplete_checkpoint(pretrained_model_name_or_path, info)
         if model.memory.hashing.token_map.device.type != "meta":
             model.memory.hashing.check(model.config)
+        model.checkpoint_tables = files.tables()
+        if placement != "device":
+            del model.config.transformers_weights  # it was for this load alone
+            model.place_memory(placement)
+        if said:
+            # At warning level because the default verbosity hides the rest, and it decides about speed and memory.
+            logger.warning(model.describe_placement())
         return (model, info) if wants_info else model
 
     def save_pretrained(
@@ -90,7 +123,7 @@ class EngramCheckpointMixin:
         max_memory_shard_size: int | str = MAX_MEMORY_SHARD_SIZE,
         **kwargs,
     ) -> None:
-        """Saves the model, the tables, token map and hash constants in `engram-memory-*.safetensors` files.
+        """Saves the model, the tables in `engram-memory-*.safetensors` files of their own.
 
         Args:
             save_directory (`str` or `os.PathLike`): a folder; an older checkpoint in it is replaced.
@@ -109,6 +142,11 @@ class EngramCheckpointMixin:
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size=max_shard_size, **kwargs
             )
             return
+        if self.memory.placement == "none":
+            raise ValueError(
+                "the memory was not loaded (engram_placement='none'), and a save would lose it: "
+                "model.place_memory('disk') first, or save model.backbone alone."
+            )
         for name in ("variant", "distributed_checkpoint"):
             if kwargs.pop(name, None):
                 raise ValueError(f"save_pretrained({name}=...) is not supported for a model with memory shards.")
@@ -121,7 +159,7 @@ class EngramCheckpointMixin:
             name: kwargs.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in kwargs
         }
         state = self.state_dict() if state_dict is None else state_dict
-        shards = {name: tensor for name, tensor in state.items() if name.startswith(SHARD_PREFIXES)}
+        shards = {name: tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)}
         rest = {name: tensor for name, tensor in state.items() if name not in shards}
         self.config.auto_map = dict(AUTO_MAP)
         # Backbone weights keep their modules' names; Transformers would go back to older names of some models.
@@ -130,9 +168,18 @@ class EngramCheckpointMixin:
             super().save_pretrained(draft, state_dict=rest, max_shard_size=max_shard_size, **kwargs)
             weight_map = number_rest_files(draft)
             weight_map |= write_shards(draft, MEMORY_STEM, shards, parse_size(max_memory_shard_size))
-            write_index(draft, weight_map, sum(tensor.nbytes for tensor in state.values()))
+            write_index(draft, weight_map, sum(tensor.nbytes for tensor in state.values()), shards)
+        self.read_from(folder)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
+
+    def read_from(self, folder: Path) -> None:
+        """Takes tables that are on disk from the files of a save that replaced them; others may be placed there now."""
+        before = self.checkpoint_tables
+        if before is None or before.folder.resolve() == folder.resolve():
+            self.checkpoint_tables = CheckpointTables(folder)
+            if self.memory.placement == "disk":
+                self.place_memory("none").place_memory("disk")
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         sizes = {path.name: path.stat().st_size for path in Path(working_dir).iterdir() if path.is_file()}
@@ -145,6 +192,90 @@ class EngramCheckpointMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
+class CheckpointFiles:
+    """What is known of a checkpoint before it is loaded.
+
+    Args:
+        config_class (`type`): [`EngramConfig`].
+        path (`str` or `os.PathLike`): a folder, a Hub id, an adapter's folder, or None.
+        kwargs (`dict`): of `from_pretrained`.
+    """
+
+    def __init__(self, config_class, path, kwargs: dict):
+        self.path, self.kwargs = path, kwargs
+        self.hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        self.folder = local_checkpoint(path, kwargs.get("subfolder", ""))
+        self.config = kwargs.get("config") if isinstance(kwargs.get("config"), config_class) else None
+        is_adapter = path is not None and self.folder is None and Path(path).is_dir()
+        if kwargs.get("state_dict") is not None or path is None or is_adapter:
+            self.config = None  # the tables are not in this checkpoint's files
+        elif self.config is None:
+            self.config = config_class.from_pretrained(kwargs.get("config") or path, **self.hub)
+
+    def placement(self, wanted: str) -> str:
+        """Where the tables are to be.
+
+        Raises:
+            `ValueError`: if the files are not known, or the device map says something else.
+        """
+        if self.config is None:
+            if wanted not in ("auto", "device"):
+                raise ValueError(f"engram_placement={wanted!r} needs the files of an Engram checkpoint: load that.")
+            return "device"
+        device_map = self.kwargs.get("device_map")
+        mapped = mapped_place(device_map, TABLES_PREFIX.rstrip("."))
+        if mapped is not None:
+            mapped = str(mapped) if str(mapped) in ("cpu", "disk") else "device"
+            if mapped == "cpu" and {str(place) for place in device_map.values()} <= {"cpu", "disk"}:
+                mapped = "device"  # the device is the CPU
+            if wanted in ("auto", mapped):
+                return mapped
+            if wanted == "device":
+                raise ValueError(
+                    f"engram_placement='device' contradicts device_map, which puts memory.tables on {mapped!r}: leave "
+                    "one of them out."
+                )
+        if wanted != "auto":
+            return wanted
+        expected = expected_shards(self.config)
+        table_bytes = sum(math.prod(shape) for name, (shape, _) in expected.items() if name.startswith(TABLES_PREFIX))
+        table_bytes *= getattr(torch, self.config.engram_table_dtype).itemsize
+        total = total_size(self.index_folder()) or table_bytes
+        free = free_memory(device_map, self.kwargs.get("max_memory"))
+        return choose_placement(table_bytes, max(0, total - table_bytes), *free)
+
+    def check(self, placement: str) -> None:
+        """Looks at the headers of the files that will be read."""
+        if self.folder is None or self.config is None:
+            return
+        expected = expected_shards(self.config)
+        if placement != "device":
+            read_index(self.folder, WITHOUT_TABLES_NAME)
+        if placement == "none":
+            expected = {name: entry for name, entry in expected.items() if not name.startswith(TABLES_PREFIX)}
+        check_folder(self.folder, expected, WITHOUT_TABLES_NAME if placement == "none" else INDEX_NAME)
+
+    def config_without_tables(self):
+        """A configuration under which Transformers reads, and downloads, all files but those of the tables."""
+        config = copy.deepcopy(self.config)
+        config.transformers_weights = WITHOUT_TABLES_NAME
+        return config
+
+    def tables(self) -> CheckpointTables | None:
+        """The tables' files, fetched when they are asked for."""
+        if self.config is None:
+            return None
+        return CheckpointTables(self.index_folder(), None if self.folder is not None else self.locate)
+
+    def index_folder(self) -> Path:
+        """The local folder of the index."""
+        return self.folder if self.folder is not None else self.locate(INDEX_NAME).parent
+
+    def locate(self, file_name: str) -> Path:
+        """A file of the checkpoint, downloaded if it is not here."""
+        return Path(cached_file(self.path, file_name, **self.hub))
+
+
 def local_checkpoint(path, subfolder: str) -> Path | None:
     """The folder of a local checkpoint; None for a Hub id, an adapter's folder or no path at all."""
     if path is None:
@@ -154,14 +285,14 @@ def local_checkpoint(path, subfolder: str) -> Path | None:
 
 
 def expected_shards(config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and safetensors type of every tensor that a configuration's memory shards hold."""
+    """Shape and safetensors type of the tables, token map and hash constants of a configuration."""
     with torch.device("meta"):
         memory = EngramMemory(config)
     named = {MEMORY_PREFIX + name: tensor for name, tensor in memory.state_dict().items()}
     return {
         name: (tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
         for name, tensor in named.items()
-        if name.startswith(SHARD_PREFIXES)
+        if name.startswith(FIXED_PREFIXES)
     }
 
 

@@ -9,7 +9,7 @@ Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3; insertion by pre-hook o
 import inspect
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .constants_engram import derive_constants
+from .fetch_engram import RowFetch, fetch_ahead
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
+from .offload_engram import rows_hook, settle_table
+from .placement_engram import TABLES_PREFIX, named_orders
 from .table_engram import EngramTable
 
 
-# State-dict prefix that owns every tensor of the memory, and the part of it that goes into memory shards.
+# State-dict prefix that owns every tensor of the memory, and the parts of it that a configuration fixes.
 MEMORY_PREFIX = "memory."
-SHARD_PREFIXES = ("memory.tables.", "memory.hashing.")
+FIXED_PREFIXES = (TABLES_PREFIX, "memory.hashing.")
 
 
 @dataclass
@@ -34,16 +37,30 @@ class MemoryReads:
     """What one forward pass hands to its Engram layers.
 
     Args:
-        vectors (`dict[int, torch.Tensor]`): memory vectors by layer id, `(batch, length, orders * heads * width)`.
+        tables (`nn.ModuleDict`): [`EngramTable`] by layer.
+        rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
         alive (`torch.BoolTensor` of shape `(batch, length)`): False where the gate is shut.
         cache ([`EngramCacheLayer`], *optional*): where histories go.
         segments (`torch.LongTensor` of shape `(batch, span + length)`, *optional*): documents, None if there is one.
+        fetches (`dict[int, list[RowFetch]]`): rows that are on their way, by layer id.
     """
 
-    vectors: dict[int, torch.Tensor]
+    tables: nn.ModuleDict
+    rows: dict[int, torch.Tensor]
     alive: torch.Tensor
     cache: EngramCacheLayer | None
     segments: torch.Tensor | None = None
+    fetches: dict[int, list[RowFetch]] = field(default_factory=dict)
+
+    def vectors(self, layer_id: int) -> torch.Tensor:
+        """Memory vectors of a layer, `(batch, length, orders * heads * width)`; waited for if they are on their way."""
+        return self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
+
+    def drop(self) -> None:
+        """Ends what is under way when nobody will ask for it."""
+        for fetches in self.fetches.values():
+            for fetch in fetches:
+                fetch.drop()
 
 
 class EngramMemory(nn.Module):
@@ -52,22 +69,39 @@ class EngramMemory(nn.Module):
     Args:
         config ([`EngramConfig`]): sizes and variants.
         token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): None where every id is its own class.
+        hold_tables (`bool`, *optional*, defaults to `True`): whether tables are made, or left to be placed elsewhere.
     """
 
-    def __init__(self, config, token_map: torch.Tensor | None = None):
+    def __init__(self, config, token_map: torch.Tensor | None = None, hold_tables: bool = True):
         super().__init__()
+        self.placement = "device" if hold_tables else "none"
         self.layer_ids = list(config.engram_layer_ids)
         constants = derive_constants(config, token_map)
         self.hashing = NgramHasher(self.layer_ids, identity_map(config) if token_map is None else token_map, constants)
         dtype = getattr(torch, config.engram_table_dtype)
         self.tables = nn.ModuleDict(
             {
-                str(layer): EngramTable(rows, config.engram_head_dim, config.engram_table_parts, dtype)
+                str(layer): EngramTable(rows, config.engram_head_dim, config.engram_table_parts, dtype, hold_tables)
                 for layer, rows in zip(self.layer_ids, constants.order_rows(), strict=True)
             }
         )
         self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
         self.reset_token_ids = list(config.engram_reset_token_ids or [])
+
+    def named_host_parts(self) -> list[tuple[str, nn.Parameter]]:
+        """Parts of tables in host memory by their state-dict names: they learn, and are no parameters of the model."""
+        return [
+            (f"{prefix}{number}", part)
+            for prefix, order in named_orders(self.tables)
+            if order.source is not None and order.source.kind == "cpu"
+            for number, part in enumerate(order.source.parts)
+        ]
+
+    def requires_grad_(self, requires_grad: bool = True) -> "EngramMemory":
+        """As for any module, tables in host memory included."""
+        for _, part in self.named_host_parts():
+            part.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     @property
     def span(self) -> int:
@@ -102,8 +136,34 @@ class EngramMemory(nn.Module):
         history = cache.recent_classes() if cache is not None else None
         segments = None if ends is None else self.segments(ends.to(classes.device), cache)
         rows = self.hashing(classes, history, segments)  # (layers, batch, length, orders, heads)
-        vectors = {layer: self.tables[str(layer)](rows[i]) for i, layer in enumerate(self.layer_ids)}
-        return MemoryReads(vectors, classes >= 0, cache, segments)
+        by_layer = {layer: rows[i] for i, layer in enumerate(self.layer_ids)}
+        reads = MemoryReads(self.tables, by_layer, classes >= 0, cache, segments)
+        if not torch.compiler.is_compiling():
+            self.settle()
+        if self.placement != "device":
+            reads.fetches = self.begin_fetches(by_layer)
+        return reads
+
+    def settle(self) -> None:
+        """Takes tables back from accelerate's hooks, if a dispatch has put some on them."""
+        for table in self.tables.values():
+            settle_table(table)
+        if self.placement == "device":
+            hooks = [rows_hook(order) for table in self.tables.values() for order in table.orders()]
+            if hooks[0] is not None:
+                self.placement = hooks[0].source.kind
+
+    @torch.compiler.disable
+    def begin_fetches(self, rows: dict[int, torch.Tensor]) -> dict[int, list[RowFetch]]:
+        """Lets the rows of all layers be read while the layers before them run."""
+        fetches = {}
+        for layer, own in rows.items():
+            device = layer_device(self.layers[str(layer)])
+            hooks = [rows_hook(order) for order in self.tables[str(layer)].orders()]
+            if all(hook is not None and hook.prefetch for hook in hooks):
+                fetches[layer] = [hook.ask(own[:, :, i], device) for i, hook in enumerate(hooks)]
+        fetch_ahead([fetch for layer in fetches.values() for fetch in layer])
+        return fetches
 
     def resets(self, ids: torch.Tensor) -> torch.Tensor | None:
         """Where documents end by `engram_reset_token_ids`, `(batch, length)`; None if there are none."""
@@ -116,6 +176,15 @@ class EngramMemory(nn.Module):
         keeps = cache is not None and self.reset_token_ids
         full = cache.extend_ends(ends) if keeps else F.pad(ends, (self.span, 0))  # (batch, span + length)
         return full.cumsum(1) - full.long()  # the last position still belongs to its document
+
+
+def layer_device(layer: EngramLayer) -> torch.device:
+    """Where a layer computes, also while accelerate keeps its weights elsewhere."""
+    projection = layer.key_value
+    if projection.weight.is_meta:
+        device = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)
+        return torch.device("cpu" if device is None else device)
+    return projection.weight.device
 
 
 class ReadsInFlight:
@@ -137,6 +206,7 @@ class ReadsInFlight:
             yield
         finally:
             del self.by_thread[thread]
+            reads.drop()
 
     @contextmanager
     def switch_off(self):
@@ -188,7 +258,7 @@ class InsertMemory:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.alive)
-        vectors = reads.vectors[self.layer_id].to(hidden_states.device)
+        vectors = reads.vectors(self.layer_id).to(hidden_states.device)
         alive = reads.alive.to(hidden_states.device)
         segments = None if reads.segments is None else reads.segments.to(hidden_states.device)
         added = self.layer(hidden_states, vectors, alive, past_key_values=reads.cache, segments=segments)

@@ -38,8 +38,10 @@ class EngramModel(EngramPreTrainedModel):
     >>> model = AutoModel.from_pretrained("runs/demo/checkpoint")
     ```"""
 
-    def __init__(self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None):
-        super().__init__(config, backbone, token_map)
+    def __init__(
+        self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
+    ):
+        super().__init__(config, backbone, token_map, hold_tables)
         drop_head(self.backbone)
         self.post_init()
 
@@ -113,8 +115,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     >>> model = AutoModelForCausalLM.from_pretrained("runs/demo/checkpoint")
     ```"""
 
-    def __init__(self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None):
-        super().__init__(config, backbone, token_map)
+    def __init__(
+        self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
+    ):
+        super().__init__(config, backbone, token_map, hold_tables)
         self.backbone_slices_logits = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
         self.post_init()
 
@@ -249,7 +253,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if self.reads_in_flight.is_off:
+        if self.runs_as_donor:
             return result
         layer = self.memory.cache_layer(model_kwargs.get("past_key_values"), self.config.text_config.num_hidden_layers)
         # Before anything is recorded: `generate` has already asked the other layers of an assistant's cache to.

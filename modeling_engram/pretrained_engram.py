@@ -5,7 +5,9 @@ the names that it always had. Never keeps state of a text on a module.
 Source: docs/design.md, "Any backbone".
 """
 
+import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,9 +24,18 @@ from .configuration_engram import EngramConfig
 from .constants_engram import check_constants, derive_constants
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
-from .memory_engram import EngramMemory, insert_memory
+from .memory_engram import EngramMemory, insert_memory, layer_device
+from .placement_engram import (
+    TABLES_PREFIX,
+    check_placement,
+    choose_placement,
+    free_memory,
+    place_tables,
+    placed_bytes,
+)
 from .quantised_engram import take_over_quantiser
 from .reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
+from .rows_engram import CheckpointTables
 from .table_engram import EngramTable, clear_row_gradients, with_row_gradients
 
 
@@ -58,7 +69,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     _no_split_modules = ["EngramLayer", "EngramTable"]
     _skip_keys_device_placement = ["past_key_values"]
 
-    def __init__(self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None):
+    def __init__(
+        self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
+    ):
         super().__init__(config)
         if token_map is None and config.engram_token_map_sha256 is not None and not on_meta():
             raise ValueError(
@@ -76,7 +89,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         self.is_custom_code = type(self.backbone).is_custom_code
         for name in BACKBONES_TRAITS:
             setattr(self, name, getattr(self.backbone, name))
-        self.memory = EngramMemory(config, token_map)
+        self.memory = EngramMemory(config, token_map, hold_tables)
+        self.checkpoint_tables: CheckpointTables | None = None
         self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
         if not on_meta():
             check_constants(self.memory.hashing.constants, config)
@@ -142,7 +156,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         """
         cache, use_cache = self.fresh_cache(inputs["past_key_values"], inputs["use_cache"])
         inputs = {**self.outputs_wanted(), **inputs, "past_key_values": cache, "use_cache": use_cache}
-        if self.reads_in_flight.is_off:
+        if self.runs_as_donor:
             refuse_engram_history(cache)
             return module(**inputs)
         hashing = self.memory.hashing
@@ -183,6 +197,66 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         with self.reads_in_flight.switch_off():
             yield self
 
+    def requires_grad_(self, requires_grad: bool = True) -> "EngramPreTrainedModel":
+        """As for any module, tables in host memory included."""
+        self.memory.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    @property
+    def runs_as_donor(self) -> bool:
+        """Whether this thread's passes read no memory: inside `without_memory()`, or if it is placed nowhere."""
+        return self.memory.placement == "none" or self.reads_in_flight.is_off
+
+    def place_memory(
+        self, placement: str, folder: str | os.PathLike | None = None, **settings
+    ) -> "EngramPreTrainedModel":
+        """Moves the tables; what the model computes and saves stays the same.
+
+        Args:
+            placement (`str`):
+                "device" (parameters, with the other weights), "cpu" (host memory; rows travel), "disk" (rows are read
+                from the checkpoint's files), "none" (not loaded; the model runs as its donor), or "auto" (the first of
+                "device", "cpu", "disk" with room to spare).
+            folder (`str` or `os.PathLike`, *optional*):
+                A checkpoint of this very memory to take tables from that are not loaded, or to leave them in; where the
+                model came from, or was saved first, if None.
+            settings: of [`EngramRowsHook`] (`prefetch`, `verify`, `execution_device`).
+
+        Returns:
+            The model.
+
+        Raises:
+            `ValueError`: for another word, for "disk" if the tables are in no file or were trained since.
+
+        Example:
+
+        ```python
+        >>> model = model.place_memory("disk")
+        ```"""
+        tables = self.memory.tables
+        if folder is not None:
+            self.checkpoint_tables = CheckpointTables(Path(folder))
+        if check_placement(placement) == "auto":
+            others = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith(TABLES_PREFIX))
+            placement = choose_placement(placed_bytes(tables), others, *free_memory(self.device))
+        devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
+        place_tables(tables, placement, self.checkpoint_tables, devices, **settings)
+        self.memory.placement = placement
+        logger.info(self.describe_placement())
+        return self
+
+    def describe_placement(self) -> str:
+        """One line: where the tables are, and how large."""
+        size, placement = placed_bytes(self.memory.tables), self.memory.placement
+        where = {
+            "device": "with the other weights",
+            "cpu": "in host memory; rows travel",
+            "disk": "in the checkpoint's files; rows are read when they are needed",
+            "none": "not loaded; the model runs as its donor",
+        }[placement]
+        count = len(self.memory.tables)
+        return f"Engram memory: {count} tables, {size:,} bytes, engram_placement={placement!r} ({where})."
+
     def fresh_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
         """The cache of a forward pass, and whether the backbone is to use one."""
         if use_cache is None:
@@ -209,7 +283,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears dense gradients and the tables' row gradients."""
         super().zero_grad(set_to_none)
-        waiting = list(with_row_gradients(self.parameters()))
+        waiting = list(with_row_gradients([*self.parameters(), *dict(self.memory.named_host_parts()).values()]))
         if any(not parameter.row_grad.applied for parameter in waiting):
             logger.warning_once(
                 "The memory's row gradients were dropped without being applied: torch's optimizers do not see them. "

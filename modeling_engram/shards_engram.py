@@ -13,7 +13,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,10 @@ from .configuration_engram import EngramFormatError
 
 
 INDEX_NAME = "model.safetensors.index.json"
+# The same without the tables: what is loaded when they stay in their files. Its file names count from the checkpoint's
+# folder. In a folder of its own, because accelerate refuses a folder with two indexes.
+WITHOUT_TABLES_NAME = "without_tables/model.safetensors.index.json"
+INDEX_NAMES = (INDEX_NAME, WITHOUT_TABLES_NAME)
 SINGLE_NAME = "model.safetensors"
 MODEL_STEM = "model"
 MEMORY_STEM = "engram-memory"
@@ -171,10 +175,13 @@ def write_shards(
     return weight_map
 
 
-def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
-    """Writes the ordinary Transformers index over all files."""
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int, tables: Collection[str] = ()) -> None:
+    """Writes the ordinary Transformers index over all files, and the one that leaves out `tables`."""
+    rest = {name: file_name for name, file_name in weight_map.items() if name not in tables}
+    for file_name, held in ((INDEX_NAME, weight_map), (WITHOUT_TABLES_NAME, rest)):
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(held.items()))}
+        (folder / file_name).parent.mkdir(exist_ok=True)
+        (folder / file_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -218,6 +225,24 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def start_of_data(path: Path) -> int:
+    """First byte of a safetensors file's data, from which its header counts."""
+    with open(path, "rb") as file:
+        return 8 + struct.unpack("<Q", file.read(8))[0]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that a header names.
+
+    Raises:
+        [`EngramFormatError`]: for a type that no table has.
+    """
+    for dtype, known in DTYPE_NAMES.items():
+        if known == name:
+            return dtype
+    raise EngramFormatError(f"a memory shard holds rows of type {name}: known are {', '.join(DTYPE_NAMES.values())}.")
+
+
 def tensor_entry(entry: dict) -> TensorEntry:
     """Checks one tensor's line of a header."""
     begin, end = entry["data_offsets"]
@@ -226,14 +251,18 @@ def tensor_entry(entry: dict) -> TensorEntry:
     return TensorEntry(entry["dtype"], tuple(entry["shape"]), begin, end)
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    """Reads the index of a folder: file name of every tensor.
+def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str]:
+    """Reads an index of a folder: file name of every tensor.
+
+    Args:
+        folder (`Path`): a local checkpoint.
+        name (`str`, *optional*): the index over all files, or the one without tables.
 
     Raises:
         `FileNotFoundError`: if there is no index, or a `model.safetensors` that would be read in its stead.
         [`EngramFormatError`]: if it is no index, or names anything but a plain safetensors file of the folder.
     """
-    path = folder / INDEX_NAME
+    path = folder / name
     if (folder / SINGLE_NAME).exists():
         raise EngramFormatError(
             f"'{folder / SINGLE_NAME}' would be read instead of the index and its memory shards: it is left over from "
@@ -241,7 +270,7 @@ def read_index(folder: Path) -> dict[str, str]:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{folder}' has no {INDEX_NAME}: it is no Engram checkpoint, or a save was interrupted. Save it again, or "
+            f"'{folder}' has no {name}: it is no Engram checkpoint, or a save was interrupted. Save it again, or "
             "graft a donor with `engram graft DONOR OUT`."
         )
     try:
@@ -258,17 +287,26 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_folder(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+def total_size(folder: Path) -> int:
+    """Bytes of all tensors, as the index says; 0 if it does not."""
+    read_index(folder)
+    return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")).get("metadata", {}).get("total_size", 0)
+
+
+def check_folder(
+    folder: Path, expected: Mapping[str, tuple[tuple[int, ...], str]], index_name: str = INDEX_NAME
+) -> None:
     """Checks every file of a checkpoint by its header, and that the memory is all there in the right shapes.
 
     Args:
         folder (`Path`): a local checkpoint.
-        expected (mapping): shape and safetensors type name of every tensor that belongs into memory shards.
+        expected (mapping): shape and safetensors type name of tensors of the memory.
+        index_name (`str`, *optional*): the index whose files are looked at.
 
     Raises:
         `FileNotFoundError` or [`EngramFormatError`]: naming the file and what to do.
     """
-    weight_map = read_index(folder)
+    weight_map = read_index(folder, index_name)
     headers = {file_name: read_header(folder / file_name) for file_name in sorted(set(weight_map.values()))}
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
@@ -278,7 +316,7 @@ def check_folder(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], str
     for name, (shape, dtype) in expected.items():
         if name not in weight_map:
             raise EngramFormatError(
-                f"'{folder / INDEX_NAME}' does not name '{name}': the memory is incomplete, and it is never filled "
+                f"'{folder / index_name}' does not name '{name}': the memory is incomplete, and it is never filled "
                 "with random rows. Restore the index and the `engram-memory-*.safetensors` files, or graft again."
             )
         entry = headers[weight_map[name]][name]
@@ -312,13 +350,13 @@ def whole_save(folder: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Moves a finished save into place. Without its index a folder does not load, so that goes first and comes last."""
-    fresh = {path.name for path in draft.iterdir()}
-    (folder / INDEX_NAME).unlink(missing_ok=True)
+    """Moves a finished save into place. Without its indexes a folder does not load, so they go first and come last."""
+    fresh = {str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()}
+    for name in INDEX_NAMES:
+        (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
         if WEIGHT_FILE.fullmatch(path.name) and path.name not in fresh:
             path.unlink()
-    for name in sorted(fresh - {INDEX_NAME}):
+    for name in sorted(fresh, key=lambda name: (name in INDEX_NAMES, name)):
+        (folder / name).parent.mkdir(exist_ok=True)
         os.replace(draft / name, folder / name)
-    if INDEX_NAME in fresh:
-        os.replace(draft / INDEX_NAME, folder / INDEX_NAME)

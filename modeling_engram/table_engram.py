@@ -145,33 +145,105 @@ def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
     return (rows // part_height).clamp(max=parts - 1)
 
 
+class GatherBrought(torch.autograd.Function):
+    """Reads rows that were brought to the device, and leaves their gradients beside the table on the host."""
+
+    @staticmethod
+    def forward(ctx, anchor, values, places, rows, part_height, parts):
+        ctx.rows, ctx.part_height, ctx.parts = rows, part_height, parts
+        ctx.save_for_backward(places)
+        return F.embedding(places, values)
+
+    @staticmethod
+    def backward(ctx, gradients: torch.Tensor):
+        (places,) = ctx.saved_tensors
+        # Summed where they are made: only unique rows' gradients go back to the host.
+        summed = sum_rows(places.flatten(), gradients.reshape(-1, gradients.shape[-1]))
+        leave_row_gradients(
+            ctx.rows[summed.rows.to(ctx.rows.device)], summed.values.to(ctx.rows.device), ctx.part_height, ctx.parts
+        )
+        return torch.zeros(1), None, None, None, None, None
+
+
+@dataclass
+class BroughtRows:
+    """Rows that were brought to where they are needed.
+
+    Args:
+        values (`torch.Tensor` of shape `(unique, width)`): the rows.
+        places (`torch.LongTensor` of any shape): which of them each read is.
+        rows (`torch.LongTensor` of shape `(unique,)`): their numbers in the table, on the host.
+        parts (`list[torch.Tensor]`, *optional*): parts on the host that learn.
+    """
+
+    values: torch.Tensor
+    places: torch.Tensor
+    rows: torch.Tensor
+    parts: list[torch.Tensor] | None = None
+
+
 class OrderRows(nn.Module):
     """Rows of one order, in parts.
 
-    A module that is called, where a list would be read: accelerate brings offloaded weights when a module is called.
+    A module that is called, where a list would be read: hooks of accelerate bring what it needs when it is called.
 
     Args:
         heights (`list[int]`): rows of each part.
         width (`int`): values in a row.
         dtype (`torch.dtype`): type of the rows.
+        hold (`bool`, *optional*, defaults to `True`): whether to make parameters, or leave rows to be placed elsewhere.
     """
 
-    def __init__(self, heights: list[int], width: int, dtype: torch.dtype):
+    def __init__(self, heights: list[int], width: int, dtype: torch.dtype, hold: bool = True):
         super().__init__()
+        self.heights, self.width, self.dtype = heights, width, dtype
+        self.source = None  # where the rows are if they are no parameters: `HostRows` or `FileRows`
         self.part_height = heights[0]
         self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
-        for number, height in enumerate(heights):
-            self.register_parameter(str(number), nn.Parameter(torch.zeros(height, width, dtype=dtype)))
+        if hold:
+            for number, height in enumerate(heights):
+                self.register_parameter(str(number), nn.Parameter(torch.zeros(height, width, dtype=dtype)))
 
     def __len__(self) -> int:
-        return len(self._parameters)
+        return len(self.heights)
 
-    def __getitem__(self, number: int) -> nn.Parameter:
-        return list(self.parameters())[number]
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self.parts()[number]
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Reads rows of any shape: `(*rows.shape, width)`, in the table's dtype and on its device."""
-        parts = list(self.parameters())
+    def parts(self) -> list[torch.Tensor]:
+        """The parts, wherever they are; those on disk as a mapping.
+
+        Raises:
+            `RuntimeError`: if the table was not loaded.
+        """
+        if self._parameters:
+            return list(self._parameters.values())
+        if self.source is None:
+            raise RuntimeError("this memory's tables were not loaded: model.place_memory('disk') or 'cpu' loads them.")
+        return self.source.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(self.heights) * self.width * self.dtype.itemsize
+
+    def forward(self, rows: torch.Tensor, brought: BroughtRows | None = None) -> torch.Tensor:
+        """Reads rows of any shape.
+
+        Args:
+            rows (`torch.LongTensor` of any shape): rows to read.
+            brought ([`BroughtRows`], *optional*): given by the hook of a table that is elsewhere.
+
+        Returns:
+            `torch.Tensor` of shape `(*rows.shape, width)`, in the table's dtype and on its device.
+        """
+        if brought is not None:
+            if brought.parts is None:
+                return F.embedding(brought.places, brought.values)
+            return GatherBrought.apply(
+                self.anchor, brought.values, brought.places, brought.rows, self.part_height, brought.parts
+            )
+        parts = self.parts()
         rows = rows.to(parts[0].device)
         learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if learns or torch.compiler.is_compiling():
@@ -190,9 +262,10 @@ class EngramTable(nn.Module):
         width (`int`): values in a row.
         parts (`int`): parameters for each order.
         dtype (`torch.dtype`): type of the rows; no `.to(dtype)`, `.half()` or `dtype=` changes it.
+        hold (`bool`, *optional*, defaults to `True`): whether to make parameters, or leave rows to be placed elsewhere.
     """
 
-    def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype):
+    def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype, hold: bool = True):
         super().__init__()
         self.width = width
         self.part_heights = [rows // parts for rows in order_rows]
@@ -203,29 +276,31 @@ class EngramTable(nn.Module):
                 )
             height = self.part_heights[order - 2]
             heights = [height] * (parts - 1) + [rows - height * (parts - 1)]
-            self.register_module(f"order{order}", OrderRows(heights, width, dtype))
+            self.register_module(f"order{order}", OrderRows(heights, width, dtype, hold))
 
     def orders(self) -> list[OrderRows]:
         """Parts by order, bigrams first."""
         return [getattr(self, f"order{order}") for order in range(2, 2 + len(self.part_heights))]
 
     @property
-    def device(self) -> torch.device:
-        """Where the rows are."""
-        return self.order2[0].device
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(order.nbytes for order in self.orders())
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, fetches: list | None = None) -> torch.Tensor:
         """Reads memory vectors.
 
         Args:
             rows (`torch.LongTensor` of shape `(batch, length, orders, heads)`):
                 Rows counted from the first of their order, on any device.
+            fetches (`list[RowFetch]`, *optional*): under way for each order of a table that is elsewhere.
 
         Returns:
             `torch.Tensor` of shape `(batch, length, orders * heads * width)`, in the table's dtype and on its device.
         """
         # (batch, length, heads) -> (batch, length, heads * width), for every order
-        vectors = [order(rows[:, :, index]).flatten(-2) for index, order in enumerate(self.orders())]
+        given = [{}] * len(self.part_heights) if fetches is None else [{"fetch": fetch} for fetch in fetches]
+        vectors = [order(rows[:, :, i], **given[i]).flatten(-2) for i, order in enumerate(self.orders())]
         with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
 

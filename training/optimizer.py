@@ -117,7 +117,7 @@ def engram_optimizer(
     >>> optimizer = engram_optimizer(model, lr=2e-3)
     ```"""
     groups: dict[str, list] = {"tables": [], "projections": [], "vectors": [], "backbone": []}
-    for name, parameter in model.named_parameters():
+    for name, parameter in learnable(model):
         if parameter.requires_grad:
             groups[group_of(name, parameter)].append(parameter)
     settings = {
@@ -128,6 +128,13 @@ def engram_optimizer(
     if not wanted:
         raise ValueError("no parameter requires a gradient: unfreeze the memory (model.memory.requires_grad_(True)).")
     return EngramAdamW(wanted, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def learnable(model) -> list[tuple[str, torch.Tensor]]:
+    """A model's parameters by name, and those parts of its tables that are in host memory."""
+    memory = getattr(model, "memory", None)
+    away = [] if memory is None else memory.named_host_parts()
+    return [*model.named_parameters(), *away]
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:

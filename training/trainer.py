@@ -8,7 +8,7 @@ trains wrongly, what is not supported yet: several processes and fp16 loss scali
 from transformers import Trainer
 from transformers.utils import logging
 
-from .optimizer import TABLE_LR_MULTIPLIER, EngramAdamW, clip_gradients, engram_optimizer
+from .optimizer import TABLE_LR_MULTIPLIER, EngramAdamW, clip_gradients, engram_optimizer, learnable
 
 
 logger = logging.get_logger(__name__)
@@ -27,7 +27,7 @@ class EngramTrainer(Trainer):
 
     Raises:
         `TypeError`: for a model without memory, or an optimizer that does not know rows.
-        `ValueError`: for several processes or fp16.
+        `ValueError`: for several processes, fp16, or tables that are on disk.
 
     Example:
 
@@ -53,6 +53,11 @@ class EngramTrainer(Trainer):
                 f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "
                 "EngramForCausalLM.from_donor(model, tokenizer)."
             )
+        if model.memory.placement in ("disk", "none"):
+            raise ValueError(
+                f"the memory's placement is {model.memory.placement!r}, where rows cannot be written: "
+                "model.place_memory('cpu') keeps them in host memory, 'device' with the other weights."
+            )
         quantised = getattr(model, "is_quantized", False)
         if quantised and not train_backbone:  # Trainer asks for an adapter: the memory is one, in full precision
             model.is_quantized = False
@@ -74,7 +79,7 @@ class EngramTrainer(Trainer):
             )
         if not train_backbone:
             model.backbone.requires_grad_(False)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for _, p in learnable(model) if p.requires_grad)
         logger.info(f"training {trained:,} parameters, {'all' if train_backbone else 'the memory alone'}")
 
     def create_optimizer(self, model=None):
@@ -90,7 +95,7 @@ class EngramTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model):
-        return clip_gradients(model.parameters(), self.args.max_grad_norm)
+        return clip_gradients(dict(learnable(model)).values(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        return clip_gradients(model.parameters(), float("inf")) if grad_norm is None else grad_norm
+        return clip_gradients(dict(learnable(model)).values(), float("inf")) if grad_norm is None else grad_norm

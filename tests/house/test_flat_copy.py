@@ -21,8 +21,8 @@ REAL_CONFIGURATION = ROOT / "configuration" / "configuration_engram.py"  # takes
 FILES = sorted(FOLDER.glob("*_engram.py"))
 FLAT = {**{path.name: path for path in FILES}, DOOR.name: REAL_CONFIGURATION}
 
-# What everybody who can load a Transformers model has.
-BRINGS_ALONG = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
+# What everybody who can load a Transformers model has, and accelerate, whose hooks keep tables off the device.
+BRINGS_ALONG = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "accelerate"}
 
 
 def relative_imports(path: Path) -> list[ast.ImportFrom]:
@@ -65,7 +65,7 @@ def test_the_real_configuration_stands_alone():
 
 @pytest.mark.parametrize("path", FLAT.values(), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_travelling_file_needs_nothing_but_transformers(path):
-    """An import of accelerate, peft or our own package would refuse users who have only Transformers."""
+    """An import of peft or of our own package would refuse users who have only Transformers and accelerate."""
     assert {name for name in get_imports(path) if name not in sys.stdlib_module_names} <= BRINGS_ALONG
 
 

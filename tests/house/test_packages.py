@@ -25,9 +25,12 @@ EXPORTS = [
     "EngramFormatError",
     "EngramLayer",
     "EngramModel",
+    "EngramRowsHook",
     "EngramTrainer",
     "NgramHasher",
     "TokenCompressor",
+    "attach_memory_offload",
+    "detach_memory_offload",
 ]
 # Big, and needed by training, conversion or reports only.
 NOT_FOR_INFERENCE = {"matplotlib", "typer", "rich", "gguf", "peft", "accelerate", "datasets", "pandas", "hypothesis"}

@@ -80,7 +80,7 @@ def test_verify_exits_with_1_and_names_what_is_wrong(donor, tmp_path, tiny_token
     os.truncate(shard, shard.stat().st_size - 10)
     done = engram("verify", tmp_path / "out")
     assert done.exit_code == 1
-    assert done.stdout.count("│ wrong") == 4, "the map and the constants lie in the same file"
+    assert done.stdout.count("│ wrong") == 2, "the files, and the model that is made from them"
 
 
 def test_verify_tells_lawful_constants_from_derived_ones(donor, tmp_path):

@@ -173,7 +173,7 @@ def test_an_image_gets_nothing_from_the_memory_and_hides_what_is_before_it(model
     classes = model.memory.hashing.compress(absent)
     reads, alone = model.memory.read(classes, None), model.memory.read(classes[:, 9:], None)
     for layer in (0, 1):
-        assert torch.equal(reads.vectors[layer][:, 9:], alone.vectors[layer])
+        assert torch.equal(reads.vectors(layer)[:, 9:], alone.vectors(layer))
 
 
 @torch.no_grad()

@@ -115,13 +115,13 @@ def test_every_engram_layer_gets_one_hook_with_its_own_layer(layers, tiny_engram
 def test_every_layer_reads_its_own_rows_of_its_own_table(layers, tiny_engram):
     memory = tiny_engram(trained=True, layers=layers, engram_table_parts=3).memory
     reads = memory.read(memory.hashing.compress(IDS), None)
-    assert list(reads.vectors) == list(layers)
+    assert list(reads.rows) == list(layers)
     for layer_id, heights in zip(layers, memory.hashing.constants.order_rows(), strict=True):
         orders = memory.tables[str(layer_id)].orders()
         assert [sum(len(part) for part in parts) for parts in orders] == heights
         table = torch.cat([part for parts in orders for part in parts])  # one physical table, as in the paper
-        assert torch.equal(reads.vectors[layer_id], table[memory.hashing.rows(IDS, layer_id)].flatten(-2))
-    assert not torch.equal(reads.vectors[layers[0]], reads.vectors[layers[1]])
+        assert torch.equal(reads.vectors(layer_id), table[memory.hashing.rows(IDS, layer_id)].flatten(-2))
+    assert not torch.equal(reads.vectors(layers[0]), reads.vectors(layers[1]))
 
 
 def test_a_backbone_takes_one_memory_only(tiny_engram):
@@ -287,7 +287,7 @@ def pickled(model):
 def test_the_memory_of_a_copy_is_its_own(copy_of, tiny_engram):
     model = tiny_engram(trained=True)
     whole = logits(model)
-    with model.reads_in_flight.hold(MemoryReads({}, torch.ones(1, 1, dtype=torch.bool), None)):
+    with model.reads_in_flight.hold(MemoryReads(model.memory.tables, {}, torch.ones(1, 1, dtype=torch.bool), None)):
         other = copy_of(model)  # while the first is in the middle of a pass
     assert other.reads_in_flight is not model.reads_in_flight
     assert other.reads_in_flight.by_thread == {}
@@ -371,7 +371,7 @@ def test_one_thread_without_memory_does_not_switch_off_another(tiny_engram, meet
 
 
 def test_reads_are_current_only_while_they_are_held():
-    in_flight, reads = ReadsInFlight(), MemoryReads({}, torch.ones(1, 1), None)
+    in_flight, reads = ReadsInFlight(), MemoryReads(nn.ModuleDict(), {}, torch.ones(1, 1), None)
     assert in_flight.current() is None
     with in_flight.hold(reads):
         assert in_flight.current() is reads

@@ -1,0 +1,243 @@
+"""Placement: where the tables of a memory are, in one word.
+
+- "device": parameters of the model, like its other weights.
+- "cpu": in host memory, mapped from the checkpoint until they are trained; rows travel to where they are needed.
+- "disk": in the checkpoint's own files; rows are read when they are needed.
+- "none": nowhere; the model runs as its donor.
+- "auto": the first of "device", "cpu" and "disk" that has room to spare.
+
+Promises: results, state dict and saved files are the same in every place; a move that would lose trained rows is
+refused; nothing is changed before everything that is needed is there. Never copies a file.
+Source: Engram (arXiv 2601.07372), section 2.5; docs/offload.md.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate.hooks import add_hook_to_module
+from accelerate.utils import get_max_memory
+from torch import nn
+
+from .offload_engram import EngramRowsHook, detach_rows_hook, moved, rows_hook
+from .rows_engram import CheckpointTables, FileRows, HostRows
+from .table_engram import EngramTable, OrderRows
+
+
+PLACEMENTS = ("auto", "device", "cpu", "disk", "none")
+
+# State-dict prefix of tables.
+TABLES_PREFIX = "memory.tables."
+
+# What "auto" leaves free: caches of a generation, activations, the system.
+ROOM_TO_SPARE = 0.2
+
+# Limits of the control group that a container runs in, which the system's own figures do not show.
+GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_placement(placement: str) -> str:
+    """Raises ValueError for a word that is no placement."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"engram_placement={placement!r} must be one of {', '.join(map(repr, PLACEMENTS))}.")
+    return placement
+
+
+def choose_placement(table_bytes: int, other_bytes: int, device_free: int | None, host_free: int) -> str:
+    """What "auto" means on a machine.
+
+    Args:
+        table_bytes (`int`): size of all tables.
+        other_bytes (`int`): size of the model's other weights, which go to the device.
+        device_free (`int`, *optional*): free bytes of the accelerators; None if the model runs on the CPU.
+        host_free (`int`): free bytes of host memory.
+
+    Returns:
+        `str`: "device", "cpu" or "disk".
+    """
+    room = 1 - ROOM_TO_SPARE
+    if device_free is None:
+        return "device" if table_bytes + other_bytes <= room * host_free else "disk"
+    if table_bytes + other_bytes <= room * device_free:
+        return "device"
+    return "cpu" if table_bytes <= room * host_free else "disk"
+
+
+def free_memory(device_map, max_memory: Mapping | None = None) -> tuple[int | None, int]:
+    """Free bytes of the accelerators that a device map may use (None if it uses none), and of the host.
+
+    Args:
+        device_map (`str`, `int`, `torch.device`, `dict`, *optional*): as for `from_pretrained`.
+        max_memory (mapping, *optional*): as for `from_pretrained`.
+    """
+    budget = get_max_memory(dict(max_memory) if max_memory else None)
+    host = min(budget.get("cpu", 0), group_limit())
+    devices = {place: size for place, size in budget.items() if place not in ("cpu", "disk")}
+    if device_map is None or not devices:
+        return None, host
+    if isinstance(device_map, dict):
+        used = [place_number(place) for place in device_map.values() if str(place) not in ("cpu", "disk", "meta")]
+        return (sum(devices.get(place, 0) for place in set(used)) if used else None), host
+    if str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return sum(devices.values()), host
+    place = place_number(device_map)
+    return (None if place == "cpu" else devices.get(place, 0)), host
+
+
+def place_number(place) -> int | str:
+    """The key of `get_max_memory` for a device."""
+    if isinstance(place, int):
+        return place
+    device = torch.device(place)
+    if device.type in ("mps", "cpu"):
+        return device.type
+    return device.index or 0
+
+
+def group_limit() -> float:
+    """Bytes that this process' control group may use, infinite without one."""
+    for path in GROUP_LIMITS:
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            return int(text)
+    return float("inf")
+
+
+def mapped_place(device_map, name: str):
+    """Where a hand-written device map puts a module: the entry of the longest name; None if it has none."""
+    if not isinstance(device_map, dict):
+        return None
+    fitting = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
+    return device_map[max(fitting, key=len)] if fitting else None
+
+
+def without_tables(device_map):
+    """A hand-written device map without its entries for tables, which are not there to be placed."""
+    if not isinstance(device_map, dict):
+        return device_map
+    prefix = TABLES_PREFIX.rstrip(".")
+    return {name: place for name, place in device_map.items() if not f"{name}.".startswith(f"{prefix}.")}
+
+
+def named_orders(tables: nn.ModuleDict) -> list[tuple[str, OrderRows]]:
+    """What holds rows, with its state-dict prefix."""
+    return [
+        (f"{TABLES_PREFIX}{layer}.{name}.", order)
+        for layer, table in tables.items()
+        for name, order in table.named_children()
+    ]
+
+
+def place_tables(
+    tables: nn.ModuleDict,
+    placement: str,
+    checkpoint: CheckpointTables | None,
+    devices: Mapping[str, torch.device],
+    **settings,
+) -> None:
+    """Moves the rows of all tables.
+
+    Args:
+        tables (`nn.ModuleDict`): [`EngramTable`] by layer.
+        placement (`str`): where to, not "auto".
+        checkpoint ([`CheckpointTables`], *optional*): files to read from or to map.
+        devices (mapping of `str` to `torch.device`): where each layer computes.
+        settings: of [`EngramRowsHook`].
+
+    Raises:
+        `ValueError`: if rows have no file to be read from, or differ from it.
+        `FileNotFoundError` or [`EngramFormatError`]: if files are missing or damaged.
+    """
+    orders = named_orders(tables)
+    if placement == "none":
+        for _, order in orders:
+            empty(order)
+        return
+    # Everything that can fail comes before the first change.
+    ready = [(prefix, order, rows_at(placement, prefix, order, checkpoint)) for prefix, order in orders]
+    for prefix, order, rows in ready:
+        layer = prefix.removeprefix(TABLES_PREFIX).split(".")[0]
+        before = empty(order)
+        if placement == "device":
+            for number, part in enumerate(rows.tensors()):
+                order.register_parameter(str(number), moved(part, devices[layer]))
+        else:
+            hook = EngramRowsHook(rows, **settings)
+            add_hook_to_module(order, hook, append=True)
+            hook.device_before = before
+
+
+def rows_at(placement: str, prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> HostRows | FileRows:
+    """The rows of an order as they are to be kept."""
+    source = order.source or (HostRows(order.parts()) if order._parameters else None)
+    if placement == "disk":
+        return (
+            source
+            if isinstance(source, FileRows)
+            else same_rows(prefix, stored_rows(prefix, order, checkpoint), source)
+        )
+    if source is None or (isinstance(source, FileRows)):
+        stored = source or stored_rows(prefix, order, checkpoint)
+        files = list({id(part.file): part.file for part in stored.parts}.values())
+        return HostRows([nn.Parameter(part) for part in stored.tensors()], files)
+    if placement == "cpu":
+        return HostRows([moved(part, torch.device("cpu")) for part in source.parts], source.files)
+    return source
+
+
+def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> FileRows:
+    """The rows of an order in the files of a checkpoint."""
+    if checkpoint is None:
+        raise ValueError(
+            "this memory was made here and has no files yet: save_pretrained(folder) first, or load it with "
+            "from_pretrained."
+        )
+    parts = [checkpoint.part(f"{prefix}{number}") for number in range(len(order.heights))]
+    for number, (part, height) in enumerate(zip(parts, order.heights, strict=True)):
+        if part.shape != (height, order.width) or part.dtype != order.dtype:
+            raise ValueError(
+                f"'{prefix}{number}' is stored as {part.dtype} {list(part.shape)}, the model needs {order.dtype} "
+                f"{[height, order.width]}: the files belong to another memory."
+            )
+    return FileRows(parts)
+
+
+def same_rows(prefix: str, stored: FileRows, held: HostRows | None) -> FileRows:
+    """Stored rows, if they are what the model holds.
+
+    Raises:
+        `ValueError`: if the model's were trained since.
+    """
+    if held is None:
+        return stored
+    for number, (part, kept) in enumerate(zip(stored.tensors(), held.parts, strict=True)):
+        if kept.is_meta:
+            raise ValueError(f"'{prefix}{number}' is offloaded by accelerate: remove its hooks first.")
+        for first in range(0, len(part), 1 << 16):
+            block, own = part[first : first + (1 << 16)], kept.detach()[first : first + (1 << 16)].to("cpu")
+            if not torch.equal(block.view(torch.uint8), own.contiguous().view(torch.uint8)):
+                raise ValueError(
+                    f"'{prefix}{number}' differs from its file, it was trained since: save_pretrained(folder) first, "
+                    "and then place it on disk from there."
+                )
+    return stored
+
+
+def empty(order: OrderRows) -> torch.device | None:
+    """Takes the rows out of an order; the device where they are when they are parameters."""
+    device = next((part.device for part in order._parameters.values()), None)
+    hook = rows_hook(order)
+    if hook is not None:
+        device, hook.give_back = hook.device_before, False
+        detach_rows_hook(order)
+    for name in list(order._parameters):
+        del order._parameters[name]
+    return device
+
+
+def placed_bytes(tables: nn.ModuleDict) -> int:
+    """Bytes of all tables."""
+    return sum(table.nbytes for table in tables.values() if isinstance(table, EngramTable))

@@ -1,0 +1,344 @@
+"""Rows outside of a model: in host memory, or in the files of a checkpoint.
+
+What it chooses: rows on disk are read by position (`preadv`) and never through a mapping, because a mapping of a file
+that shrinks or cannot be read kills the process, where a read gives an error. Rows that are in the page cache are read
+at once (`RWF_NOWAIT`); for the others the kernel is told all their places before the first of them is waited for.
+Promises: a row that is read is the file's or an error is raised; files are opened once, shared by copies and forks, and
+closed with the last who reads them; nothing is copied to another file and no page is made dirty. Never holds a table.
+Source: Engram (arXiv 2601.07372), section 2.5 (tables beyond accelerator memory); docs/performance.md for the measured
+ways of reading.
+"""
+
+import errno
+import math
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .configuration_engram import EngramFormatError
+from .shards_engram import read_header, read_index, start_of_data, torch_dtype
+from .table_engram import part_of, read_parts
+
+
+# Reads of at most this many rows are tried at once, before a thread is made for them (about 60 microseconds).
+FEW_ROWS = 256
+
+# Rows at most this many bytes apart are read by one call: copying those between costs less than another call (1.4
+# microseconds). Rows of one page need no more: the page is there after the first.
+NEAR = 512
+
+NO_WAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
+# A private mapping is counted against RAM and swap unless it says that it needs none.
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0) if os.name == "posix" else 0
+
+
+class ShardFile:
+    """An open file of a checkpoint, which is read as long as it stays what it was.
+
+    A file that is replaced or deleted is read on as it was when it was opened. One that is written into or cut is not.
+
+    Args:
+        path (`str` or `os.PathLike`): a file that does not change while it is in use.
+
+    Raises:
+        `FileNotFoundError`: if it is not there.
+        `NotImplementedError`: on a system without positioned reads.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        if not hasattr(os, "preadv"):
+            raise NotImplementedError("rows on disk need positioned reads (Linux, macOS): use engram_placement='cpu'.")
+        self.path = Path(path)
+        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.identity = self.seen()
+
+    def seen(self) -> tuple[int, int]:
+        """Length and time of the last change."""
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises [`EngramFormatError`] if the file is not what it was when it was opened."""
+        seen = self.seen()
+        if seen != self.identity:
+            what = f"has {seen[0]:,} bytes, {self.identity[0]:,} when it was opened"
+            if seen[0] == self.identity[0]:
+                what = "was written into"
+            raise EngramFormatError(
+                f"'{self.path}' changed while its rows were in use: it {what}. Restore the file and load the model "
+                "again; replace files by renaming, never by writing into them."
+            )
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Fills a buffer from `offset` on.
+
+        Raises:
+            [`EngramFormatError`]: if the file ends before.
+            `OSError`: if the disk cannot be read, naming the file.
+        """
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"rows at byte {offset:,} cannot be read ({os.strerror(error.errno)}): check the disk, or load the "
+                    "model from a copy",
+                    str(self.path),
+                ) from error
+            if count == 0:
+                self.check()
+                raise EngramFormatError(f"'{self.path}' ends before byte {offset + len(buffer):,}: it is truncated.")
+            done += count
+
+    def read_resident(self, buffer: memoryview, offset: int) -> bool:
+        """Fills a buffer if all of it is in the page cache; whether it was."""
+        if NO_WAIT is None:
+            return False
+        try:
+            return os.preadv(self.descriptor, [buffer], offset, NO_WAIT) == len(buffer)
+        except OSError as error:
+            # EAGAIN: not there. Everything else is for the read that waits to report.
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO):
+                raise
+            return False
+
+    def expect(self, offset: int, length: int) -> None:
+        """Tells the kernel that these bytes will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+
+    def map(self, offset: int, length: int) -> torch.Tensor:
+        """Bytes of the file as a tensor that takes no memory before it is written to; writes stay out of the file.
+
+        Unlike safetensors' mapping it may be larger than RAM and swap.
+        """
+        self.check()
+        first = offset - offset % mmap.ALLOCATIONGRANULARITY
+        mapping = mmap.mmap(
+            self.descriptor,
+            offset + length - first,
+            flags=mmap.MAP_PRIVATE | NO_RESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=first,
+        )
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=length, offset=offset - first)
+
+    def __deepcopy__(self, memo) -> "ShardFile":
+        return self
+
+    def __reduce__(self):
+        return ShardFile, (self.path,)
+
+    def __del__(self):
+        descriptor = self.__dict__.pop("descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Where a part of a table lies: a file, the first byte, and the shape `(rows, width)` and type of what is there."""
+
+    file: ShardFile
+    offset: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def map(self) -> torch.Tensor:
+        """The part as a tensor of shape `(rows, width)`; see [`ShardFile.map`]."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return self.file.map(self.offset, size).view(self.dtype).view(self.shape)
+
+
+class CheckpointTables:
+    """Parts of tables by their state-dict names, in the files of a local checkpoint; files are opened when needed.
+
+    Args:
+        folder (`Path`): the folder of the index.
+        locate (callable, *optional*): gives the path of a file of the index by its name, fetching it if needed.
+    """
+
+    def __init__(self, folder: Path, locate=None):
+        self.folder, self.locate = Path(folder), locate
+        self.files: dict[str, ShardFile] = {}
+        self.headers: dict[str, dict] = {}
+        self.weight_map = read_index(self.folder)
+
+    def part(self, name: str) -> FilePart:
+        """Where a tensor lies.
+
+        Raises:
+            `FileNotFoundError` or [`EngramFormatError`]: if the checkpoint does not hold it whole.
+        """
+        if name not in self.weight_map:
+            raise EngramFormatError(f"the index of '{self.folder}' does not name '{name}': the memory is incomplete.")
+        file_name = self.weight_map[name]
+        if file_name not in self.files:
+            path = self.folder / file_name if self.locate is None else Path(self.locate(file_name))
+            self.headers[file_name] = read_header(path)
+            self.files[file_name] = ShardFile(path)
+        return file_part(self.files[file_name], self.headers[file_name], name)
+
+
+def file_part(file: ShardFile, header: dict, name: str) -> FilePart:
+    """Where a tensor lies in a safetensors file.
+
+    Raises:
+        [`EngramFormatError`]: if it is not there.
+    """
+    if name not in header:
+        raise EngramFormatError(f"'{file.path}' does not hold '{name}', as the index says: restore the file.")
+    entry = header[name]
+    return FilePart(file, start_of_data(file.path) + entry.begin, entry.shape, torch_dtype(entry.dtype))
+
+
+class HostRows:
+    """Rows of one order in host memory: the model's own tensors, or a mapping of the checkpoint's.
+
+    Args:
+        parts (`list[torch.Tensor]`): of shape `(part rows, width)`, each but the last of the same height.
+        files (`list[ShardFile]`, *optional*): what they are mapped from.
+    """
+
+    kind = "cpu"
+
+    def __init__(self, parts: list[torch.Tensor], files: list[ShardFile] | None = None):
+        self.parts, self.files = parts, files or []
+
+    @property
+    def width(self) -> int:
+        """Values in a row."""
+        return self.parts[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows."""
+        return self.parts[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(part.nbytes for part in self.parts)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The parts as tensors, for a state dict."""
+        return self.parts
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Copies rows `(reads,)` out: `(reads, width)`."""
+        # A mapping of a file that was cut kills the process: looked at before, not during.
+        for file in self.files:
+            file.check()
+        return read_parts(rows, len(self.parts[0]), [part.detach() for part in self.parts])
+
+    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """As `read`; None if that might wait for a disk."""
+        return self.read(rows)
+
+
+class FileRows:
+    """Rows of one order in a checkpoint's files.
+
+    Args:
+        parts (`list[FilePart]`): where the parts lie, each but the last of the same height.
+    """
+
+    kind = "disk"
+
+    def __init__(self, parts: list[FilePart]):
+        self.parts = parts
+        self.width, self.dtype = parts[0].shape[1], parts[0].dtype
+        self.row_bytes = self.width * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The parts as tensors that are mapped from the files, for a state dict."""
+        return [part.map() for part in self.parts]
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reads rows `(reads,)` in any order: `(reads, width)`.
+
+        Raises:
+            [`EngramFormatError`] or `OSError`: if a file changed, ends too early, or cannot be read.
+        """
+        ascending, order = rows.sort()
+        values = torch.empty(len(rows), self.width, dtype=self.dtype)
+        values[order] = self.read_runs(ascending)
+        return values
+
+    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """As `read`, for a few rows that are all in the page cache; None (and the kernel is told) if they are not."""
+        if len(rows) > FEW_ROWS:
+            return None
+        values = torch.empty(len(rows), self.width, dtype=self.dtype)
+        buffer, size = as_bytes(values), self.row_bytes
+        missed = False
+        places = self.places(rows)
+        for file in {file for file, _ in places}:
+            file.check()
+        for number, (file, offset) in enumerate(places):
+            if missed:
+                file.expect(offset, size)
+            elif not file.read_resident(buffer[number * size : (number + 1) * size], offset):
+                missed = True
+                file.expect(offset, size)
+        return None if missed else values
+
+    def places(self, rows: torch.Tensor) -> list[tuple[ShardFile, int]]:
+        """File and first byte of every row."""
+        height, parts, size = self.parts[0].shape[0], self.parts, self.row_bytes
+        if len(parts) == 1:
+            file, first = parts[0].file, parts[0].offset
+            return [(file, first + row * size) for row in rows.tolist()]
+        inside = part_of(rows, height, len(parts))
+        pairs = zip(inside.tolist(), (rows - inside * height).tolist(), strict=True)
+        return [(parts[part].file, parts[part].offset + row * size) for part, row in pairs]
+
+    def read_runs(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reads ascending rows, neighbours by one call: `(rows, width)`."""
+        found = []
+        inside = part_of(rows, self.parts[0].shape[0], len(self.parts))
+        for index, part in enumerate(self.parts):
+            own = rows[inside == index] - index * self.parts[0].shape[0]
+            if len(own):
+                found.append(self.read_part(part, own))
+        return torch.cat(found) if found else torch.empty(0, self.width, dtype=self.dtype)
+
+    def read_part(self, part: FilePart, rows: torch.Tensor) -> torch.Tensor:
+        """Reads ascending rows of one part: `(rows, width)`."""
+        size, file = self.row_bytes, part.file
+        file.check()
+        begin = rows * size  # (rows,)
+        breaks = torch.nonzero(begin.diff() > size + NEAR).flatten() + 1
+        first = torch.cat([breaks.new_zeros(1), breaks])  # (runs,): each run's first row
+        last = torch.cat([breaks, breaks.new_full((1,), len(rows))]) - 1  # (runs,)
+        lengths = begin[last] + size - begin[first]  # (runs,)
+        slots = lengths.cumsum(0) - lengths  # (runs,): where each run goes
+        scratch = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        buffer = as_bytes(scratch)
+        runs = list(zip(slots.tolist(), lengths.tolist(), (part.offset + begin[first]).tolist(), strict=True))
+        missed = [run for run in runs if not file.read_resident(buffer[run[0] : run[0] + run[1]], run[2])]
+        for _, length, offset in missed:
+            file.expect(offset, length)
+        for slot, length, offset in missed:
+            file.read(buffer[slot : slot + length], offset)
+        if len(runs) == len(rows):
+            return scratch.view(self.dtype).view(len(rows), self.width)
+        run_of_row = torch.zeros(len(rows), dtype=torch.int64).index_fill_(0, breaks, 1).cumsum(0)  # (rows,)
+        starts = (slots - begin[first])[run_of_row] + begin  # (rows,)
+        windows = scratch.as_strided((len(scratch) - size + 1, size), (1, 1))  # (first bytes, size), overlapping
+        return windows[starts].view(self.dtype)  # (rows, width)
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, to be written into."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
