@@ -38,19 +38,22 @@ class MemoryReads:
 
     Args:
         tables (`nn.ModuleDict`): [`EngramTable`] by layer.
+        classes (`torch.LongTensor` of shape `(batch, length)`): of the pass's tokens; dead ones have a shut gate.
         rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
-        alive (`torch.BoolTensor` of shape `(batch, length)`): False where the gate is shut.
         cache ([`EngramCacheLayer`], *optional*): where histories go.
         segments (`torch.LongTensor` of shape `(batch, span + length)`, *optional*): documents, None if there is one.
         fetches (`dict[int, list[RowFetch]]`): rows that are on their way, by layer id.
     """
 
     tables: nn.ModuleDict
+    classes: torch.Tensor
     rows: dict[int, torch.Tensor]
-    alive: torch.Tensor
     cache: EngramCacheLayer | None
     segments: torch.Tensor | None = None
     fetches: dict[int, list[RowFetch]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.alive = self.classes >= 0  # (batch, length): False where the gate is shut
 
     def vectors(self, layer_id: int) -> torch.Tensor:
         """Memory vectors of a layer, `(batch, length, orders * heads * width)`; waited for if they are on their way."""
@@ -137,7 +140,7 @@ class EngramMemory(nn.Module):
         segments = None if ends is None else self.segments(ends.to(classes.device), cache)
         rows = self.hashing(classes, history, segments)  # (layers, batch, length, orders, heads)
         by_layer = {layer: rows[i] for i, layer in enumerate(self.layer_ids)}
-        reads = MemoryReads(self.tables, by_layer, classes >= 0, cache, segments)
+        reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
         if not torch.compiler.is_compiling():
             self.settle()
         if self.placement != "device":
@@ -195,6 +198,7 @@ class ReadsInFlight:
 
     def __init__(self):
         self.by_thread: dict[int, MemoryReads] = {}
+        self.ahead: dict[int, tuple[tuple, MemoryReads]] = {}
         self.switched_off: set[int] = set()
 
     @contextmanager
@@ -207,6 +211,21 @@ class ReadsInFlight:
         finally:
             del self.by_thread[thread]
             reads.drop()
+
+    def put_ahead(self, asked_for: tuple, reads: MemoryReads) -> None:
+        """Keeps the reads that this thread's next pass will ask for."""
+        self.take_ahead(())
+        self.ahead[current_thread()] = asked_for, reads
+
+    def take_ahead(self, asked_for: tuple) -> MemoryReads | None:
+        """The reads that were begun for this very pass; others are dropped."""
+        if not self.ahead or torch.compiler.is_compiling():
+            return None
+        begun_for, reads = self.ahead.pop(current_thread(), ((), None))
+        same = len(begun_for) == len(asked_for) and all(a is b for a, b in zip(begun_for, asked_for, strict=True))
+        if reads is not None and not same:
+            reads.drop()
+        return reads if same else None
 
     @contextmanager
     def switch_off(self):

@@ -161,6 +161,28 @@ class EngramRowsHook(ModelHook):
                 part.copy_(given)
 
 
+class HookedForward:
+    """What accelerate puts in place of a hooked module's `forward`, as an object: accelerate's cannot be pickled.
+
+    Args:
+        module (`nn.Module`): a module with a hook.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = self.module._hf_hook.pre_forward(self.module, *args, **kwargs)
+        return self.module._hf_hook.post_forward(self.module, self.module._old_forward(*args, **kwargs))
+
+
+def attach_rows_hook(module: nn.Module, hook: EngramRowsHook) -> None:
+    """Puts our hook behind those that a module has."""
+    add_hook_to_module(module, hook, append=True)
+    if module._hf_hook is hook:
+        module.forward = HookedForward(module)
+
+
 def check_parts(module: nn.Module, parts: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """A module's own table, on the host.
 
@@ -212,7 +234,7 @@ def settle_table(table: EngramTable) -> None:
             drop_align_hooks(order)
             for name in list(order._parameters):
                 del order._parameters[name]
-            add_hook_to_module(order, EngramRowsHook(source), append=True)
+            attach_rows_hook(order, EngramRowsHook(source))
             ours = rows_hook(order)
         elif ours is not None and align:
             drop_align_hooks(order)
@@ -329,7 +351,7 @@ def attach_memory_offload(
             raise ValueError(f"'{name}' is offloaded already: detach_memory_offload(model) first.")
         check_parts(module, dict(module.named_parameters(recurse=False)))
     for _, module in named:
-        add_hook_to_module(module, EngramRowsHook(**settings), append=True)
+        attach_rows_hook(module, EngramRowsHook(**settings))
     return model
 
 

@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from accelerate.hooks import add_hook_to_module
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from .offload_engram import EngramRowsHook, detach_rows_hook, moved, rows_hook
+from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
 from .rows_engram import CheckpointTables, FileRows, HostRows
 from .table_engram import EngramTable, OrderRows
 
@@ -166,7 +165,7 @@ def place_tables(
                 order.register_parameter(str(number), moved(part, devices[layer]))
         else:
             hook = EngramRowsHook(rows, **settings)
-            add_hook_to_module(order, hook, append=True)
+            attach_rows_hook(order, hook)
             hook.device_before = before
 
 

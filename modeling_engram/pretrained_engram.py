@@ -24,7 +24,7 @@ from .configuration_engram import EngramConfig
 from .constants_engram import check_constants, derive_constants
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
-from .memory_engram import EngramMemory, insert_memory, layer_device
+from .memory_engram import EngramMemory, MemoryReads, insert_memory, layer_device
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -159,23 +159,50 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         if self.runs_as_donor:
             refuse_engram_history(cache)
             return module(**inputs)
-        hashing = self.memory.hashing
-        ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
+        reads = self.reads_in_flight.take_ahead(asked_for(inputs, engram_input_ids, engram_attention_mask))
+        if reads is None:
+            reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
+        with self.reads_in_flight.hold(reads):
+            outputs = module(**inputs)
+        if reads.cache is not None:
+            # After the backbone has run: hybrid backbones ask the cache's last layer whether anything came before.
+            reads.cache.remember_classes(reads.classes)
+        return outputs
+
+    def begin_reads(
+        self, inputs: dict, engram_input_ids=None, engram_attention_mask=None, engram_segment_ids=None
+    ) -> MemoryReads:
+        """Checks what a pass is given, hashes it, and begins to fetch its rows.
+
+        Args:
+            inputs (`dict`): arguments of the backbone.
+            engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
+        """
+        hashing, cache = self.memory.hashing, inputs.get("past_key_values")
+        ids = checked_text_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), engram_input_ids)
         check_ids(ids, hashing.token_map, may_be_absent=engram_input_ids is not None)
         layer = self.memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
-        mask = inputs["attention_mask"]
+        mask = inputs.get("attention_mask")
         alive = alive_positions(ids, mask, engram_attention_mask, cache)
-        ends = document_ends(ids, alive, mask, inputs["position_ids"], engram_segment_ids, cache)
+        ends = document_ends(ids, alive, mask, inputs.get("position_ids"), engram_segment_ids, cache)
         resets = self.memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets
         classes = hashing.compress(ids.to(hashing.token_map.device), alive)
-        with self.reads_in_flight.hold(self.memory.read(classes, layer, ends)):
-            outputs = module(**inputs)
-        if layer is not None:
-            # After the backbone has run: hybrid backbones ask the cache's last layer whether anything came before.
-            layer.remember_classes(classes)
-        return outputs
+        return self.memory.read(classes, layer, ends)
+
+    def read_ahead(self, inputs: dict) -> None:
+        """Begins to fetch the rows of a generation's next pass, as soon as its tokens are known.
+
+        Args:
+            inputs (`dict`): what `forward` will be called with.
+        """
+        # Flags of documents go into the cache when a pass begins, and would go in twice.
+        if self.memory.placement not in ("cpu", "disk") or self.memory.reset_token_ids or self.runs_as_donor:
+            return
+        engram = inputs.get("engram_input_ids"), inputs.get("engram_attention_mask")
+        reads = self.begin_reads(inputs, *engram)
+        self.reads_in_flight.put_ahead(asked_for(inputs, *engram), reads)
 
     def outputs_wanted(self) -> dict[str, bool]:
         """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""
@@ -322,6 +349,12 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
+
+
+def asked_for(inputs: dict, engram_input_ids, engram_attention_mask) -> tuple:
+    """What rows of a pass depend on, to be compared by identity."""
+    named = (inputs.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+    return *named, engram_input_ids, engram_attention_mask
 
 
 def on_meta() -> bool:

@@ -287,7 +287,7 @@ def pickled(model):
 def test_the_memory_of_a_copy_is_its_own(copy_of, tiny_engram):
     model = tiny_engram(trained=True)
     whole = logits(model)
-    with model.reads_in_flight.hold(MemoryReads(model.memory.tables, {}, torch.ones(1, 1, dtype=torch.bool), None)):
+    with model.reads_in_flight.hold(MemoryReads(model.memory.tables, torch.ones(1, 1), {}, None)):
         other = copy_of(model)  # while the first is in the middle of a pass
     assert other.reads_in_flight is not model.reads_in_flight
     assert other.reads_in_flight.by_thread == {}
@@ -371,7 +371,7 @@ def test_one_thread_without_memory_does_not_switch_off_another(tiny_engram, meet
 
 
 def test_reads_are_current_only_while_they_are_held():
-    in_flight, reads = ReadsInFlight(), MemoryReads(nn.ModuleDict(), {}, torch.ones(1, 1), None)
+    in_flight, reads = ReadsInFlight(), MemoryReads(nn.ModuleDict(), torch.ones(1, 1), {}, None)
     assert in_flight.current() is None
     with in_flight.hold(reads):
         assert in_flight.current() is reads
