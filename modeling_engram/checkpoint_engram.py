@@ -23,6 +23,7 @@ from .placement_engram import (
     choose_placement,
     free_memory,
     mapped_place,
+    reread_tables,
     without_tables,
 )
 from .quantised_engram import only_state, quantization_in_graft
@@ -169,17 +170,20 @@ class EngramCheckpointMixin:
             weight_map = number_rest_files(draft)
             weight_map |= write_shards(draft, MEMORY_STEM, shards, parse_size(max_memory_shard_size))
             write_index(draft, weight_map, sum(tensor.nbytes for tensor in state.values()), shards)
-        self.read_from(folder)
+        self.read_on_from(folder, own_state=state_dict is None)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
-    def read_from(self, folder: Path) -> None:
-        """Takes tables that are on disk from the files of a save that replaced them; others may be placed there now."""
+    def read_on_from(self, folder: Path, own_state: bool) -> None:
+        """After a save: takes tables that are on disk from the files that replaced theirs.
+
+        Files of another state than the model's are not read, those that they replaced are, as long as they are open.
+        """
         before = self.checkpoint_tables
-        if before is None or before.folder.resolve() == folder.resolve():
+        if own_state and (before is None or before.folder.resolve() == folder.resolve()):
             self.checkpoint_tables = CheckpointTables(folder)
             if self.memory.placement == "disk":
-                self.place_memory("none").place_memory("disk")
+                reread_tables(self.memory.tables, self.checkpoint_tables)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         sizes = {path.name: path.stat().st_size for path in Path(working_dir).iterdir() if path.is_file()}

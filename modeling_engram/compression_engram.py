@@ -114,14 +114,15 @@ def token_map_sha256(token_map: torch.Tensor) -> str:
 
     Dead entries at the end do not count, so that a donor whose vocabulary is padded may be trimmed.
     """
-    live = torch.nonzero(token_map != DEAD).flatten()
-    entries = token_map[: int(live[-1]) + 1] if len(live) else token_map[:0]
-    return hashlib.sha256(entries.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+    entries = token_map.to("cpu", torch.int64).numpy()
+    live = (entries != DEAD).nonzero()[0]
+    entries = entries[: live[-1] + 1] if len(live) else entries[:0]
+    return hashlib.sha256(entries.astype("<i8").tobytes()).hexdigest()
 
 
 def appended_from(token_map: torch.Tensor, compressed_vocab_size: int) -> int:
     """First id that a resize appended, by its class at or above V'; the map's length if there is none."""
-    added = torch.nonzero(token_map >= compressed_vocab_size).flatten()
+    added = (token_map.cpu().numpy() >= compressed_vocab_size).nonzero()[0]
     return int(added[0]) if len(added) else len(token_map)
 
 

@@ -181,8 +181,8 @@ def check_constants(constants: HashConstants, config) -> None:
     if config.engram_hash_sha256 not in (None, constants.sha256()):
         raise EngramFormatError(
             f"the stored hash constants have SHA-256 {constants.sha256()[:16]}..., config.json says "
-            f"{config.engram_hash_sha256[:16]}...: the memory shard belongs to another checkpoint. Restore the "
-            "`engram-memory-*.safetensors` files that were saved together with this config.json."
+            f"{config.engram_hash_sha256[:16]}...: they belong to another checkpoint. Restore the "
+            "`model-*.safetensors` files that were saved together with this config.json."
         )
     multipliers, primes = constants.multipliers.cpu(), constants.primes.cpu()
     bound = 2 * multiplier_bound(config.engram_compressed_vocab_size)
@@ -190,18 +190,22 @@ def check_constants(constants: HashConstants, config) -> None:
     if len(bad):
         raise EngramFormatError(
             f"stored hash multiplier {int(bad[0])} must be odd, positive and below {bound} for "
-            f"{config.engram_compressed_vocab_size} classes: the memory shard is damaged, restore it."
+            f"{config.engram_compressed_vocab_size} classes: the file is damaged, restore it."
         )
     if config.engram_hash_scheme == "deepseek":
         check_primes(primes, config.engram_vocab_sizes)
     elif not bool((primes == 1).all()):
-        raise EngramFormatError("engram_hash_scheme='one_row' needs one row in every head: restore the memory shard.")
+        raise EngramFormatError(
+            "engram_hash_scheme='one_row' needs one row in every head: restore the file that holds them."
+        )
     if not torch.equal(constants.offsets.cpu(), head_offsets(primes)):
-        raise EngramFormatError("stored head offsets are not the sums of the head sizes: restore the memory shard.")
+        raise EngramFormatError(
+            "stored head offsets are not the sums of the head sizes: restore the file that holds them."
+        )
     if not 0 <= int(constants.pad_class) < config.engram_compressed_vocab_size:
         raise EngramFormatError(
             f"stored pad class {int(constants.pad_class)} is outside the {config.engram_compressed_vocab_size} "
-            "classes: restore the memory shard."
+            "classes: restore the file that holds them."
         )
 
 
@@ -210,13 +214,13 @@ def check_primes(primes: torch.Tensor, vocab_sizes: list[int]) -> None:
     flat = primes.flatten().tolist()
     for size in flat:
         if not is_prime(size):
-            raise EngramFormatError(f"stored head size {size} is not prime: restore the memory shard.")
+            raise EngramFormatError(f"stored head size {size} is not prime: restore the file that holds them.")
     if len(set(flat)) != len(flat):
-        raise EngramFormatError("two heads have the same number of rows: restore the memory shard.")
+        raise EngramFormatError("two heads have the same number of rows: restore the file that holds them.")
     for order, least in enumerate(vocab_sizes):
         smallest = int(primes[:, order].min())
         if smallest < least:
             raise EngramFormatError(
                 f"a head of order {order + 2} has {smallest} rows, engram_vocab_size asks for at least {least}: config "
-                "and memory shard belong to different checkpoints."
+                "and weight files belong to different checkpoints."
             )

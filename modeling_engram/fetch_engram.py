@@ -56,7 +56,7 @@ class RowFetch:
         try:
             unique, places = self.unique_rows()
             self.finish(unique, places, self.source.read(unique))
-        except BaseException as error:  # noqa: BLE001 - raised again in `result`, whatever it is
+        except Exception as error:  # what ends a thread without one is seen by whoever waits
             self.error = error
             self.there.set()
 
@@ -82,8 +82,9 @@ class RowFetch:
         """
         if self.thread is None and not self.there.is_set():
             self.run()
-        while not self.there.wait(WAIT_SECONDS):
-            if not self.thread.is_alive() and not self.there.is_set():
+        while not self.there.is_set():
+            alive = self.thread.is_alive()
+            if not self.there.wait(WAIT_SECONDS if alive else 0) and not alive:
                 logger.warning("The thread that read rows ahead is gone: they are read again, without it.")
                 self.run()
         if self.error is not None:

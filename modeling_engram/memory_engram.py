@@ -19,10 +19,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .constants_engram import derive_constants
+from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
-from .offload_engram import rows_hook, settle_table
+from .offload_engram import rows_hook
 from .placement_engram import TABLES_PREFIX, named_orders
 from .table_engram import EngramTable
 
@@ -77,7 +78,6 @@ class EngramMemory(nn.Module):
 
     def __init__(self, config, token_map: torch.Tensor | None = None, hold_tables: bool = True):
         super().__init__()
-        self.placement = "device" if hold_tables else "none"
         self.layer_ids = list(config.engram_layer_ids)
         constants = derive_constants(config, token_map)
         self.hashing = NgramHasher(self.layer_ids, identity_map(config) if token_map is None else token_map, constants)
@@ -151,10 +151,14 @@ class EngramMemory(nn.Module):
         """Takes tables back from accelerate's hooks, if a dispatch has put some on them."""
         for table in self.tables.values():
             settle_table(table)
-        if self.placement == "device":
-            hooks = [rows_hook(order) for table in self.tables.values() for order in table.orders()]
-            if hooks[0] is not None:
-                self.placement = hooks[0].source.kind
+
+    @property
+    def placement(self) -> str:
+        """Where the tables are: "device", "cpu", "disk" or "none"."""
+        order = next(iter(self.tables.values())).order2
+        if order.source is not None:
+            return order.source.kind
+        return "device" if order._parameters else "none"
 
     @torch.compiler.disable
     def begin_fetches(self, rows: dict[int, torch.Tensor]) -> dict[int, list[RowFetch]]:

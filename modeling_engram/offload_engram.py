@@ -8,16 +8,17 @@ earlier pass.
 Source: accelerate 1.15 `hooks.py`; docs/offload.md.
 """
 
-from pathlib import Path
-
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from transformers.utils import logging
 
 from .fetch_engram import RowFetch
-from .rows_engram import FilePart, FileRows, HostRows, ShardFile, file_part
-from .shards_engram import read_header
-from .table_engram import BroughtRows, EngramTable, OrderRows
+from .rows_engram import HostRows
+from .table_engram import BroughtRows, OrderRows
+
+
+logger = logging.get_logger(__name__)
 
 
 class EngramRowsHook(ModelHook):
@@ -28,6 +29,9 @@ class EngramRowsHook(ModelHook):
         execution_device (`torch.device` or `str`, *optional*): where rows are needed; where the ids are if None.
         prefetch (`bool`, *optional*, defaults to `True`): let a memory fetch rows before the layers that need them.
         verify (`bool`, *optional*, defaults to `False`): for debugging: read all rows again when they are used.
+
+    On an embedding the rows stand in for the weight while it runs: one thread at a time, and it does not learn. The
+    tables of a memory know neither limit.
 
     Example:
 
@@ -80,7 +84,7 @@ class EngramRowsHook(ModelHook):
         return module
 
     def detach_hook(self, module: nn.Module) -> nn.Module:
-        """Gives the module its table back, where it was before."""
+        """Gives the module its table back, on the host."""
         for handle in self.handles:
             handle.remove()
         module.__dict__.pop("weight", None)
@@ -88,10 +92,10 @@ class EngramRowsHook(ModelHook):
             module.source = None
         if not self.give_back:
             return module
-        device = self.device_before or torch.device("cpu")
+        learns = getattr(module, "learns", True)
         for name, part in zip(self.names, self.source.tensors(), strict=True):
-            kept = part if isinstance(part, nn.Parameter) else nn.Parameter(part)
-            module.register_parameter(name, kept if kept.device == device else moved(kept, device))
+            kept = part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=learns)
+            module.register_parameter(name, kept)
         return module
 
     @torch.compiler.disable
@@ -104,6 +108,11 @@ class EngramRowsHook(ModelHook):
             self.compare(module, ids, brought)
         if isinstance(module, OrderRows):
             return (ids,), {"brought": self.learning(brought)}
+        if torch.is_grad_enabled() and module.training and self.source.parts[0].requires_grad:
+            logger.warning_once(
+                f"{type(module).__name__} does not learn while its table is offloaded: detach_memory_offload(model) to "
+                "train it, or freeze it."
+            )
         # As accelerate's own hook does: the weight is there while the module runs.
         module.__dict__["weight"] = brought.values
         module.__dict__["_engram_padding"] = module.padding_idx
@@ -190,7 +199,7 @@ def check_parts(module: nn.Module, parts: dict[str, torch.Tensor]) -> list[torch
         `TypeError`: if it has none, or other parameters beside it.
         `ValueError`: if its weights are not there.
     """
-    fits = isinstance(module, OrderRows) or (list(parts) == ["weight"] and hasattr(module, "padding_idx"))
+    fits = isinstance(module, OrderRows) or (isinstance(module, nn.Embedding) and list(parts) == ["weight"])
     if not parts or not fits or any(part.ndim != 2 for part in parts.values()):
         raise TypeError(
             f"EngramRowsHook goes on a table that is read by integer ids (an embedding), {type(module).__name__} has "
@@ -210,90 +219,18 @@ def moved(part: torch.Tensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(part.detach().to(device), requires_grad=part.requires_grad)
 
 
+def held_hooks(module: nn.Module) -> list[ModelHook]:
+    """The hooks on a module; accelerate puts sequences into sequences."""
+
+    def flat(hook) -> list[ModelHook]:
+        return [inner for held in hook.hooks for inner in flat(held)] if isinstance(hook, SequentialHook) else [hook]
+
+    return flat(module._hf_hook) if "_hf_hook" in module.__dict__ else []
+
+
 def rows_hook(module: nn.Module) -> EngramRowsHook | None:
     """The hook of ours on a module."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return next((held for held in hooks if isinstance(held, EngramRowsHook)), None)
-
-
-def settle_table(table: EngramTable) -> None:
-    """Takes a table back from accelerate's hooks, which would bring it to the device as a whole.
-
-    Called at the begin of a forward pass, when all dispatching is done.
-    """
-    orders = table.orders()
-    if all(getattr(module, "_hf_hook", None) is None for module in (table, *orders)):
-        return
-    elsewhere = False
-    for order in orders:
-        align = align_hooks(order)
-        ours = rows_hook(order)
-        if ours is None and any(hook.offload for hook in align):
-            source = waiting_rows(order, next(hook for hook in align if hook.offload))
-            drop_align_hooks(order)
-            for name in list(order._parameters):
-                del order._parameters[name]
-            attach_rows_hook(order, EngramRowsHook(source))
-            ours = rows_hook(order)
-        elif ours is not None and align:
-            drop_align_hooks(order)
-        elsewhere = elsewhere or ours is not None
-    if elsewhere and align_hooks(table):  # it would carry the rows' numbers to the device and back
-        drop_align_hooks(table)
-
-
-def align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    """Accelerate's own hooks on a module."""
-    hook = getattr(module, "_hf_hook", None)
-    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    return [held for held in hooks if isinstance(held, AlignDevicesHook)]
-
-
-def drop_align_hooks(module: nn.Module) -> None:
-    """Takes accelerate's own hooks off a module without moving anything; other hooks stay."""
-    hook = module._hf_hook
-    kept = [held for held in getattr(hook, "hooks", ()) if not isinstance(held, AlignDevicesHook)]
-    if kept:
-        module._hf_hook = kept[0] if len(kept) == 1 else SequentialHook(*kept)
-        return
-    module._hf_hook = ModelHook()  # whose detaching does nothing
-    remove_hook_from_module(module)
-
-
-def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> HostRows | FileRows:
-    """Where accelerate keeps the rows of an order between passes.
-
-    Raises:
-        `RuntimeError`: if they are nowhere.
-    """
-    weights = hook.weights_map
-    dataset, prefix = getattr(weights, "dataset", weights), getattr(weights, "prefix", "")
-    names = [str(number) for number in range(len(order.heights))]
-    index = getattr(dataset, "index", {})
-    state = getattr(dataset, "state_dict", dataset)
-    if all(prefix + name in state for name in names):
-        return HostRows([as_parameter(state[prefix + name]) for name in names])
-    try:
-        return FileRows([offloaded_part(dataset, index[prefix + name], prefix + name, order) for name in names])
-    except (KeyError, AttributeError) as error:
-        raise RuntimeError(
-            f"accelerate has offloaded '{prefix}' to a place that is not known ({error}): load the model with "
-            "engram_placement='cpu' or 'disk', which keeps its tables out of accelerate's hands."
-        ) from error
-
-
-def as_parameter(tensor: torch.Tensor) -> nn.Parameter:
-    """The tensor as a parameter."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
-
-
-def offloaded_part(dataset, entry: dict, name: str, order: OrderRows) -> FilePart:
-    """A part in accelerate's offload folder, or in the safetensors file that its index names."""
-    if "safetensors_file" in entry:
-        path = Path(entry["safetensors_file"])
-        return file_part(ShardFile(path), read_header(path), entry.get("weight_name", name))
-    return FilePart(ShardFile(f"{dataset.save_folder}/{name}.dat"), 0, tuple(entry["shape"]), order.dtype)
+    return next((hook for hook in held_hooks(module) if isinstance(hook, EngramRowsHook)), None)
 
 
 def attach_memory_offload(
@@ -336,6 +273,7 @@ def attach_memory_offload(
     settings = {"execution_device": execution_device, "prefetch": prefetch, "verify": verify}
     if modules is None:
         check_memory(model)
+        model.memory.settle()
         if model.memory.placement != "device":
             raise ValueError(
                 f"the memory is placed on {model.memory.placement!r} already: detach_memory_offload(model) first, or "
@@ -365,9 +303,11 @@ def detach_memory_offload(model: nn.Module) -> nn.Module:
         `nn.Module`: the model, changed in place.
     """
     for module in model.modules():
-        detach_rows_hook(module)
-    if hasattr(model, "memory"):
-        model.memory.placement = "device"
+        hook = rows_hook(module)
+        if hook is not None:
+            detach_rows_hook(module)
+            for name in hook.names if hook.device_before is not None else ():
+                module.register_parameter(name, moved(module._parameters[name], hook.device_before))
     return model
 
 
@@ -376,7 +316,7 @@ def detach_rows_hook(module: nn.Module) -> None:
     ours = rows_hook(module)
     if ours is None:
         return
-    others = [hook for hook in getattr(module._hf_hook, "hooks", ()) if hook is not ours]
+    others = [hook for hook in held_hooks(module) if hook is not ours]
     remove_hook_from_module(module)
     for hook in others:
         add_hook_to_module(module, hook, append=True)

@@ -31,8 +31,12 @@ TABLES_PREFIX = "memory.tables."
 # What "auto" leaves free: caches of a generation, activations, the system.
 ROOM_TO_SPARE = 0.2
 
-# Limits of the control group that a container runs in, which the system's own figures do not show.
-GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Where the control group that a container runs in says its limit and what counts against it for good (pages of files
+# are given back): the system's own figures do not show it. Version 2, version 1.
+GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "anon"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
+)
 
 
 def check_placement(placement: str) -> str:
@@ -94,14 +98,15 @@ def place_number(place) -> int | str:
 
 
 def group_limit() -> float:
-    """Bytes that this process' control group may use, infinite without one."""
-    for path in GROUP_LIMITS:
+    """Bytes that this process' control group may use beside what it uses now, infinite without one."""
+    for folder, limit, used in GROUPS:
         try:
-            text = Path(path).read_text().strip()
-        except OSError:
+            allowed = (Path(folder) / limit).read_text().strip()
+            counted = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
             continue
-        if text.isdigit():
-            return int(text)
+        if allowed.isdigit():
+            return max(0, int(allowed) - int(counted.get(used, 0)))
     return float("inf")
 
 
@@ -135,6 +140,7 @@ def place_tables(
     placement: str,
     checkpoint: CheckpointTables | None,
     devices: Mapping[str, torch.device],
+    elsewhere: bool = False,
     **settings,
 ) -> None:
     """Moves the rows of all tables.
@@ -144,47 +150,51 @@ def place_tables(
         placement (`str`): where to, not "auto".
         checkpoint ([`CheckpointTables`], *optional*): files to read from or to map.
         devices (mapping of `str` to `torch.device`): where each layer computes.
+        elsewhere (`bool`, *optional*, defaults to `False`): whether these are other files than rows are read from now.
         settings: of [`EngramRowsHook`].
 
     Raises:
         `ValueError`: if rows have no file to be read from, or differ from it.
         `FileNotFoundError` or [`EngramFormatError`]: if files are missing or damaged.
     """
-    orders = named_orders(tables)
-    if placement == "none":
-        for _, order in orders:
-            empty(order)
-        return
     # Everything that can fail comes before the first change.
-    ready = [(prefix, order, rows_at(placement, prefix, order, checkpoint)) for prefix, order in orders]
-    for prefix, order, rows in ready:
+    ready = []
+    for prefix, order in named_orders(tables):
+        rows = rows_at(placement, prefix, order, checkpoint, elsewhere)
+        hook = EngramRowsHook(rows, **settings)
         layer = prefix.removeprefix(TABLES_PREFIX).split(".")[0]
-        before = empty(order)
-        if placement == "device":
-            for number, part in enumerate(rows.tensors()):
-                order.register_parameter(str(number), moved(part, devices[layer]))
-        else:
-            hook = EngramRowsHook(rows, **settings)
+        held = [moved(part, devices[layer]) for part in rows.tensors()] if placement == "device" else []
+        ready.append((order, hook, held))
+    for order, hook, held in ready:
+        hook.device_before = empty(order)
+        for number, part in enumerate(held):
+            order.register_parameter(str(number), part)
+        if placement in ("cpu", "disk"):
             attach_rows_hook(order, hook)
-            hook.device_before = before
 
 
-def rows_at(placement: str, prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> HostRows | FileRows:
-    """The rows of an order as they are to be kept."""
-    source = order.source or (HostRows(order.parts()) if order._parameters else None)
-    if placement == "disk":
-        return (
-            source
-            if isinstance(source, FileRows)
-            else same_rows(prefix, stored_rows(prefix, order, checkpoint), source)
+def rows_at(
+    placement: str, prefix: str, order: OrderRows, checkpoint: CheckpointTables | None, elsewhere: bool = False
+) -> HostRows | FileRows | None:
+    """The rows of an order as they are to be kept; None for nowhere."""
+    held = HostRows(order.parts()) if order._parameters else order.source
+    if any(getattr(part, "is_meta", False) for part in getattr(held, "parts", ())):
+        raise ValueError(
+            f"'{prefix}*' have no storage (meta): load the model first, or make it with hold_tables=False and name the "
+            "folder of its tables."
         )
-    if source is None or (isinstance(source, FileRows)):
-        stored = source or stored_rows(prefix, order, checkpoint)
-        files = list({id(part.file): part.file for part in stored.parts}.values())
-        return HostRows([nn.Parameter(part) for part in stored.tensors()], files)
-    if placement == "cpu":
-        return HostRows([moved(part, torch.device("cpu")) for part in source.parts], source.files)
-    return source
+    if placement in ("disk", "none"):
+        if held is None and placement == "none":
+            return None
+        if isinstance(held, FileRows) and not elsewhere:
+            return held if placement == "disk" else None
+        stored = same_rows(prefix, stored_rows(prefix, order, checkpoint), held)
+        return stored if placement == "disk" else None
+    if isinstance(held, HostRows):
+        return HostRows([moved(part, torch.device("cpu")) for part in held.parts], held.files)
+    stored = held or stored_rows(prefix, order, checkpoint)
+    files = list({id(part.file): part.file for part in stored.parts}.values())
+    return HostRows([nn.Parameter(part, requires_grad=order.learns) for part in stored.tensors()], files)
 
 
 def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> FileRows:
@@ -204,7 +214,14 @@ def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | No
     return FileRows(parts)
 
 
-def same_rows(prefix: str, stored: FileRows, held: HostRows | None) -> FileRows:
+def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
+    """Lets tables on disk be read from other files."""
+    ready = [(order, stored_rows(prefix, order, checkpoint)) for prefix, order in named_orders(tables)]
+    for order, rows in ready:
+        order.source = rows_hook(order).source = rows
+
+
+def same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows | None) -> FileRows:
     """Stored rows, if they are what the model holds.
 
     Raises:
@@ -212,15 +229,13 @@ def same_rows(prefix: str, stored: FileRows, held: HostRows | None) -> FileRows:
     """
     if held is None:
         return stored
-    for number, (part, kept) in enumerate(zip(stored.tensors(), held.parts, strict=True)):
-        if kept.is_meta:
-            raise ValueError(f"'{prefix}{number}' is offloaded by accelerate: remove its hooks first.")
+    for number, (part, kept) in enumerate(zip(stored.tensors(), held.tensors(), strict=True)):
         for first in range(0, len(part), 1 << 16):
             block, own = part[first : first + (1 << 16)], kept.detach()[first : first + (1 << 16)].to("cpu")
             if not torch.equal(block.view(torch.uint8), own.contiguous().view(torch.uint8)):
                 raise ValueError(
                     f"'{prefix}{number}' differs from its file, it was trained since: save_pretrained(folder) first, "
-                    "and then place it on disk from there."
+                    "and then place it from there."
                 )
     return stored
 
@@ -228,6 +243,10 @@ def same_rows(prefix: str, stored: FileRows, held: HostRows | None) -> FileRows:
 def empty(order: OrderRows) -> torch.device | None:
     """Takes the rows out of an order; the device where they are when they are parameters."""
     device = next((part.device for part in order._parameters.values()), None)
+    held = [*order._parameters.values(), *getattr(order.source, "parts", ())]
+    learning = [part.requires_grad for part in held if isinstance(part, torch.Tensor)]
+    if learning:
+        order.learns = any(learning)
     hook = rows_hook(order)
     if hook is not None:
         device, hook.give_back = hook.device_before, False

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .cache_engram import refuse_engram_history
 from .checkpoint_engram import EngramCheckpointMixin
 from .compression_engram import check_token_map
-from .configuration_engram import EngramConfig
+from .configuration_engram import EngramConfig, EngramFormatError
 from .constants_engram import check_constants, derive_constants
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
@@ -119,8 +119,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Raises:
             [`EngramFormatError`]: if the token map is lost, which the configuration knows by its digest alone.
         """
-        if hasher.token_map.device.type == "meta":
-            return
+        if hasher.token_map.device.type == "meta" or getattr(hasher.token_map, "_is_hf_initialized", False):
+            return  # not there yet, or from a checkpoint, and checked when that is loaded
         if self.config.engram_token_map_sha256 is not None:
             hasher.check(self.config)
             return
@@ -261,16 +261,32 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         >>> model = model.place_memory("disk")
         ```"""
         tables = self.memory.tables
-        if folder is not None:
-            self.checkpoint_tables = CheckpointTables(Path(folder))
-        if check_placement(placement) == "auto":
+        check_placement(placement)
+        self.memory.settle()
+        files = self.checkpoint_tables if folder is None else self.tables_of(Path(folder))
+        if placement == "auto":
             others = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith(TABLES_PREFIX))
             placement = choose_placement(placed_bytes(tables), others, *free_memory(self.device))
         devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
-        place_tables(tables, placement, self.checkpoint_tables, devices, **settings)
-        self.memory.placement = placement
+        place_tables(tables, placement, files, devices, elsewhere=folder is not None, **settings)
+        self.checkpoint_tables = files
         logger.info(self.describe_placement())
         return self
+
+    def tables_of(self, folder: Path) -> CheckpointTables:
+        """The tables in a folder.
+
+        Raises:
+            [`EngramFormatError`]: if they are of another memory, whose rows mean other n-grams.
+        """
+        stored = self.config_class.from_pretrained(folder)
+        for name in ("engram_hash_sha256", "engram_token_map_sha256"):
+            if getattr(stored, name) != getattr(self.config, name):
+                raise EngramFormatError(
+                    f"'{folder}' holds another memory: its {name} is {str(getattr(stored, name))[:16]}..., the model's "
+                    f"{str(getattr(self.config, name))[:16]}.... Name the folder that this memory was saved in."
+                )
+        return CheckpointTables(folder)
 
     def describe_placement(self) -> str:
         """One line: where the tables are, and how large."""

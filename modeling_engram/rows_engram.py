@@ -9,7 +9,7 @@ Source: Engram (arXiv 2601.07372), section 2.5 (tables beyond accelerator memory
 ways of reading.
 """
 
-import errno
+import copy
 import math
 import mmap
 import os
@@ -101,10 +101,7 @@ class ShardFile:
             return False
         try:
             return os.preadv(self.descriptor, [buffer], offset, NO_WAIT) == len(buffer)
-        except OSError as error:
-            # EAGAIN: not there. Everything else is for the read that waits to report.
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.EIO):
-                raise
+        except OSError:  # EAGAIN: not there. Everything else is for the read that waits to report.
             return False
 
     def expect(self, offset: int, length: int) -> None:
@@ -112,32 +109,33 @@ class ShardFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
-    def map(self, offset: int, length: int) -> torch.Tensor:
-        """Bytes of the file as a tensor that takes no memory before it is written to; writes stay out of the file.
+    def map(self) -> mmap.mmap:
+        """The file as memory that is none before it is written to; writes stay out of the file.
 
         Unlike safetensors' mapping it may be larger than RAM and swap.
         """
         self.check()
-        first = offset - offset % mmap.ALLOCATIONGRANULARITY
-        mapping = mmap.mmap(
-            self.descriptor,
-            offset + length - first,
-            flags=mmap.MAP_PRIVATE | NO_RESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=first,
-        )
-        return torch.frombuffer(mapping, dtype=torch.uint8, count=length, offset=offset - first)
+        flags, access = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(self.descriptor, self.identity[0], flags=flags, prot=access)
 
     def __deepcopy__(self, memo) -> "ShardFile":
         return self
 
     def __reduce__(self):
-        return ShardFile, (self.path,)
+        return reopen, (self.path, self.identity)
 
     def __del__(self):
         descriptor = self.__dict__.pop("descriptor", None)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def reopen(path: Path, identity: tuple[int, int]) -> ShardFile:
+    """A file that was pickled, if it still is what it was."""
+    file = ShardFile(path)
+    file.identity = identity
+    file.check()
+    return file
 
 
 @dataclass(frozen=True)
@@ -149,10 +147,11 @@ class FilePart:
     shape: tuple[int, int]
     dtype: torch.dtype
 
-    def map(self) -> torch.Tensor:
-        """The part as a tensor of shape `(rows, width)`; see [`ShardFile.map`]."""
+    def within(self, mapping: mmap.mmap) -> torch.Tensor:
+        """The part as a tensor of shape `(rows, width)` of the mapped file."""
         size = math.prod(self.shape) * self.dtype.itemsize
-        return self.file.map(self.offset, size).view(self.dtype).view(self.shape)
+        data = torch.frombuffer(mapping, dtype=torch.uint8, count=size, offset=self.offset)  # (bytes,)
+        return data.view(self.dtype).view(self.shape)  # (rows, width)
 
 
 class CheckpointTables:
@@ -227,14 +226,27 @@ class HostRows:
 
     def tensors(self) -> list[torch.Tensor]:
         """The parts as tensors, for a state dict."""
+        self.check()
         return self.parts
+
+    def check(self) -> None:
+        """Raises [`EngramFormatError`] if a mapped file changed; one that was cut would kill the process."""
+        for file in self.files:
+            file.check()
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """Copies rows `(reads,)` out: `(reads, width)`."""
-        # A mapping of a file that was cut kills the process: looked at before, not during.
-        for file in self.files:
-            file.check()
-        return read_parts(rows, len(self.parts[0]), [part.detach() for part in self.parts])
+        check_range(rows, sum(len(part) for part in self.parts))
+        self.check()
+        values = read_parts(rows, len(self.parts[0]), [part.detach() for part in self.parts])
+        self.check()
+        return values
+
+    def __deepcopy__(self, memo) -> "HostRows":
+        return HostRows(copy.deepcopy(self.parts, memo))  # in memory, whatever becomes of the files
+
+    def __reduce__(self):
+        return HostRows, (self.parts,)
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
         """As `read`; None if that might wait for a disk."""
@@ -254,6 +266,7 @@ class FileRows:
         self.parts = parts
         self.width, self.dtype = parts[0].shape[1], parts[0].dtype
         self.row_bytes = self.width * self.dtype.itemsize
+        self.height = sum(part.shape[0] for part in parts)
 
     @property
     def nbytes(self) -> int:
@@ -262,7 +275,9 @@ class FileRows:
 
     def tensors(self) -> list[torch.Tensor]:
         """The parts as tensors that are mapped from the files, for a state dict."""
-        return [part.map() for part in self.parts]
+        # Once for each file and call: a mapping takes a descriptor, and all users of one see what is written to it.
+        mappings = {file: file.map() for file in {part.file for part in self.parts}}
+        return [part.within(mappings[part.file]) for part in self.parts]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """Reads rows `(reads,)` in any order: `(reads, width)`.
@@ -270,6 +285,7 @@ class FileRows:
         Raises:
             [`EngramFormatError`] or `OSError`: if a file changed, ends too early, or cannot be read.
         """
+        check_range(rows, self.height)
         ascending, order = rows.sort()
         values = torch.empty(len(rows), self.width, dtype=self.dtype)
         values[order] = self.read_runs(ascending)
@@ -282,15 +298,16 @@ class FileRows:
         values = torch.empty(len(rows), self.width, dtype=self.dtype)
         buffer, size = as_bytes(values), self.row_bytes
         missed = False
+        check_range(rows, self.height)
         places = self.places(rows)
-        for file in {file for file, _ in places}:
-            file.check()
         for number, (file, offset) in enumerate(places):
             if missed:
                 file.expect(offset, size)
             elif not file.read_resident(buffer[number * size : (number + 1) * size], offset):
                 missed = True
                 file.expect(offset, size)
+        for file in {file for file, _ in places}:
+            file.check()  # behind the reads: it may have changed among them
         return None if missed else values
 
     def places(self, rows: torch.Tensor) -> list[tuple[ShardFile, int]]:
@@ -316,7 +333,6 @@ class FileRows:
     def read_part(self, part: FilePart, rows: torch.Tensor) -> torch.Tensor:
         """Reads ascending rows of one part: `(rows, width)`."""
         size, file = self.row_bytes, part.file
-        file.check()
         begin = rows * size  # (rows,)
         breaks = torch.nonzero(begin.diff() > size + NEAR).flatten() + 1
         first = torch.cat([breaks.new_zeros(1), breaks])  # (runs,): each run's first row
@@ -331,12 +347,21 @@ class FileRows:
             file.expect(offset, length)
         for slot, length, offset in missed:
             file.read(buffer[slot : slot + length], offset)
+        file.check()  # behind the reads: it may have changed among them
         if len(runs) == len(rows):
             return scratch.view(self.dtype).view(len(rows), self.width)
         run_of_row = torch.zeros(len(rows), dtype=torch.int64).index_fill_(0, breaks, 1).cumsum(0)  # (rows,)
         starts = (slots - begin[first])[run_of_row] + begin  # (rows,)
         windows = scratch.as_strided((len(scratch) - size + 1, size), (1, 1))  # (first bytes, size), overlapping
         return windows[starts].view(self.dtype)  # (rows, width)
+
+
+def check_range(rows: torch.Tensor, height: int) -> None:
+    """Raises IndexError for rows that are not the table's: in a file others' bytes lie there."""
+    if len(rows):
+        low, high = (int(bound) for bound in torch.aminmax(rows))
+        if low < 0 or high >= height:
+            raise IndexError(f"row {low if low < 0 else high} is outside the {height} rows of the table.")
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

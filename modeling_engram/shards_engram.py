@@ -211,6 +211,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {name: tensor_entry(entry) for name, entry in header.items()}
+        check_layout(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise EngramFormatError(
             f"'{path}' is no complete safetensors file ({error}): it is truncated or damaged. "
@@ -223,6 +224,19 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             f"{'truncated' if size < expected else 'damaged'}. Copy or download it again."
         )
     return entries
+
+
+def check_layout(entries: Mapping[str, TensorEntry]) -> None:
+    """Raises ValueError unless tensors lie one behind the other, each as long as its shape says."""
+    sizes = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
+    begin = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        length = entry.end - entry.begin
+        if entry.dtype in sizes and length != math.prod(entry.shape) * sizes[entry.dtype]:
+            raise ValueError(f"'{name}' has {length} bytes for the shape {list(entry.shape)}")
+        if entry.begin != begin:
+            raise ValueError(f"'{name}' begins at {entry.begin}, its neighbour ends at {begin}")
+        begin = entry.end
 
 
 def start_of_data(path: Path) -> int:

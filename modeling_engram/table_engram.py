@@ -198,6 +198,7 @@ class OrderRows(nn.Module):
         super().__init__()
         self.heights, self.width, self.dtype = heights, width, dtype
         self.source = None  # where the rows are if they are no parameters: `HostRows` or `FileRows`
+        self.learns = True  # whether they are to require gradients when they come from a file
         self.part_height = heights[0]
         self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
         if hold:

@@ -38,6 +38,7 @@ FLOORS = {
     "layer_engram": 7,
     "offload_engram": 8,
     "placement_engram": 9,
+    "dispatch_engram": 9,
     "memory_engram": 10,
     "reading_engram": 10,
     "quantised_engram": 10,

@@ -200,7 +200,7 @@ def test_any_change_is_refused_where_the_digest_is_known(name):
     constants = derive_constants(settings, None)
     settings.engram_hash_sha256 = constants.sha256()
     check_constants(constants, settings)  # the control
-    with pytest.raises(EngramFormatError, match=r"SHA-256.*another checkpoint.*engram-memory-"):
+    with pytest.raises(EngramFormatError, match=r"SHA-256.*another checkpoint.*model-"):
         check_constants(damaged(constants, name, int(getattr(constants, name).view(-1)[0]) + 2), settings)
 
 
