@@ -8,6 +8,7 @@ Source: accelerate 1.15, `hooks.py` (AlignDevicesHook) and `utils/offload.py` (w
 
 from pathlib import Path
 
+import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, remove_hook_from_module
 from torch import nn
 
