@@ -168,8 +168,9 @@ def pinned(tensor: torch.Tensor) -> torch.Tensor:
     try:
         return tensor.pin_memory()
     except RuntimeError as error:
+        logger.debug(error)
         logger.warning_once(
-            f"No pinned memory for rows on their way to the device ({str(error).splitlines()[0]}): they go through "
-            "pageable memory, which is slower. Raise the limit of locked memory (ulimit -l)."
+            "No pinned memory for rows on their way to the device: they go through pageable memory, which is slower. "
+            "Raise the limit of locked memory (ulimit -l)."
         )
         return tensor

@@ -202,7 +202,6 @@ class ReadsInFlight:
 
     def __init__(self):
         self.by_thread: dict[int, MemoryReads] = {}
-        self.ahead: dict[int, tuple[tuple, MemoryReads]] = {}
         self.switched_off: set[int] = set()
 
     @contextmanager
@@ -215,21 +214,6 @@ class ReadsInFlight:
         finally:
             del self.by_thread[thread]
             reads.drop()
-
-    def put_ahead(self, asked_for: tuple, reads: MemoryReads) -> None:
-        """Keeps the reads that this thread's next pass will ask for."""
-        self.take_ahead(())
-        self.ahead[current_thread()] = asked_for, reads
-
-    def take_ahead(self, asked_for: tuple) -> MemoryReads | None:
-        """The reads that were begun for this very pass; others are dropped."""
-        if not self.ahead or torch.compiler.is_compiling():
-            return None
-        begun_for, reads = self.ahead.pop(current_thread(), ((), None))
-        same = len(begun_for) == len(asked_for) and all(a is b for a, b in zip(begun_for, asked_for, strict=True))
-        if reads is not None and not same:
-            reads.drop()
-        return reads if same else None
 
     @contextmanager
     def switch_off(self):

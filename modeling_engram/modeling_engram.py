@@ -243,8 +243,6 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             first = 0 if cache is None else int(cache.get_seq_length())
             given = engram_ids[:, first : first + length]  # (batch, up to length): what was generated is text
             inputs["engram_input_ids"] = torch.cat([given, inputs["input_ids"][:, given.shape[1] :]], dim=1)
-        if not getattr(inputs.get("past_key_values"), "is_compileable", False):
-            self.read_ahead(inputs)
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -66,7 +66,8 @@ class EngramRowsHook(ModelHook):
         parts = dict(module.named_parameters(recurse=False))
         if self.source is None:
             self.source = HostRows(check_parts(module, parts))
-        self.device_before = next((part.device for part in parts.values()), None)
+        if parts:
+            self.device_before = next(iter(parts.values())).device
         if isinstance(module, OrderRows):
             self.names = [str(number) for number in range(len(module.heights))]
         else:

@@ -19,7 +19,7 @@ from accelerate.utils import get_max_memory
 from torch import nn
 
 from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
-from .rows_engram import CheckpointTables, FileRows, HostRows
+from .rows_engram import CheckpointTables, FileRows, HostRows, written_to
 from .table_engram import EngramTable, OrderRows
 
 
@@ -227,7 +227,7 @@ def same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows | None) -
     Raises:
         `ValueError`: if the model's were trained since.
     """
-    if held is None:
+    if held is None or (isinstance(held, HostRows) and held.files and not any(map(written_to, held.parts))):
         return stored
     for number, (part, kept) in enumerate(zip(stored.tensors(), held.tensors(), strict=True)):
         for first in range(0, len(part), 1 << 16):

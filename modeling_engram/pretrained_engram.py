@@ -159,9 +159,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         if self.runs_as_donor:
             refuse_engram_history(cache)
             return module(**inputs)
-        reads = self.reads_in_flight.take_ahead(asked_for(inputs, engram_input_ids, engram_attention_mask))
-        if reads is None:
-            reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
+        reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
         with self.reads_in_flight.hold(reads):
             outputs = module(**inputs)
         if reads.cache is not None:
@@ -169,40 +167,25 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             reads.cache.remember_classes(reads.classes)
         return outputs
 
-    def begin_reads(
-        self, inputs: dict, engram_input_ids=None, engram_attention_mask=None, engram_segment_ids=None
-    ) -> MemoryReads:
+    def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> MemoryReads:
         """Checks what a pass is given, hashes it, and begins to fetch its rows.
 
         Args:
             inputs (`dict`): arguments of the backbone.
             engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
         """
-        hashing, cache = self.memory.hashing, inputs.get("past_key_values")
-        ids = checked_text_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), engram_input_ids)
+        hashing, cache = self.memory.hashing, inputs["past_key_values"]
+        ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
         check_ids(ids, hashing.token_map, may_be_absent=engram_input_ids is not None)
         layer = self.memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
-        mask = inputs.get("attention_mask")
+        mask = inputs["attention_mask"]
         alive = alive_positions(ids, mask, engram_attention_mask, cache)
-        ends = document_ends(ids, alive, mask, inputs.get("position_ids"), engram_segment_ids, cache)
+        ends = document_ends(ids, alive, mask, inputs["position_ids"], engram_segment_ids, cache)
         resets = self.memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets
         classes = hashing.compress(ids.to(hashing.token_map.device), alive)
         return self.memory.read(classes, layer, ends)
-
-    def read_ahead(self, inputs: dict) -> None:
-        """Begins to fetch the rows of a generation's next pass, as soon as its tokens are known.
-
-        Args:
-            inputs (`dict`): what `forward` will be called with.
-        """
-        # Flags of documents go into the cache when a pass begins, and would go in twice.
-        if self.memory.placement not in ("cpu", "disk") or self.memory.reset_token_ids or self.runs_as_donor:
-            return
-        engram = inputs.get("engram_input_ids"), inputs.get("engram_attention_mask")
-        reads = self.begin_reads(inputs, *engram)
-        self.reads_in_flight.put_ahead(asked_for(inputs, *engram), reads)
 
     def outputs_wanted(self) -> dict[str, bool]:
         """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""
@@ -277,8 +260,11 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         """The tables in a folder.
 
         Raises:
+            `FileNotFoundError`: if there is no checkpoint.
             [`EngramFormatError`]: if they are of another memory, whose rows mean other n-grams.
         """
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"'{folder}' holds no checkpoint (no config.json): name the folder of one.")
         stored = self.config_class.from_pretrained(folder)
         for name in ("engram_hash_sha256", "engram_token_map_sha256"):
             if getattr(stored, name) != getattr(self.config, name):
@@ -365,12 +351,6 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
-
-
-def asked_for(inputs: dict, engram_input_ids, engram_attention_mask) -> tuple:
-    """What rows of a pass depend on, to be compared by identity."""
-    named = (inputs.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
-    return *named, engram_input_ids, engram_attention_mask
 
 
 def on_meta() -> bool:

@@ -322,38 +322,79 @@ class FileRows:
 
     def read_runs(self, rows: torch.Tensor) -> torch.Tensor:
         """Reads ascending rows, neighbours by one call: `(rows, width)`."""
-        found = []
+        runs = []
         inside = part_of(rows, self.parts[0].shape[0], len(self.parts))
         for index, part in enumerate(self.parts):
             own = rows[inside == index] - index * self.parts[0].shape[0]
             if len(own):
-                found.append(self.read_part(part, own))
+                runs.append(Runs(part, own))
+        # All places are told before the first is waited for.
+        for part_runs in runs:
+            part_runs.begin()
+        found = [part_runs.finish() for part_runs in runs]
         return torch.cat(found) if found else torch.empty(0, self.width, dtype=self.dtype)
 
-    def read_part(self, part: FilePart, rows: torch.Tensor) -> torch.Tensor:
-        """Reads ascending rows of one part: `(rows, width)`."""
-        size, file = self.row_bytes, part.file
-        begin = rows * size  # (rows,)
-        breaks = torch.nonzero(begin.diff() > size + NEAR).flatten() + 1
+
+class Runs:
+    """Ascending rows of one part, read in runs of neighbours.
+
+    Args:
+        part ([`FilePart`]): where they are.
+        rows (`torch.LongTensor` of shape `(rows,)`): counted in the part.
+    """
+
+    def __init__(self, part: FilePart, rows: torch.Tensor):
+        self.part, self.size = part, part.shape[1] * part.dtype.itemsize
+        begin = rows * self.size  # (rows,)
+        breaks = torch.nonzero(begin.diff() > self.size + NEAR).flatten() + 1
         first = torch.cat([breaks.new_zeros(1), breaks])  # (runs,): each run's first row
         last = torch.cat([breaks, breaks.new_full((1,), len(rows))]) - 1  # (runs,)
-        lengths = begin[last] + size - begin[first]  # (runs,)
+        lengths = begin[last] + self.size - begin[first]  # (runs,)
         slots = lengths.cumsum(0) - lengths  # (runs,): where each run goes
-        scratch = torch.empty(int(lengths.sum()), dtype=torch.uint8)
-        buffer = as_bytes(scratch)
-        runs = list(zip(slots.tolist(), lengths.tolist(), (part.offset + begin[first]).tolist(), strict=True))
-        missed = [run for run in runs if not file.read_resident(buffer[run[0] : run[0] + run[1]], run[2])]
+        self.scratch = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        self.runs = list(zip(slots.tolist(), lengths.tolist(), (part.offset + begin[first]).tolist(), strict=True))
+        run_of_row = torch.zeros_like(rows).index_fill_(0, breaks, 1).cumsum(0)  # (rows,)
+        self.starts = (slots - begin[first])[run_of_row] + begin  # (rows,): where each row is among the runs
+
+    def begin(self) -> None:
+        """Reads what is in the page cache, and tells the kernel what will be read."""
+        file, self.buffer = self.part.file, as_bytes(self.scratch)
+        missed = []
+        for slot, length, offset in self.runs:
+            if not file.read_resident(self.buffer[slot : slot + length], offset):
+                missed.append((slot, length, offset))
+        self.runs = missed
         for _, length, offset in missed:
             file.expect(offset, length)
-        for slot, length, offset in missed:
-            file.read(buffer[slot : slot + length], offset)
+
+    def finish(self) -> torch.Tensor:
+        """Reads the rest; the rows, `(rows, width)`."""
+        file = self.part.file
+        for slot, length, offset in self.runs:
+            file.read(self.buffer[slot : slot + length], offset)
         file.check()  # behind the reads: it may have changed among them
-        if len(runs) == len(rows):
-            return scratch.view(self.dtype).view(len(rows), self.width)
-        run_of_row = torch.zeros(len(rows), dtype=torch.int64).index_fill_(0, breaks, 1).cumsum(0)  # (rows,)
-        starts = (slots - begin[first])[run_of_row] + begin  # (rows,)
-        windows = scratch.as_strided((len(scratch) - size + 1, size), (1, 1))  # (first bytes, size), overlapping
-        return windows[starts].view(self.dtype)  # (rows, width)
+        windows = self.scratch.as_strided((len(self.scratch) - self.size + 1, self.size), (1, 1))  # overlapping
+        return windows[self.starts].view(self.part.dtype)  # (rows, width)
+
+
+def written_to(mapped: torch.Tensor) -> bool:
+    """Whether a mapping of a file holds anything that is not the file's; True where the system does not say.
+
+    Its private pages tell, also of writes that torch does not count.
+    """
+    address, inside = mapped.data_ptr(), False
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return True
+    for line in lines:
+        head = line.split(None, 1)[0]
+        if "-" in head and not head.endswith(":"):
+            first, last = (int(bound, 16) for bound in head.split("-"))
+            inside = first <= address < last
+        elif inside and head in ("Private_Dirty:", "Swap:") and int(line.split()[1]):
+            return True
+    return False
 
 
 def check_range(rows: torch.Tensor, height: int) -> None:

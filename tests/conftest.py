@@ -42,6 +42,7 @@ from transformers.utils import logging
 from engram_transformers import EngramForCausalLM
 
 from . import tiny
+from .counting_device import NoCompiler, load
 
 
 # Factories are safe to share between examples; a deadline would be an assertion about time.
@@ -87,6 +88,15 @@ def seeded():
     np.random.seed(0)
     torch.manual_seed(0)
     logging.warning_once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def counting_device():
+    """`torch.counting`, an accelerator that counts bytes; skipped where there is no C++ compiler."""
+    try:
+        return load()
+    except NoCompiler as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="session")
