@@ -19,6 +19,9 @@ from .table_engram import BroughtRows
 
 logger = logging.get_logger(__name__)
 
+# Numbers of rows that take more than this share of the rows' own bytes are worth a second step.
+LEAST_SHARE = 0.03
+
 # A thread that dies without a word is noticed after this many seconds.
 WAIT_SECONDS = 0.5
 
@@ -41,6 +44,7 @@ class RowFetch:
         self.error: BaseException | None = None
         self.brought: BroughtRows | None = None
         self.copied = None
+        self.numbers: list[torch.Tensor] = []
 
     def try_at_once(self) -> bool:
         """Fetches a few rows if no disk must be waited for; whether they are there."""
@@ -70,7 +74,8 @@ class RowFetch:
         """Sends rows on to the device, if there is one to send them to."""
         places = places.view(self.shape)
         if self.device.type != "cpu":
-            values, places, self.copied = send([values, narrow(places, len(rows))], self.device)
+            (values, *self.numbers), self.copied = send([values, *numbers_of(places, values)], self.device)
+            places = self.numbers[0]
         self.brought = BroughtRows(values, places, rows)
         self.there.set()
 
@@ -90,9 +95,12 @@ class RowFetch:
         if self.error is not None:
             raise self.error
         if self.copied is not None:
-            self.copied.wait([self.brought.values, self.brought.places])
+            self.copied.wait([self.brought.values, *self.numbers])
             self.copied = None
-            self.brought.places = self.brought.places.long()
+        if self.numbers:
+            places, *texts = (numbers.long() for numbers in self.numbers)
+            self.brought.places = places[texts[0]] if texts else places
+            self.numbers = []
         return self.brought
 
     def drop(self) -> None:
@@ -121,6 +129,25 @@ def run_all(fetches: list[RowFetch]) -> None:
         fetch = fetches.pop(0)  # whoever waits for a fetch holds it; the thread does not keep what nobody wants
         if not fetch.dropped:
             fetch.run()
+
+
+def numbers_of(places: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+    """What says to a device which of the rows each read is, in few bytes.
+
+    Args:
+        places (`torch.LongTensor` of any shape): each read's row among `values`.
+        values (`torch.Tensor` of shape `(unique, width)`): the rows.
+
+    Returns:
+        `list[torch.Tensor]`: the places; where texts repeat each other, the different lists of places along the last
+        dimension (heads), and for each position which of them it has.
+    """
+    numbers = narrow(places, len(values))
+    if numbers.ndim < 2 or numbers.nbytes <= LEAST_SHARE * values.nbytes:
+        return [numbers]
+    lists, texts = torch.unique(places.flatten(0, -2), dim=0, return_inverse=True)  # (different, heads), (positions,)
+    two_steps = [narrow(lists, len(values)), narrow(texts.view(places.shape[:-1]), len(lists))]
+    return min([numbers], two_steps, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
 
 
 def narrow(places: torch.Tensor, count: int) -> torch.Tensor:
@@ -154,13 +181,13 @@ class SideCopy:
             tensor.record_stream(current)  # its memory is not reused before that is done
 
 
-def send(tensors: list[torch.Tensor], device: torch.device):
-    """Sends host tensors to a device, beside what it computes if it can: the copies, and what to wait for (or None)."""
+def send(tensors: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], SideCopy | None]:
+    """Sends host tensors to a device, beside what it computes if it can: the copies, and what to wait for."""
     streams = getattr(torch, device.type, None)
     if not all(hasattr(streams, name) for name in ("Stream", "Event", "stream", "current_stream")):
-        return *(tensor.to(device) for tensor in tensors), None
+        return [tensor.to(device) for tensor in tensors], None
     copy = SideCopy(streams, device)
-    return *copy.send([pinned(tensor) for tensor in tensors]), copy
+    return copy.send([pinned(tensor) for tensor in tensors]), copy
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
