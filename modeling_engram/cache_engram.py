@@ -7,7 +7,6 @@ Source: transformers 5.23 `cache_utils.LinearAttentionLayer` (its convolution st
 """
 
 import torch
-import torch.nn.functional as F
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer
 
 
@@ -19,7 +18,8 @@ CLASS_STATE = 0
 class EngramCacheLayer(LinearAttentionLayer):
     """One extra layer at the end of a `Cache`.
 
-    Classes are stored plus one, so that zero, which a fresh or reset state holds, means "nothing came before".
+    Classes are stored plus one, so that zero, which a fresh or reset state holds, means "nothing came before". Time is
+    dimension 1 of every state: places lie one behind the other, and a convolution reads whole places.
 
     Args:
         convolutions (`int`): Engram layers with a convolution.
@@ -37,12 +37,12 @@ class EngramCacheLayer(LinearAttentionLayer):
         """Classes of the last tokens, `(batch, N - 1)`, -1 where there was no text; None before the first token."""
         if not self.has_previous_state[CLASS_STATE]:
             return None
-        stored = self.conv_states[CLASS_STATE][..., -self.context_length :]  # (batch, up to N - 1)
-        return F.pad(stored, (self.context_length - stored.shape[-1], 0)) - 1
+        stored = self.conv_states[CLASS_STATE][:, -self.context_length :]  # (batch, up to N - 1)
+        return with_front(stored, self.context_length) - 1
 
     def remember_classes(self, classes: torch.Tensor) -> None:
         """Appends the classes `(batch, length)` of a forward pass that has run."""
-        self.update_conv_state(classes + 1, state_idx=CLASS_STATE, conv_kernel_size=self.context_length)
+        self.append(classes + 1, CLASS_STATE, self.context_length)
         if torch.compiler.is_compiling():
             self.seen = None
         elif self.seen is not None:
@@ -50,22 +50,54 @@ class EngramCacheLayer(LinearAttentionLayer):
 
     def extend_ends(self, ends: torch.Tensor) -> torch.Tensor:
         """Appends `(batch, length)` flags, True where a document ends; returns them after `span` earlier ones."""
-        full = self.update_conv_state(ends, state_idx=self.end_state, conv_kernel_size=self.span)
+        full = self.append(ends, self.end_state, self.span)
         wanted = self.span + ends.shape[1]
-        return F.pad(full, (max(0, wanted - full.shape[1]), 0))[:, -wanted:]  # (batch, span + length)
+        return with_front(full, wanted)[:, -wanted:]  # (batch, span + length)
 
     def extend_convolution(self, inputs: torch.Tensor, state_idx: int, reach: int) -> torch.Tensor:
         """Appends convolution inputs and returns them with the history in front.
 
         Args:
-            inputs (`torch.Tensor` of shape `(batch, channels, length)`): this pass's inputs.
+            inputs (`torch.Tensor` of shape `(batch, length, channels)`): this pass's inputs.
             state_idx (`int`): 1 + the layer's place.
             reach (`int`): earlier inputs that the taps can see.
 
         Returns:
-            `torch.Tensor` of shape `(batch, channels, history and length)`; the history may be shorter than `reach`.
+            `torch.Tensor` of shape `(batch, history and length, channels)`; the history may be shorter than `reach`.
         """
-        return self.update_conv_state(inputs, state_idx=state_idx, conv_kernel_size=reach)
+        return self.append(inputs, state_idx, reach)
+
+    def append(self, new: torch.Tensor, index: int, keep: int) -> torch.Tensor:
+        """`update_conv_state` with time as dimension 1.
+
+        Args:
+            new (`torch.Tensor` of shape `(batch, length, ...)`): what comes behind the history.
+            index (`int`): the state.
+            keep (`int`): places to keep; all of them while the past is recorded.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, history and length, ...)`.
+        """
+        if not self.is_conv_states_initialized[index]:
+            self.begin_state(new, index, keep)
+        full = torch.cat([self.conv_states[index], new], dim=1) if self.has_previous_state[index] else new
+        self.has_previous_state[index] = True
+        if self.record_past:
+            self.conv_states[index] = full
+        else:  # a copy, because captured graphs know the state by its address
+            full = with_front(full, keep)
+            self.conv_states[index].copy_(full[:, -keep:])
+        return full
+
+    def begin_state(self, new: torch.Tensor, index: int, keep: int) -> None:
+        """`lazy_initialization` with time as dimension 1."""
+        if self.device is None:
+            self.dtype, self.device = new.dtype, new.device
+        self.conv_kernel_size[index] = keep
+        state = torch.zeros(new.shape[0], keep, *new.shape[2:], dtype=new.dtype, device=new.device)
+        if not torch.compiler.is_compiling() and not self.record_past:
+            torch._dynamo.mark_static_address(state)
+        self.conv_states[index], self.is_conv_states_initialized[index] = state, True
 
     def reset(self) -> None:
         """Forgets everything; tensors stay where they are."""
@@ -88,13 +120,13 @@ class EngramCacheLayer(LinearAttentionLayer):
                 continue
             kernel = self.conv_kernel_size[index]
             needed = kernel if left is None else min(kernel, left)
-            kept = state.shape[-1] - removed
+            kept = state.shape[1] - removed
             if tokens_to_remove > 0 or (removed and not (self.record_past and kept >= needed)):
                 raise RuntimeError(
                     f"crop({tokens_to_remove}): the memory's history cannot go back that far. Crop by a negative "
                     "number of tokens that were read after cache.activate_past_recording(), or read the text again."
                 )
-            self.conv_states[index] = state[..., max(0, kept - kernel) : kept]
+            self.conv_states[index] = state[:, max(0, kept - kernel) : kept]
         self.seen = left
 
     # The states of different layers may lie on different devices, and the parent moves indices to the first one's.
@@ -140,7 +172,7 @@ def engram_cache_layer(
         raise TypeError(
             f"past_key_values must be a transformers Cache, got {type(cache).__name__}: use DynamicCache()."
         )
-    for layer in cache.layers:
+    for layer in reversed(cache.layers):
         if isinstance(layer, EngramCacheLayer):
             refuse_gap(cache, layer)
             return layer
@@ -157,6 +189,14 @@ def engram_cache_layer(
         layer.activate_past_recording()
     cache.layers.append(layer)
     return layer
+
+
+def with_front(state: torch.Tensor, places: int) -> torch.Tensor:
+    """Zeros in front of `(batch, time, ...)` until there are `places`; itself if there are."""
+    missing = places - state.shape[1]
+    if missing <= 0:
+        return state
+    return torch.cat([state.new_zeros(len(state), missing, *state.shape[2:]), state], dim=1)
 
 
 def refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:

@@ -13,6 +13,10 @@ from .configuration_engram import EngramFormatError
 from .constants_engram import HashConstants, check_constants, derive_constants
 
 
+# Tokens of one pass up to which Python integers are quicker than tensor operators.
+HANDFUL = 8
+
+
 def identity_map(config) -> torch.Tensor:
     """The token map of a memory without compression: every id of the vocabulary is a class of its own."""
     return torch.arange(config.text_config.vocab_size, dtype=torch.int64)
@@ -84,6 +88,8 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(batch, length)`.
         """
+        if is_handful(input_ids) and min(map(min, input_ids.tolist())) >= 0 and (alive is None or bool(alive.all())):
+            return torch.take(self.token_map, input_ids.long())  # nothing to leave out: one operator and not five
         text = input_ids >= 0
         if alive is not None:
             text = text & alive
@@ -173,8 +179,29 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`.
         """
+        if segments is None and is_handful(classes):
+            return self.rows_of_handful(classes, history)
         within_order = self.offsets - self.offsets[:, :, :1]  # (layers, orders, heads)
         return self.hash_lookback(self.lookback(classes, history, segments)) + within_order[:, None, None]
+
+    def rows_of_handful(self, classes: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
+        """`forward` in Python integers.
+
+        In a step of decoding, with code and data not in the processor's caches: 90 microseconds instead of 180. The
+        constants are read anew every time (20 of them): a copy could miss a change in place.
+        """
+        context, pad_class = self.context_length, self.pad_class.item()
+        past = [[DEAD] * context] * len(classes) if history is None else history.tolist()
+        texts = [before + text for before, text in zip(past, classes.tolist(), strict=True)]
+        rows = []
+        for multipliers, primes, offsets in zip(
+            self.multipliers.tolist(), self.primes.tolist(), self.offsets.tolist(), strict=True
+        ):
+            starts = [start - of_order[0] for of_order in offsets for start in of_order]
+            for text in texts:
+                for hashes in naive_hash_ids(text, multipliers, primes, pad_class, start=context):
+                    rows += [hashed + start for hashed, start in zip(hashes, starts, strict=True)]
+        return torch.tensor(rows).view(len(self.layer_ids), *classes.shape, *self.primes.shape[1:])
 
     def layer_index(self, layer_id: int) -> int:
         """Place of a layer among the constants."""
@@ -227,6 +254,21 @@ class NgramHasher(nn.Module):
     def original_token_map(self, compressed_vocab_size: int) -> torch.Tensor:
         """The map as it was at the graft: without the ids that a later resize appended (classes at or above V')."""
         return self.token_map[: appended_from(self.token_map, compressed_vocab_size)]
+
+
+def is_handful(tokens: torch.Tensor) -> bool:
+    """Whether Python integers are quicker than tensor operators: a few tokens on a CPU."""
+    return is_at_hand(tokens) and tokens.numel() <= HANDFUL
+
+
+def is_at_hand(tensor: torch.Tensor) -> bool:
+    """Whether an eager pass may take numbers out of a tensor at no cost and without leaving a trace out."""
+    return (
+        tensor.is_cpu
+        and type(tensor) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
 
 def shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:

@@ -66,7 +66,7 @@ class EngramRowsHook(ModelHook):
         parts = dict(module.named_parameters(recurse=False))
         if self.source is None:
             self.source = HostRows(check_parts(module, parts))
-        if parts:
+        if parts and self.device_before is None:  # accelerate detaches and attaches again when another hook comes
             self.device_before = next(iter(parts.values())).device
         if isinstance(module, OrderRows):
             self.names = [str(number) for number in range(len(module.heights))]

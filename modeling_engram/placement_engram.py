@@ -188,7 +188,10 @@ def rows_at(
             return None
         if isinstance(held, FileRows) and not elsewhere:
             return held if placement == "disk" else None
-        stored = same_rows(prefix, stored_rows(prefix, order, checkpoint), held)
+        stored = stored_rows(prefix, order, checkpoint)
+        mapped = isinstance(held, HostRows) and held.files and not elsewhere
+        if held is not None and not (mapped and not any(map(written_to, held.parts))):
+            check_same_rows(prefix, stored, held)
         return stored if placement == "disk" else None
     if isinstance(held, HostRows):
         return HostRows([moved(part, torch.device("cpu")) for part in held.parts], held.files)
@@ -221,14 +224,8 @@ def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
         order.source = rows_hook(order).source = rows
 
 
-def same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows | None) -> FileRows:
-    """Stored rows, if they are what the model holds.
-
-    Raises:
-        `ValueError`: if the model's were trained since.
-    """
-    if held is None or (isinstance(held, HostRows) and held.files and not any(map(written_to, held.parts))):
-        return stored
+def check_same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows) -> None:
+    """Raises ValueError if stored rows are not what the model holds: those were trained since."""
     for number, (part, kept) in enumerate(zip(stored.tensors(), held.tensors(), strict=True)):
         for first in range(0, len(part), 1 << 16):
             block, own = part[first : first + (1 << 16)], kept.detach()[first : first + (1 << 16)].to("cpu")
@@ -237,7 +234,6 @@ def same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows | None) -
                     f"'{prefix}{number}' differs from its file, it was trained since: save_pretrained(folder) first, "
                     "and then place it from there."
                 )
-    return stored
 
 
 def empty(order: OrderRows) -> torch.device | None:
