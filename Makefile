@@ -18,7 +18,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo docs test test-all test-foreign test-unit donor quality style clean
+.PHONY: bench bench-long demo docs test test-all test-foreign test-unit donor quality style clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -30,6 +30,7 @@ demo: $(VENV)/.demo
 docs: $(VENV)/.dev
 	$(BIN)/python -m examples.demo.publish
 	$(BIN)/python -m tests.integration.matrix docs/generation.md
+	$(BIN)/python -m benchmarks.publish
 
 # Each worker begins with one half of the tests, so that what a file prepares once is mostly prepared once, and the one
 # that is done first takes over from the other.
@@ -49,6 +50,15 @@ test-foreign: $(VENV)/.dev
 
 test-unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit tests/parity tests/house $(ARGS)
+
+# Figures of docs/performance.md: all but the large table in half an hour; the large one needs 42 GB of disk, and root for
+# a memory cgroup, and goes on where it was stopped.
+bench: $(VENV)/.dev donor
+	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks $(ARGS)
+
+bench-long: $(VENV)/.dev donor
+	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks.big $(ARGS)
+	$(BIN)/python -m benchmarks.publish
 
 donor: $(VENV)/.dev
 	$(BIN)/python -m examples.demo.donor $(DONOR)

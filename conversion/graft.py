@@ -268,9 +268,9 @@ def fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
 
 
 def dry_load(draft: Path) -> str | None:
-    """Loads a finished graft (mapped, not copied); what is wrong with it, or None."""
+    """Loads a finished graft, its tables left in their files; what is wrong with it, or None."""
     try:
-        _, info = EngramForCausalLM.from_pretrained(draft, output_loading_info=True)
+        _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)
     except (EngramFormatError, RuntimeError) as error:  # RuntimeError: Transformers' report of misshapen tensors
         return str(error).splitlines()[0]
     left = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in ("unexpected_keys", "mismatched_keys")]

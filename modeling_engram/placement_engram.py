@@ -31,11 +31,11 @@ TABLES_PREFIX = "memory.tables."
 # What "auto" leaves free: caches of a generation, activations, the system.
 ROOM_TO_SPARE = 0.2
 
-# Where the control group that a container runs in says its limit and what counts against it for good (pages of files
-# are given back): the system's own figures do not show it. Version 2, version 1.
+# Controller, root, limit and what counts against it for good (pages of files are given back) of the control groups that
+# a container runs in, whose limits the system's own figures do not show: version 2, version 1.
 GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "anon"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
+    ("", "/sys/fs/cgroup", "memory.max", "anon"),
+    ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
 )
 
 
@@ -98,16 +98,25 @@ def place_number(place) -> int | str:
 
 
 def group_limit() -> float:
-    """Bytes that this process' control group may use beside what it uses now, infinite without one."""
-    for folder, limit, used in GROUPS:
-        try:
-            allowed = (Path(folder) / limit).read_text().strip()
-            counted = dict(line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if allowed.isdigit():
-            return max(0, int(allowed) - int(counted.get(used, 0)))
-    return float("inf")
+    """Bytes that this process' control group, and those above it, leave beside what they use; infinite without one."""
+    try:
+        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        lines = []
+    free = [float("inf")]
+    for controller, root, limit, used in GROUPS:
+        # In a container the path may be one that only the host sees: then there is no such folder, and the root counts.
+        own = next((path for _, names, path in lines if controller in names.split(",")), "/")
+        group = Path(root, own.strip("/"))
+        for folder in (group, *(above for above in group.parents if above.is_relative_to(root))):
+            try:
+                allowed = (folder / limit).read_text().strip()
+                counted = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if allowed.isdigit():
+                free.append(max(0, int(allowed) - int(counted.get(used, 0))))
+    return min(free)
 
 
 def mapped_place(device_map, name: str):

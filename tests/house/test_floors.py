@@ -159,12 +159,13 @@ def test_only_the_door_imports_the_package_by_its_name_below_training():
     assert absolute == ["configuration_engram"]
 
 
-def test_nothing_imports_tests_or_examples():
+def test_nothing_imports_tests_examples_or_benchmarks():
     for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            assert {name.split(".")[0] for name in names}.isdisjoint({"tests", "examples", *FOLDERS}), module
+            outside = {"tests", "examples", "benchmarks", *FOLDERS}
+            assert {name.split(".")[0] for name in names}.isdisjoint(outside), module
 
 
 def test_the_configuration_floor_needs_no_tensors():

@@ -18,7 +18,7 @@ import engram_transformers
 
 ROOT = Path(__file__).parents[2]
 SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-NOT_INSTALLED = {"tests", "examples"}
+NOT_INSTALLED = {"tests", "examples", "benchmarks"}
 EXPORTS = [
     "EngramConfig",
     "EngramForCausalLM",

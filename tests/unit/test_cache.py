@@ -1,6 +1,6 @@
 """EngramCacheLayer: what decoding remembers follows its text through everything that happens to a cache.
 
-Run with `pytest tests/unit/test_cache.py`.
+Run: pytest tests/unit/test_cache.py
 """
 
 import pytest
@@ -48,13 +48,13 @@ def test_the_last_classes_are_remembered_through_any_chunks(text, context, data,
 
 @given(length=st.integers(1, 12), reach=st.integers(1, 9), data=st.data())
 def test_convolution_inputs_come_back_with_their_history_in_front(length, reach, data):
-    inputs = torch.randn(2, 3, length)
+    inputs = torch.randn(2, length, 3)
     layer = EngramCacheLayer(convolutions=1, context_length=2)
     cuts = sorted(data.draw(st.sets(st.integers(1, length), max_size=5)) - {length})
     for first, end in zip([0, *cuts], [*cuts, length], strict=True):
-        window = layer.extend_convolution(inputs[..., first:end], 1, reach)
-        wanted = torch.cat([torch.zeros(2, 3, reach), inputs[..., :end]], dim=-1)[..., -(reach + end - first) :]
-        filled = torch.cat([torch.zeros(2, 3, reach), window], dim=-1)[..., -(reach + end - first) :]
+        window = layer.extend_convolution(inputs[:, first:end], 1, reach)
+        wanted = torch.cat([torch.zeros(2, reach, 3), inputs[:, :end]], dim=1)[:, -(reach + end - first) :]
+        filled = torch.cat([torch.zeros(2, reach, 3), window], dim=1)[:, -(reach + end - first) :]
         assert torch.equal(filled, wanted)
 
 
@@ -62,12 +62,12 @@ def two_texts() -> EngramCacheLayer:
     """A layer that has read [5, 6, 7] and [8, 9, 10], with convolution inputs 0..2 and 10..12."""
     layer = EngramCacheLayer(convolutions=1, context_length=2)
     layer.remember_classes(torch.tensor([[5, 6, 7], [8, 9, 10]]))
-    layer.extend_convolution(torch.tensor([[[0.0, 1, 2]], [[10.0, 11, 12]]]), 1, 2)
+    layer.extend_convolution(torch.tensor([[[0.0], [1], [2]], [[10.0], [11], [12]]]), 1, 2)
     return layer
 
 
 def convolution_history(layer: EngramCacheLayer) -> list[list[float]]:
-    return layer.conv_states[1][:, 0].tolist()
+    return layer.conv_states[1][:, :, 0].tolist()
 
 
 @pytest.mark.parametrize("verb", ["reorder_cache", "batch_select_indices"])
@@ -102,7 +102,7 @@ def test_a_reset_forgets():
     layer.remember_classes(torch.tensor([[3], [4]]))
     window = layer.extend_convolution(torch.tensor([[[7.0]], [[8.0]]]), 1, 2)
     assert remembered(layer) == [[DEAD, 3], [DEAD, 4]]
-    assert window[:, 0].tolist() == [[0, 7], [0, 8]]  # none of 1, 2, 11, 12 is left
+    assert window[:, :, 0].tolist() == [[0, 7], [0, 8]]  # none of 1, 2, 11, 12 is left
 
 
 @given(text=TEXTS, more=TEXTS, context=st.integers(1, 4), data=st.data())
@@ -112,12 +112,12 @@ def test_cropped_tokens_leave_no_trace(text, more, context, data):
     layer.activate_past_recording()
     for part in (text, more):
         layer.remember_classes(torch.tensor([part]))
-        layer.extend_convolution(torch.tensor([[part]]).float(), 1, reach)
+        layer.extend_convolution(torch.tensor([part])[:, :, None].float(), 1, reach)
     layer.crop(-removed)
     kept = text + more[: len(more) - removed]
     assert remembered(layer) == [last(kept, context)]
     window = layer.extend_convolution(torch.tensor([[[99.0]]]), 1, reach)
-    assert ([0.0] * reach + window[0, 0].tolist())[-reach - 1 :] == ([0.0] * reach + kept + [99.0])[-reach - 1 :]
+    assert ([0.0] * reach + window[0, :, 0].tolist())[-reach - 1 :] == ([0.0] * reach + kept + [99.0])[-reach - 1 :]
 
 
 def test_a_layer_that_does_not_record_cannot_be_cropped():

@@ -1,6 +1,6 @@
 """N-gram hashing: the fast path against its naive twin, and the laws that serving depends on. Integers, so exact.
 
-Run with `pytest tests/unit/test_hashing.py`.
+Run: pytest tests/unit/test_hashing.py
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from transformers import LlamaConfig
 
-from engram_transformers import EngramConfig, EngramFormatError, NgramHasher
+from engram_transformers import EngramConfig, EngramFormatError, NgramHasher, hashing_engram
 from engram_transformers.compression_engram import DEAD, token_map_sha256
 from engram_transformers.constants_engram import HashConstants, derive_multipliers, derive_primes, head_offsets
-from engram_transformers.hashing_engram import naive_hash_ids
+from engram_transformers.hashing_engram import HANDFUL, naive_hash_ids
+
+from ..conftest import examples
 
 
 VOCABULARY = 60
@@ -240,6 +243,65 @@ def test_inputs_are_left_as_they_were():
     copies = ids.clone(), alive.clone(), history.clone()
     hasher(hasher.compress(ids, alive), history)
     assert all(torch.equal(one, other) for one, other in zip((ids, alive, history), copies, strict=True))
+
+
+# A handful of tokens is hashed in Python integers.
+
+
+def by_operators(hasher: NgramHasher, ids, alive, history) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes and rows by tensor operators alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing_engram, "HANDFUL", 0)
+        classes = hasher.compress(ids, alive)
+        return classes, hasher(classes, history)
+
+
+@examples(100)
+@given(case=cases(max_length=HANDFUL + 2), history=st.booleans(), added=st.integers(0, 300), grad=st.booleans())
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_handful_of_tokens_has_the_rows_that_tensor_operators_give(case, history, added, grad, dtype):
+    hasher, ids = case.hasher, case.ids.to(dtype)
+    if added:  # products of new classes leave int64
+        hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
+        ids = ids + added
+    past = torch.randint(-1, 40, (len(ids), case.n - 1)) if history else None
+    for given_ids, alive in ((ids, case.alive), (ids, None), (torch.where(case.alive, ids, -1), None)):
+        with torch.set_grad_enabled(grad):
+            classes = hasher.compress(given_ids, alive)
+            rows = hasher(classes, past)
+        expected_classes, expected_rows = by_operators(hasher, given_ids, alive, past)
+        assert torch.equal(classes, expected_classes)
+        assert torch.equal(rows, expected_rows)
+        assert (classes.dtype, rows.dtype, rows.shape) == (torch.int64, torch.int64, expected_rows.shape)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (HANDFUL, 1), (1, HANDFUL), (1, HANDFUL + 1)])
+def test_only_a_handful_is_hashed_in_python_integers(batch, length, monkeypatch):
+    hasher, calls = make_hasher(3, 2), []
+    monkeypatch.setattr(
+        hashing_engram, "naive_hash_ids", lambda *given, **more: calls.append(1) or naive_hash_ids(*given, **more)
+    )
+    hasher(hasher.compress(torch.ones(batch, length, dtype=torch.int64)))
+    assert len(calls) == (2 * batch if batch * length <= HANDFUL else 0)  # two layers
+
+
+def test_tokens_without_numbers_are_hashed_by_operators():
+    hasher, ids = make_hasher(3, 2), torch.tensor([[5, 6]])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert hasher(hasher.compress(mode.from_tensor(ids))).shape == (2, 1, 2, 2, 2)
+    traced = torch.jit.trace(lambda ids: hasher(hasher.compress(ids)), (ids,))
+    other = torch.tensor([[9, 7]])
+    assert torch.equal(traced(other), hasher(hasher.compress(other)))  # no number of the first ids is left in the graph
+    assert not torch.equal(traced(other), traced(ids))
+
+
+def test_a_change_of_the_constants_in_place_is_seen():
+    hasher, classes = make_hasher(3, 2), torch.tensor([[5, 6]])
+    before = hasher(classes)
+    with torch.inference_mode():
+        hasher.multipliers += 2
+    assert not torch.equal(hasher(classes), before)
+    assert torch.equal(hasher(classes), by_operators(hasher, classes, None, None)[1])
 
 
 # A hasher that follows the vocabulary.

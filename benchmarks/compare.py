@@ -1,0 +1,140 @@
+"""Comparisons on a noisy machine: every way runs once in every round, and ratios are taken inside a round.
+
+Promises: a ratio compares two measurements of one round, so what slows the machine for minutes slows both; the order
+of the ways moves on by one in every round, so none is always first. Never asserts anything about a time.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+
+# A median and quartiles of fewer rounds say nothing; a time limit never cuts below this.
+LEAST_ROUNDS = 3
+
+
+# What a way returns: a number, or the parts of one as they are measured.
+Measured = float | Iterator[float]
+
+
+def interleave(
+    ways: Mapping[str, Callable[[], Measured]], rounds: int, warm_up: int = 1, limit_s: float = math.inf
+) -> dict[str, list[float]]:
+    """Runs all ways round by round (A B C, B C A, ...).
+
+    A way that gives the parts of its round one by one takes turns with the others after every part: what slows the
+    machine for less than a round then slows all of them too.
+
+    Args:
+        ways (mapping): each does its work once and returns what it measured, mostly seconds, or an iterator of parts.
+        rounds (`int`): rounds that count.
+        warm_up (`int`, *optional*, defaults to 1): rounds before them that do not.
+        limit_s (`float`, *optional*): no round begins after so many seconds, once there are `LEAST_ROUNDS`.
+
+    Returns:
+        `dict[str, list[float]]`: what each way measured, one number for each round.
+    """
+    measured: dict[str, list[float]] = {name: [] for name in ways}
+    begun = time.monotonic()
+    for number in range(warm_up + rounds):
+        counted = number - warm_up
+        if counted >= min(LEAST_ROUNDS, rounds) and time.monotonic() - begun > limit_s:
+            break
+        for name, value in one_round(ways, number).items():
+            if counted >= 0:
+                measured[name].append(value)
+    return measured
+
+
+def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[str, float]:
+    """Every way once, the one of place `number` first."""
+    totals, in_parts = {}, {}
+    for name in rotated(list(ways), number):
+        value = ways[name]()
+        if isinstance(value, Iterator):
+            totals[name], in_parts[name] = 0.0, value
+        else:
+            totals[name] = value
+    while in_parts:
+        number += 1
+        for name in rotated(list(in_parts), number):
+            part = next(in_parts[name], None)
+            if part is None:
+                del in_parts[name]
+            else:
+                totals[name] += part
+    return totals
+
+
+def rotated(names: list[str], number: int) -> list[str]:
+    """The names from place `number` on, then the others."""
+    first = number % len(names)
+    return names[first:] + names[:first]
+
+
+def timed(work: Callable[[], object]) -> Callable[[], float]:
+    """A way that returns the seconds of `work`."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return run
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of the values lie, linear between neighbours (NumPy's default)."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def spread(values: list[float], digits: int = 6) -> dict[str, float | int]:
+    """Median, quartiles, extremes and number of values, rounded to significant digits."""
+    if not values:
+        raise ValueError("there is nothing to take a median of: no round was run.")
+    places = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
+    return {name: significant(quantile(values, share), digits) for name, share in places.items()} | {
+        "rounds": len(values)
+    }
+
+
+def significant(value: float, digits: int) -> float:
+    """`value` rounded to so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def ratios(upper: list[float], lower: list[float]) -> list[float]:
+    """Round by round `upper / lower`.
+
+    Raises:
+        `ValueError`: if the two were not measured in the same rounds.
+    """
+    if len(upper) != len(lower):
+        raise ValueError(f"{len(upper)} rounds cannot be compared with {len(lower)}: both must run in the same rounds.")
+    return [one / other for one, other in zip(upper, lower, strict=True)]
+
+
+def speeds(seconds: Mapping[str, list[float]], against: str, amount: float) -> dict[str, dict]:
+    """Work per second of every way, and its ratio to one of them.
+
+    Args:
+        seconds (mapping): from `interleave`.
+        against (`str`): the way that the others are compared with.
+        amount (`float`): what one round does, such as its tokens.
+
+    Returns:
+        `dict[str, dict]`: for each way the spread of `amount` a second, of the seconds, and of the ratio of its speed
+        to that of `against` (the inverse ratio of the seconds; 1 is as fast).
+    """
+    return {
+        name: {
+            "per_second": spread([amount / value for value in values]),
+            "seconds": spread(values),
+            "speed_ratio": spread(ratios(seconds[against], values)),
+        }
+        for name, values in seconds.items()
+    }

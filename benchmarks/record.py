@@ -1,0 +1,128 @@
+"""What a result says about itself: machine, versions, commit; and the file that it is added to.
+
+Promises: one run is one line of JSON, written whole or not at all, after all earlier lines; a line that was cut off by
+a crash is closed before the next one and passed over by readers. Never changes a line that is there.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "engram-transformers")
+
+# What a run itself writes; it does not make the commit that was measured another one.
+WRITTEN_BY_RUNS = ("benchmarks/results", "docs/performance.md")
+
+
+def machine(folder: Path) -> dict:
+    """Processor, cores, RAM, kernel, and the free disk where `folder` lies."""
+    return {
+        "cpu": processor(),
+        "cores": cores(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "disk_free_bytes": shutil.disk_usage(folder).free,
+    }
+
+
+def processor() -> str:
+    """The processor's name, with family and model where the name alone is a generic one."""
+    fields = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a measurement depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit(root: Path = ROOT) -> str:
+    """The commit that is measured, "+dirty" if files differ from it; results and what is made of them do not count."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        left_out = [f":(exclude){path}" for path in WRITTEN_BY_RUNS]
+        dirty = git("status", "--porcelain", "--", ".", *left_out)
+        return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git checkout)"
+
+
+def line(name: str, sizes: dict, measured: dict, folder: Path, seconds: float) -> dict:
+    """A result as it is printed and kept."""
+    return {
+        "benchmark": name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "machine": machine(folder),
+        "versions": versions(),
+        "sizes": sizes,
+        "measured": measured,
+        "took_seconds": round(seconds, 1),
+    }
+
+
+def append(result: dict, results: Path = RESULTS) -> Path:
+    """Adds a result to `<results>/<benchmark>.jsonl`.
+
+    Two runs that end at the same time wait for each other; a broken last line is closed first.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{result['benchmark']}.jsonl"
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def results_of(name: str, results: Path = RESULTS) -> list[dict]:
+    """All whole lines of a benchmark, oldest first; broken ones are left out."""
+    path = results / f"{name}.jsonl"
+    if not path.is_file():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and entry.get("benchmark") == name:
+            found.append(entry)
+    return found

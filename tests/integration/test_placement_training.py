@@ -1,0 +1,159 @@
+"""A memory in host memory learns what it learns among the parameters, bit for bit: accumulated, clipped, checkpointed,
+resumed, frozen. It stays mapped from its file until it is trained, and then takes the pages that were written.
+
+Run: pytest tests/integration/test_placement_training.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
+
+from engram_transformers import EngramForCausalLM, EngramTrainer
+from engram_transformers.conversion import graft
+from engram_transformers.training import engram_optimizer
+
+from ..tiny import engram_on
+from .backbones import HEADS
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoint of a filled memory; tests only read it."""
+    folder = tmp_path_factory.mktemp("saved")
+    engram_on(LlamaConfig(**HEADS), (1, 2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(3, 4104, (3, 11), generator=torch.Generator().manual_seed(3))
+
+
+def load(folder, place: str = "device") -> EngramForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, engram_placement=place)
+
+
+def rows_of(model) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if "memory.tables." in name}
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    texts = torch.randint(3, 300, (24, 20), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": text, "labels": text} for text in texts]
+
+
+def train(model, dataset, folder, resume=None, **changes) -> dict[str, torch.Tensor]:
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **changes,
+    }
+    EngramTrainer(model, TrainingArguments(str(folder), **settings), train_dataset=dataset).train(resume)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_training_in_host_memory_is_training_on_the_device(checkpointing, saved, dataset, tmp_path):
+    """Accumulated, clipped, saved half-way and resumed."""
+    settings = {"gradient_checkpointing": checkpointing}
+    expected = train(load(saved), dataset, tmp_path / "device", **settings)
+    trained = train(load(saved, "cpu"), dataset, tmp_path / "cpu", save_strategy="steps", save_steps=2, **settings)
+    for name, before in load(saved).state_dict().items():
+        assert torch.equal(trained[name], expected[name]), name
+        assert torch.equal(expected[name], before) == name.startswith(("backbone.", "memory.hashing.")), name
+    resumed = load(saved, "cpu")
+    halfway = str(tmp_path / "cpu" / "checkpoint-2")
+    again = train(resumed, dataset, tmp_path / "again", resume=halfway, **settings)
+    assert resumed.memory.placement == "cpu"
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize("place", ["disk", "none"])
+def test_a_memory_that_cannot_be_written_is_not_trained(place, saved, dataset, tmp_path):
+    with pytest.raises(ValueError, match=rf"{place}.*place_memory\('cpu'\)"):
+        train(load(saved, place), dataset, tmp_path)
+
+
+@pytest.mark.parametrize("frozen", ["model", "memory"])
+@pytest.mark.parametrize("place", ["device", "cpu"])
+def test_frozen_tables_stay_frozen_wherever_they_go(place, frozen, saved, ids):
+    model = load(saved, place)
+    (model if frozen == "model" else model.memory).requires_grad_(False)
+    before = rows_of(load(saved))
+    for move in ("cpu", "disk", "cpu", "device", place):
+        model.place_memory(move)
+        held = {**dict(model.named_parameters()), **dict(model.memory.named_host_parts())}
+        assert not any(held[name].requires_grad for name in before if name in held), move
+    model.memory.layers.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer = engram_optimizer(model)
+    assert {group["name"] for group in optimizer.param_groups}.isdisjoint({"tables"})
+    optimizer.step()
+    assert all(torch.equal(part, before[name]) for name, part in rows_of(model).items())
+    model.memory.requires_grad_(True)  # control: they can be thawed
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer = engram_optimizer(model)
+    optimizer.step()
+    assert not any(torch.equal(part, before[name]) for name, part in rows_of(model).items())
+
+
+TABLE_BYTES = 200 << 20
+CHILD = """
+import json, sys, torch, engram_transformers
+from transformers import AutoModelForCausalLM
+from engram_transformers.training import engram_optimizer
+
+def private():
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+torch.set_num_threads(1)
+ids = torch.arange(3, 35)[None]
+donor = AutoModelForCausalLM.from_pretrained(sys.argv[1], engram_placement="none")
+donor(input_ids=ids, labels=ids).loss.backward()  # what the first passes of a process cost
+seen = [private()]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], engram_placement="cpu")
+parts = [part for _, part in model.memory.named_host_parts()]
+seen.append(private())
+model(input_ids=ids, labels=ids).loss.backward()
+seen.append(private())
+engram_optimizer(model).step()
+seen.append(private())
+touched = sum(int(part.detach().any(1).sum()) for part in parts)
+copied = [part.detach().clone() for part in parts]
+seen.append(private())
+print(json.dumps({"seen": seen, "touched": touched, "bytes": sum(part.nbytes for part in parts)}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="private memory is read from /proc")
+def test_a_table_is_mapped_until_it_is_trained_and_then_page_by_page(saved, tiny_donor, tiny_tokenizer, tmp_path):
+    tiny_donor().save_pretrained(tmp_path / "donor")
+    tiny_tokenizer.save_pretrained(tmp_path / "donor")
+    sizes = {"engram_n_heads": 2, "engram_head_dim": 16, "engram_vocab_size": TABLE_BYTES // (8 * 16 * 4)}
+    graft(tmp_path / "donor", tmp_path / "graft", [1, 2], **sizes)
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "graft")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    before, loaded, run, stepped, copied = found["seen"]
+    megabyte = 1 << 20
+    assert found["bytes"] >= 0.9 * TABLE_BYTES
+    assert 100 < found["touched"] <= 32 * 2 * 2 * 2
+    assert run - before < 20 * megabyte, "nothing of the table was copied"
+    # Every row's own page, its moments, and as much again; 16 MB for whatever else a step makes.
+    assert stepped - run < found["touched"] * (4096 + 16 * 4 * 8) + 16 * megabyte
+    assert copied - stepped > 0.9 * found["bytes"], "control: a copy would be seen"
+    assert loaded - before < 20 * megabyte
