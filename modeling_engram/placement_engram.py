@@ -198,7 +198,8 @@ def rows_at(
         if isinstance(held, FileRows) and not elsewhere:
             return held if placement == "disk" else None
         stored = stored_rows(prefix, order, checkpoint)
-        mapped = isinstance(held, HostRows) and held.files and not elsewhere
+        # Nothing to compare if it is these very files that are mapped, and no page of them was written to.
+        mapped = isinstance(held, HostRows) and {part.file for part in stored.parts} <= set(held.files)
         if held is not None and not (mapped and not any(map(written_to, held.parts))):
             check_same_rows(prefix, stored, held)
         return stored if placement == "disk" else None
