@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .configuration_engram import EngramFormatError
@@ -209,12 +210,13 @@ class CheckpointFiles:
         self.path, self.kwargs = path, kwargs
         self.hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         self.folder = local_checkpoint(path, kwargs.get("subfolder", ""))
-        self.config = kwargs.get("config") if isinstance(kwargs.get("config"), config_class) else None
+        given = kwargs.get("config")
+        self.config = given if isinstance(given, PreTrainedConfig) else None
         is_adapter = path is not None and self.folder is None and Path(path).is_dir()
         if kwargs.get("state_dict") is not None or path is None or is_adapter:
             self.config = None  # the tables are not in this checkpoint's files
         elif self.config is None:
-            self.config = config_class.from_pretrained(kwargs.get("config") or path, **self.hub)
+            self.config = config_class.from_pretrained(given or path, **self.hub)
 
     def placement(self, wanted: str) -> str:
         """Where the tables are to be.

@@ -196,7 +196,7 @@ def damage_dense(folder):
         (damage_seed, EngramFormatError, "engram-memory-00001.*order2.0.*config.json needs.*other sizes"),
         (damage_index, EngramFormatError, "does not name 'memory.tables.1.order2.0'.*never filled"),
         (damage_path, EngramFormatError, r"'\.\./elsewhere.safetensors'.*plain .safetensors file names"),
-        (damage_digest, EngramFormatError, "hash constants have SHA-256.*belongs to another checkpoint"),
+        (damage_digest, EngramFormatError, "hash constants have SHA-256.*belong to another checkpoint"),
         (damage_map_digest, EngramFormatError, "token map has SHA-256.*belongs to another checkpoint"),
         (damage_dense, EngramFormatError, "has no or not the whole memory.*key_norm.*never filled"),
     ],

@@ -188,7 +188,7 @@ def test_the_digest_guards_the_original_map_after_a_resize(tiny_engram, tmp_path
     model = tiny_engram(trained=True)
     model.resize_token_embeddings(4110)
     model.save_pretrained(tmp_path)
-    (path,) = tmp_path.glob("engram-memory-*.safetensors")
+    (path,) = tmp_path.glob("model-*.safetensors")
     tensors = load_file(path)
     AutoModelForCausalLM.from_pretrained(tmp_path)  # control: whole, it loads
     for place in (3, 4103):

@@ -248,28 +248,36 @@ def test_inputs_are_left_as_they_were():
 # A handful of tokens is hashed in Python integers.
 
 
-def by_operators(hasher: NgramHasher, ids, alive, history) -> tuple[torch.Tensor, torch.Tensor]:
+def by_operators(hasher: NgramHasher, ids, alive, *history_and_segments) -> tuple[torch.Tensor, torch.Tensor]:
     """Classes and rows by tensor operators alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashing_engram, "HANDFUL", 0)
         classes = hasher.compress(ids, alive)
-        return classes, hasher(classes, history)
+        return classes, hasher(classes, *history_and_segments)
 
 
 @examples(100)
-@given(case=cases(max_length=HANDFUL + 2), history=st.booleans(), added=st.integers(0, 300), grad=st.booleans())
+@given(
+    case=cases(max_length=HANDFUL + 2),
+    history=st.booleans(),
+    documents=st.booleans(),
+    added=st.integers(0, 300),
+    grad=st.booleans(),
+)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_handful_of_tokens_has_the_rows_that_tensor_operators_give(case, history, added, grad, dtype):
+def test_a_handful_of_tokens_has_the_rows_that_tensor_operators_give(case, history, documents, added, grad, dtype):
     hasher, ids = case.hasher, case.ids.to(dtype)
     if added:  # products of new classes leave int64
         hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
         ids = ids + added
     past = torch.randint(-1, 40, (len(ids), case.n - 1)) if history else None
+    places = len(ids), case.n - 1 + ids.shape[1]
+    segments = torch.randint(0, 2, places).cumsum(1) if documents else None
     for given_ids, alive in ((ids, case.alive), (ids, None), (torch.where(case.alive, ids, -1), None)):
         with torch.set_grad_enabled(grad):
             classes = hasher.compress(given_ids, alive)
-            rows = hasher(classes, past)
-        expected_classes, expected_rows = by_operators(hasher, given_ids, alive, past)
+            rows = hasher(classes, past, segments)
+        expected_classes, expected_rows = by_operators(hasher, given_ids, alive, past, segments)
         assert torch.equal(classes, expected_classes)
         assert torch.equal(rows, expected_rows)
         assert (classes.dtype, rows.dtype, rows.shape) == (torch.int64, torch.int64, expected_rows.shape)
@@ -301,7 +309,7 @@ def test_a_change_of_the_constants_in_place_is_seen():
     with torch.inference_mode():
         hasher.multipliers += 2
     assert not torch.equal(hasher(classes), before)
-    assert torch.equal(hasher(classes), by_operators(hasher, classes, None, None)[1])
+    assert torch.equal(hasher(classes), by_operators(hasher, classes, None)[1])
 
 
 # A hasher that follows the vocabulary.

@@ -143,11 +143,11 @@ def test_a_handful_of_positions_is_refused_as_any_number_is(past, batch, length,
         row = st.lists(st.integers(low, high), min_size=columns, max_size=columns)
         return torch.tensor(data.draw(st.lists(row, min_size=batch, max_size=batch)))
 
-    cache = DynamicCache()
+    cache = DynamicCache() if past or data.draw(st.booleans()) else None  # without one, a leap begins a document
     if past:
         cache.update(torch.zeros(batch, 1, past, 2), torch.zeros(batch, 1, past, 2), 0)
     rising = data.draw(st.booleans())
-    positions = past + torch.arange(length).expand(batch, -1) if rising else integers(length, 0, 3)
+    positions = past + torch.arange(length).expand(batch, -1) if rising else integers(length, 0, 5)
     ids, mask = torch.zeros(batch, length, dtype=torch.int64), integers(past + length, 0, 1)
     for given_mask in (None, mask):
         given_to_both = ids, None if given_mask is None else mask[:, past:] != 0, given_mask, positions, cache
@@ -156,6 +156,12 @@ def test_a_handful_of_positions_is_refused_as_any_number_is(past, batch, length,
             patch.setattr(hashing_engram, "HANDFUL", 0)
             assert said == ends_or_error(*given_to_both)
         assert said == "None" or not rising
+
+
+def test_without_a_cache_a_leap_of_positions_begins_a_document():
+    ids, leap = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1, 2, 4]])
+    assert document_ends(ids, None, None, leap, None, None).tolist() == [[False, True, False]]
+    assert document_ends(ids, None, None, leap, None, DynamicCache()) is None  # the control
 
 
 def test_inputs_are_left_as_they_were():
