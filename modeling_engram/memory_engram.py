@@ -265,9 +265,11 @@ class InsertMemory:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.alive)
-        vectors = reads.vectors(self.layer_id).to(hidden_states.device)
-        alive = reads.alive.to(hidden_states.device)
-        segments = None if reads.segments is None else reads.segments.to(hidden_states.device)
+        vectors, alive, segments = reads.vectors(self.layer_id), reads.alive, reads.segments
+        device = hidden_states.device
+        if vectors.device != device or alive.device != device:  # 10 microseconds each to find that out in `.to`
+            vectors, alive = vectors.to(device), alive.to(device)
+            segments = None if segments is None else segments.to(device)
         added = self.layer(hidden_states, vectors, alive, past_key_values=reads.cache, segments=segments)
         # An addition and no update in place: the backbone may keep its stream for other uses.
         hidden_states = hidden_states + added

@@ -189,8 +189,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
     def outputs_wanted(self) -> dict[str, bool]:
         """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""
-        wanted = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(self.config, name)}
-        return wanted if self.config.return_dict else {**wanted, "return_dict": False}
+        config = self.config  # looked up once: an attribute of a module or a configuration costs microseconds
+        wanted = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(config, name)}
+        return wanted if config.return_dict else {**wanted, "return_dict": False}
 
     @contextmanager
     def without_memory(self):

@@ -302,6 +302,8 @@ class EngramTable(nn.Module):
         # (batch, length, heads) -> (batch, length, heads * width), for every order
         given = [{}] * len(self.part_heights) if fetches is None else [{"fetch": fetch} for fetch in fetches]
         vectors = [order(rows[:, :, i], **given[i]).flatten(-2) for i, order in enumerate(self.orders())]
+        if not torch.is_autocast_enabled(vectors[0].device.type):  # entering its context costs tens of microseconds
+            return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
         with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
 

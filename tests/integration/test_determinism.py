@@ -175,7 +175,9 @@ def read_memory(memory: EngramMemory, batch: Batch) -> None:
     layer = memory.cache_layer(DynamicCache(), backbone_layers=3)
     for piece in batch.pieces:
         classes = memory.hashing.compress(batch.own_ids[:, piece], batch.mask[:, piece].bool())
-        memory.read(classes, layer)
+        reads = memory.read(classes, layer)
+        for layer_id in memory.layer_ids:
+            reads.vectors(layer_id)
         layer.remember_classes(classes)
 
 
@@ -328,7 +330,9 @@ def test_rows_of_a_batch_that_is_divided_among_threads_are_the_same(count, graft
     model, twin = graft()
     texts = torch.randint(4104, (4, 4096), generator=torch.Generator().manual_seed(3))
     with threads(count), TableReads(model.memory) as reads:
-        model.memory.read(model.memory.hashing.compress(texts), None)
+        found = model.memory.read(model.memory.hashing.compress(texts), None)
+        for layer in model.memory.layer_ids:
+            found.vectors(layer)
     expected = torch.stack([twin.rows(text) for text in texts.tolist()], dim=1)
     assert torch.equal(reads.rows, expected)
     assert reads.differing_vectors() == 0
