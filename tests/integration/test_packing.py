@@ -85,7 +85,7 @@ def reads(model, ids, **inputs):
         model(ids, **inputs)
     finally:
         model.memory.read = original
-    return torch.stack(list(seen[0].vectors.values()))
+    return torch.stack([seen[0].vectors(layer) for layer in seen[0].rows])
 
 
 @torch.no_grad()
