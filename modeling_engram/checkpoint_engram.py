@@ -9,6 +9,7 @@ Source: docs/format.md.
 import copy
 import math
 import os
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -53,6 +54,9 @@ logger = logging.get_logger(__name__)
 
 # Arguments of `from_pretrained` that say where a checkpoint is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+# Fields of a configuration that `from_pretrained` takes as arguments with a meaning of their own.
+LOADERS_OWN = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
 
 # Classes of this package that a checkpoint's own copy of the code offers to `trust_remote_code=True`.
 AUTO_MAP = {
@@ -243,9 +247,8 @@ class CheckpointFiles:
                 )
         if wanted != "auto":
             return wanted
-        expected = expected_shards(self.config)
-        table_bytes = sum(math.prod(shape) for name, (shape, _) in expected.items() if name.startswith(TABLES_PREFIX))
-        table_bytes *= getattr(torch, self.config.engram_table_dtype).itemsize
+        shapes = [shape for name, (shape, _) in self.expected.items() if name.startswith(TABLES_PREFIX)]
+        table_bytes = sum(map(math.prod, shapes)) * getattr(torch, self.config.engram_table_dtype).itemsize
         total = total_size(self.index_folder()) or table_bytes
         free = free_memory(device_map, self.kwargs.get("max_memory"))
         return choose_placement(table_bytes, max(0, total - table_bytes), *free)
@@ -254,16 +257,27 @@ class CheckpointFiles:
         """Looks at the headers of the files that will be read."""
         if self.folder is None or self.config is None:
             return
-        expected = expected_shards(self.config)
         if placement != "device":
             read_index(self.folder, WITHOUT_TABLES_NAME)
+        expected = self.expected
         if placement == "none":
             expected = {name: entry for name, entry in expected.items() if not name.startswith(TABLES_PREFIX)}
         check_folder(self.folder, expected, WITHOUT_TABLES_NAME if placement == "none" else INDEX_NAME)
 
+    @cached_property
+    def expected(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `expected_shards`."""
+        return expected_shards(self.config)
+
     def config_without_tables(self):
-        """A configuration under which Transformers reads, and downloads, all files but those of the tables."""
+        """A configuration under which Transformers reads, and downloads, all files but those of the tables.
+
+        Arguments of `from_pretrained` that are fields of it go into it, as Transformers does with one that it reads.
+        """
         config = copy.deepcopy(self.config)
+        if not isinstance(self.kwargs.get("config"), PreTrainedConfig):
+            for name in [name for name in self.kwargs if name not in LOADERS_OWN and hasattr(config, name)]:
+                setattr(config, name, self.kwargs.pop(name))
         config.transformers_weights = WITHOUT_TABLES_NAME
         return config
 

@@ -144,7 +144,7 @@ class EngramMemory(nn.Module):
         if not torch.compiler.is_compiling():
             self.settle()
         if self.placement != "device":
-            reads.fetches = self.begin_fetches(by_layer)
+            reads.fetches = self.begin_fetches(rows)
         return reads
 
     def settle(self) -> None:
@@ -161,10 +161,10 @@ class EngramMemory(nn.Module):
         return "device" if order._parameters else "none"
 
     @torch.compiler.disable
-    def begin_fetches(self, rows: dict[int, torch.Tensor]) -> dict[int, list[RowFetch]]:
-        """Lets the rows of all layers be read while the layers before them run."""
-        fetches = {}
-        for layer, own in rows.items():
+    def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
+        """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run."""
+        fetches, rows = {}, rows.to("cpu")  # one wait for the device, for all layers and orders
+        for layer, own in zip(self.layer_ids, rows, strict=True):
             device = layer_device(self.layers[str(layer)])
             hooks = [rows_hook(order) for order in self.tables[str(layer)].orders()]
             if all(hook is not None and hook.prefetch for hook in hooks):

@@ -20,7 +20,7 @@ from torch import nn
 
 from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
 from .rows_engram import CheckpointTables, FileRows, HostRows, written_to
-from .table_engram import EngramTable, OrderRows
+from .table_engram import OrderRows
 
 
 PLACEMENTS = ("auto", "device", "cpu", "disk", "none")
@@ -264,4 +264,4 @@ def empty(order: OrderRows) -> torch.device | None:
 
 def placed_bytes(tables: nn.ModuleDict) -> int:
     """Bytes of all tables."""
-    return sum(table.nbytes for table in tables.values() if isinstance(table, EngramTable))
+    return sum(table.nbytes for table in tables.values())

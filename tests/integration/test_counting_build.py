@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ..counting_device import BuildFailed, NoCompiler, build, load
+from ..counting_device import BuildFailed, NoCompiler, build
 
 
-@pytest.fixture
-def compiler() -> None:
-    try:
-        load()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
-
-
-def test_a_process_that_has_trained_before_can_load_the_device_and_train_on_it(compiler):
+def test_a_process_that_has_trained_before_can_load_the_device_and_train_on_it(counting_device):
     code = (
         "import torch; torch.ones(2, requires_grad=True).sum().backward()\n"
         "from tests.counting_device import load; load()\n"
@@ -41,7 +33,7 @@ def unbuilt(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "engram-counting-device"
 
 
-def test_the_device_is_compiled_once_however_many_ask(compiler, unbuilt, tmp_path, monkeypatch):
+def test_the_device_is_compiled_once_however_many_ask(counting_device, unbuilt, tmp_path, monkeypatch):
     slow = tmp_path / "slow"
     slow.write_text(f'#!/bin/sh\necho once >> "{tmp_path}/calls"\nsleep 0.3\nexec c++ "$@"\n')
     slow.chmod(0o755)
@@ -65,7 +57,7 @@ def test_a_machine_without_a_compiler_says_so(unbuilt, monkeypatch):
         build.built()
 
 
-def test_a_source_that_does_not_compile_leaves_nothing_behind(compiler, unbuilt):
+def test_a_source_that_does_not_compile_leaves_nothing_behind(counting_device, unbuilt):
     build.SOURCE.write_text("int answer( {")
     with pytest.raises(BuildFailed, match="small.cpp"):
         build.built()

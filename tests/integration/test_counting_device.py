@@ -15,20 +15,12 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn import functional
 
-from ..counting_device import NoCompiler, counted, load
+from ..counting_device import counted
 from ..counting_device.counters import numbers
 
 
 CPU_TABLE = torch.arange(24.0).reshape(4, 6)  # 96 bytes
 TOLERANCE = 1e-5  # float32
-
-
-@pytest.fixture(scope="module")
-def device():
-    try:
-        return load()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_wei
 from accelerate.hooks import remove_hook_from_module
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.accelerate import _get_device_map
 
 from engram_transformers import (
@@ -31,12 +31,10 @@ from engram_transformers import (
 )
 
 from ..conftest import examples
-from ..counting_device import NoCompiler, counted, load
-from ..tiny import engram_on
-from .backbones import HEADS
+from ..counting_device import counted
+from .placed import TOLERANCE, loaded, logits, repeating_texts, same
 
 
-TOLERANCE = 1e-5  # float32; kernels round by where a tensor begins
 ONE = {"": "counting:0"}
 BY_PARTS = {"backbone": "counting:0", "memory.hashing": "counting:0", "memory.layers": "counting:0"}
 TABLES_ON_HOST = {**BY_PARTS, "memory.tables": "cpu"}
@@ -45,46 +43,8 @@ FACTBOOK = Path(__file__).parents[2] / "examples" / "data" / "factbook.jsonl.gz"
 
 
 @pytest.fixture(scope="module")
-def device():
-    try:
-        return load()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The checkpoint of a filled memory; tests only read it."""
-    folder = tmp_path_factory.mktemp("saved")
-    engram_on(LlamaConfig(**HEADS), (1, 2)).save_pretrained(folder)
-    return folder
-
-
-def loaded(folder, place: str = "device") -> EngramForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, engram_placement=place)
-
-
-@pytest.fixture(scope="module")
-def control(saved) -> EngramForCausalLM:
-    """The memory among the parameters of a model on the CPU."""
-    return loaded(saved)
-
-
-@pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    """Two texts, the second of which repeats itself."""
-    texts = torch.randint(3, 4104, (2, 20), generator=torch.Generator().manual_seed(3))
-    texts[1, 10:] = texts[1, :10]
-    return texts
-
-
-@torch.no_grad()
-def logits(model, ids) -> torch.Tensor:
-    return model(input_ids=ids).logits.cpu()
-
-
-def same(found, expected) -> bool:
-    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
+    return repeating_texts()
 
 
 def size(named, tables: bool) -> int:

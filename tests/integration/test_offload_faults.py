@@ -13,7 +13,6 @@ import errno
 import gc
 import os
 import select
-import shutil
 import sys
 import threading
 import time
@@ -27,7 +26,6 @@ from transformers import DynamicCache
 from engram_transformers import EngramFormatError
 from engram_transformers.shards_engram import INDEX_NAME
 
-from ..counting_device import NoCompiler, load
 from ..faults import (
     Child,
     absent,
@@ -42,32 +40,12 @@ from ..faults import (
     shard_of,
     soon,
 )
-from ..tiny import engram_on, fill_memory
-from .backbones import BACKBONES
+from ..tiny import fill_memory
 
 
 TOLERANCE = 1e-5  # float32, another device
 
 placed = pytest.mark.parametrize("placement", ["disk", "cpu"])
-
-
-@pytest.fixture(scope="module")
-def original():
-    return engram_on(BACKBONES["llama"](), (1, 2))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(original, tmp_path_factory):
-    original.save_pretrained(tmp_path_factory.mktemp("made") / "saved")
-    return original.checkpoint_tables.folder
-
-
-@pytest.fixture
-def folder(checkpoint, tmp_path):
-    """A checkpoint; whatever is written into it from now on changes the time of the last change."""
-    shutil.copytree(checkpoint, tmp_path / "saved")
-    os.utime(shard_of(tmp_path / "saved"), ns=(0, 0))
-    return tmp_path / "saved"
 
 
 @pytest.fixture
@@ -195,11 +173,7 @@ def test_a_thread_that_dies_or_cannot_be_started_costs_time_alone(folder, ids, e
 
 
 @pytest.mark.parametrize("pinning", ["fails", "works"])
-def test_without_pinned_memory_logits_are_right_and_it_is_said_once(pinning, folder, ids, expected, caplog):
-    try:
-        device = load()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
+def test_without_pinned_memory_logits_are_right_and_it_is_said_once(pinning, device, folder, ids, expected, caplog):
     model = placed_at("cpu", folder).to("counting")
     with device.pinning_fails() if pinning == "fails" else device.late_copies():
         for asked in (ids, ids, ids[:, :9]):

@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen4ExpTextConfig
+from transformers import AutoModelForCausalLM, Qwen4ExpTextConfig
 
 from engram_transformers import (
     EngramConfig,
@@ -24,55 +24,14 @@ from engram_transformers import (
 )
 from engram_transformers.offload_engram import rows_hook
 
-from ..counting_device import NoCompiler, counted, load
-from ..tiny import engram_on
-from .backbones import HEADS, gemma3n, qwen4_exp
-
-
-TOLERANCE = 1e-5  # float32; kernels round by where a tensor begins
-
-
-@pytest.fixture(scope="module")
-def device():
-    try:
-        return load()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The checkpoint of a filled memory; tests only read it."""
-    folder = tmp_path_factory.mktemp("saved")
-    engram_on(LlamaConfig(**HEADS), (1, 2)).save_pretrained(folder)
-    return folder
-
-
-def loaded(folder, place: str = "device") -> EngramForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, engram_placement=place)
-
-
-@pytest.fixture(scope="module")
-def control(saved) -> EngramForCausalLM:
-    """The memory among the parameters of a model on the CPU."""
-    return loaded(saved)
+from ..counting_device import counted
+from .backbones import gemma3n, qwen4_exp
+from .placed import loaded, logits, repeating_texts, same
 
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
-    """Two texts, the second of which repeats itself."""
-    texts = torch.randint(3, 4104, (2, 20), generator=torch.Generator().manual_seed(3))
-    texts[1, 10:] = texts[1, :10]
-    return texts
-
-
-@torch.no_grad()
-def logits(model, ids) -> torch.Tensor:
-    return model(input_ids=ids).logits.cpu()
-
-
-def same(found, expected) -> bool:
-    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE)
+    return repeating_texts()
 
 
 def crossing(action) -> tuple[int, int]:

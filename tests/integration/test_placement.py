@@ -34,14 +34,6 @@ every_place = pytest.mark.parametrize("place", PLACES)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The checkpoint of a filled memory; tests only read it."""
-    folder = tmp_path_factory.mktemp("saved")
-    engram_on(LlamaConfig(**HEADS), (1, 2)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return torch.randint(3, 4104, (3, 11), generator=torch.Generator().manual_seed(3))
 
@@ -76,6 +68,14 @@ def add_to_rows(model) -> None:
             for order in table.orders():
                 for part in order.parts():
                     part.add_(0.5)
+
+
+@every_place
+def test_fields_of_the_configuration_can_be_given_as_arguments(saved, place):
+    model = EngramForCausalLM.from_pretrained(saved, engram_placement=place, output_hidden_states=True)
+    assert model.config.output_hidden_states
+    assert not load(saved, place).config.output_hidden_states, "control"
+    assert "transformers_weights" not in model.config.to_dict()
 
 
 @every_place

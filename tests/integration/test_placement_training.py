@@ -10,22 +10,11 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.conversion import graft
 from engram_transformers.training import engram_optimizer
-
-from ..tiny import engram_on
-from .backbones import HEADS
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The checkpoint of a filled memory; tests only read it."""
-    folder = tmp_path_factory.mktemp("saved")
-    engram_on(LlamaConfig(**HEADS), (1, 2)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

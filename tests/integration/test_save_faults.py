@@ -19,30 +19,10 @@ from engram_transformers import EngramFormatError, shards_engram
 from engram_transformers.offload_engram import rows_hook
 
 from ..faults import Child, ctrl_c_heard, logits, placed_at, plain, shard_of
-from ..tiny import engram_on, fill_memory
-from .backbones import BACKBONES
+from ..tiny import fill_memory
 
 
 placed = pytest.mark.parametrize("placement", ["disk", "cpu"])
-
-
-@pytest.fixture(scope="module")
-def original():
-    return engram_on(BACKBONES["llama"](), (1, 2))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(original, tmp_path_factory):
-    original.save_pretrained(tmp_path_factory.mktemp("made") / "saved")
-    return original.checkpoint_tables.folder
-
-
-@pytest.fixture
-def folder(checkpoint, tmp_path):
-    """A checkpoint; whatever is written into it from now on changes the time of the last change."""
-    shutil.copytree(checkpoint, tmp_path / "saved")
-    os.utime(shard_of(tmp_path / "saved"), ns=(0, 0))
-    return tmp_path / "saved"
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from engram_transformers.fetch_engram import RowFetch, fetch_ahead, narrow
 from engram_transformers.rows_engram import FEW_ROWS, FileRows, HostRows
 
-from ..counting_device import NoCompiler, counted, load
+from ..counting_device import counted, load
 from ..faults import Child, absent, ctrl_c_heard, cut, disk, fetch_threads, mapped, random_table, same, soon, stored
 
 
@@ -32,11 +32,7 @@ MANY = torch.arange(FEW_ROWS + 44).flip(0)  # too many for "at once"
 
 
 @pytest.fixture
-def device():
-    try:
-        load()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
+def device(counting_device):
     return torch.device("counting")
 
 

@@ -1,0 +1,49 @@
+"""What tests of placed and offloaded tables share: one filled memory, its checkpoint, and the device that counts."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from engram_transformers import EngramForCausalLM
+
+from ..faults import shard_of
+from ..tiny import engram_on
+from .backbones import HEADS
+from .placed import loaded
+
+
+@pytest.fixture(scope="session")
+def device(counting_device):
+    """`torch.counting`."""
+    return counting_device
+
+
+@pytest.fixture(scope="module")
+def original() -> EngramForCausalLM:
+    """A filled memory that was made here; tests only read it."""
+    return engram_on(LlamaConfig(**HEADS), (1, 2))
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """The checkpoint of such a memory; tests only read it."""
+    folder = tmp_path_factory.mktemp("saved")
+    engram_on(LlamaConfig(**HEADS), (1, 2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def control(saved) -> EngramForCausalLM:
+    """The saved memory among the parameters of a model on the CPU."""
+    return loaded(saved)
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    """A copy to do harm to; whatever is written into it from now on changes the time of the last change."""
+    shutil.copytree(saved, tmp_path / "saved")
+    os.utime(shard_of(tmp_path / "saved"), ns=(0, 0))
+    return tmp_path / "saved"
