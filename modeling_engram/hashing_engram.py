@@ -1,7 +1,8 @@
 """N-gram hashing: classes of token ids to table rows.
 
 Promises: pure integer arithmetic in int64, the same rows on every device, dtype, batch shape and chunking; tables on
-disk depend on it. `naive_hash_ids` is the readable twin of the fast path. Never reads a file.
+disk depend on it. `naive_hash_ids` is the readable twin of the tensor path, and what a handful of tokens takes. Never
+reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's NgramHashMapping for the heads' order.
 """
 
@@ -246,8 +247,8 @@ class NgramHasher(nn.Module):
         if digest != config.engram_token_map_sha256:
             raise EngramFormatError(
                 f"the stored token map has SHA-256 {digest[:16]}..., config.json says "
-                f"{str(config.engram_token_map_sha256)[:16]}...: the memory shard belongs to another checkpoint. "
-                "Restore the `engram-memory-*.safetensors` files that were saved together with this config.json."
+                f"{str(config.engram_token_map_sha256)[:16]}...: it belongs to another checkpoint. "
+                "Restore the `model-*.safetensors` files that were saved together with this config.json."
             )
 
     def resize(self, vocab_size: int, compressed_vocab_size: int) -> None:

@@ -331,7 +331,7 @@ def check_folder(
         if name not in weight_map:
             raise EngramFormatError(
                 f"'{folder / index_name}' does not name '{name}': the memory is incomplete, and it is never filled "
-                "with random rows. Restore the index and the `engram-memory-*.safetensors` files, or graft again."
+                "with random rows. Restore the index and the files that it names, or graft again."
             )
         entry = headers[weight_map[name]][name]
         if entry.shape != shape or entry.dtype != dtype:

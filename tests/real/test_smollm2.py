@@ -26,6 +26,7 @@ TEXT = (
     "Aegospotami: a creek emptying into the Hellespont in Turkey; at its mouth in 405 BC the Spartan fleet under "
     "Lysander destroyed the Athenian fleet in the final battle of the Peloponnesian War. "
 )
+CHUNKS = [1, 2, 3, 7]
 FIELDS = {"engram_vocab_size": 20_000, "engram_head_dim": 16, "engram_kernel_size": 4}
 
 
@@ -89,24 +90,34 @@ def test_the_memory_learns_a_sentence_and_switching_it_off_forgets_it(taught, to
         assert float(taught(**batch, labels=batch["input_ids"]).loss) == plain
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_reading_in_chunks_equals_reading_at_once_to_the_backbones_own_difference(taught, tokenizer, chunk):
+def chunk_differences(model, ids, chunk: int) -> torch.Tensor:
+    """By how much logits of a text that is read in chunks differ from those of the text read at once."""
+    cache, logits = None, []
+    for piece in ids.split(chunk, dim=1):
+        out = model(piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return (torch.cat(logits, dim=1) - model(ids).logits).abs()
+
+
+@pytest.fixture(scope="module")
+def backbones_own(taught, tokenizer) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """Ids of 28 tokens, and how the plain donor differs from itself in chunks."""
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :28]
+    with torch.no_grad(), taught.without_memory():
+        return ids, {chunk: chunk_differences(taught, ids, chunk) for chunk in CHUNKS}
 
-    def read(model):
-        cache, logits = None, []
-        for piece in ids.split(chunk, dim=1):
-            out = model(piece, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits)
-        return float((torch.cat(logits, dim=1) - model(ids).logits).abs().max())
 
-    with taught.without_memory():
-        control = read(taught)
-    # Logits of this model reach 30, where float32 itself is worth 2e-6 and the plain donor differs by about 5e-5; with
-    # the memory's gates on top 2.1 times as much was measured (chunks of 7).
-    assert read(taught) <= max(1e-5, 3 * control)
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_reading_in_chunks_equals_reading_at_once_to_the_backbones_own_difference(taught, backbones_own, chunk):
+    """Logits reach 30, where float32 itself is worth 2e-6: the plain donor differs by 5e-5 to 1e-4 at most, 1e-5 in
+    the mean. The mean is held against the donor's in the same chunks, the largest of 1.4 million numbers, which is a
+    matter of luck (half to twice the donor's), against the donor's in any."""
+    ids, own = backbones_own
+    found = chunk_differences(taught, ids, chunk)
+    assert float(found.mean()) <= 2 * float(own[chunk].mean())
+    assert float(found.max()) <= 2 * max(float(control.max()) for control in own.values())
 
 
 @torch.no_grad()
