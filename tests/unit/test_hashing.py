@@ -374,7 +374,7 @@ def test_a_token_map_of_another_checkpoint_is_refused():
     token_map = torch.arange(VOCABULARY) % 40
     settings = compressed(token_map)
     NgramHasher.from_config(settings, token_map).check(settings)  # the control
-    with pytest.raises(EngramFormatError, match=r"token map has SHA-256.*another checkpoint.*engram-memory-"):
+    with pytest.raises(EngramFormatError, match=r"token map has SHA-256.*another checkpoint.*model-"):
         NgramHasher.from_config(settings, token_map.flip(0)).check(settings)
     with pytest.raises(EngramFormatError, match="token map has SHA-256"):
         NgramHasher.from_config(settings, token_map).check(compressed(token_map.flip(0)))
