@@ -22,6 +22,7 @@ from .checkpoint_engram import EngramCheckpointMixin
 from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig, EngramFormatError
 from .constants_engram import check_constants, derive_constants
+from .gradient_engram import with_row_gradients
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .memory_engram import EngramMemory, MemoryReads, insert_memory, layer_device
@@ -36,7 +37,7 @@ from .placement_engram import (
 from .quantised_engram import take_over_quantiser
 from .reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from .rows_engram import CheckpointTables
-from .table_engram import EngramTable, clear_row_gradients, with_row_gradients
+from .table_engram import EngramTable
 
 
 logger = logging.get_logger(__name__)
@@ -311,15 +312,16 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         check_token_map(self.memory.hashing.token_map, tokenizer, self.config.engram_compressed_vocab_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears dense gradients and the tables' row gradients."""
-        super().zero_grad(set_to_none)
-        waiting = list(with_row_gradients([*self.parameters(), *dict(self.memory.named_host_parts()).values()]))
-        if any(not parameter.row_grad.applied for parameter in waiting):
+        """As for any module, tables in host memory included."""
+        away = [part for _, part in self.memory.named_host_parts()]
+        if any(not part.grad.applied for part in with_row_gradients([*self.parameters(), *away])):
             logger.warning_once(
-                "The memory's row gradients were dropped without being applied: torch's optimizers do not see them. "
-                "Use EngramTrainer, or an optimizer from engram_transformers.training.engram_optimizer(model)."
+                "The memory's row gradients were dropped without being applied: use EngramTrainer, or an optimizer "
+                "from engram_transformers.training.engram_optimizer(model)."
             )
-        clear_row_gradients(waiting)
+        super().zero_grad(set_to_none)
+        for part in away:
+            part.grad = None
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """As in Transformers, where its checkpointed layers keep hooks outside of what is run a second time.

@@ -1,66 +1,19 @@
 """EngramTable: the rows of one layer, and the one gradient path into them.
 
 Promises: a gather copies the rows that it was asked for and nothing else; the gradient of a table is its unique rows
-and their values, left beside the parameter as `parameter.row_grad`, whatever the table's size. Never makes a dense or a
-sparse torch gradient: `parameter.grad` stays None, and an optimizer that knows nothing of rows changes nothing.
+and their values ([`RowGradient`]), whatever the table's size. Never makes a dense or a sparse torch gradient.
 Source: Engram (arXiv 2601.07372), section 2.2 (one physical table per layer) and 2.5 (rows travel, tables stay).
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-@dataclass
-class RowGradient:
-    """Gradient of a table parameter at the rows that were read.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(touched,)`): ascending and unique.
-        values (`torch.FloatTensor` of shape `(touched, width)`): float32.
-        applied (`bool`, *optional*, defaults to `False`): whether an optimizer has used it.
-    """
-
-    rows: torch.Tensor
-    values: torch.Tensor
-    applied: bool = False
-
-
-def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> RowGradient:
-    """Adds up the values of equal rows.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(reads,)`): any order, with repeats.
-        values (`torch.Tensor` of shape `(reads, width)`): one gradient for each read.
-    """
-    unique, inverse = torch.unique(rows, return_inverse=True)
-    summed = torch.zeros(len(unique), values.shape[1], dtype=torch.float32, device=values.device)
-    return RowGradient(unique, summed.index_add_(0, inverse, values.float()))  # (touched, width)
-
-
-def add_row_gradient(parameter: torch.Tensor, gradient: RowGradient) -> None:
-    """Accumulates into `parameter.row_grad`, as autograd does into `.grad`."""
-    held = getattr(parameter, "row_grad", None)
-    if held is not None:
-        gradient = sum_rows(torch.cat([held.rows, gradient.rows]), torch.cat([held.values, gradient.values]))
-    parameter.row_grad = gradient
-
-
-def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The parameters that hold a row gradient."""
-    return (p for p in parameters if getattr(p, "row_grad", None) is not None)
-
-
-def clear_row_gradients(parameters: Iterable[torch.Tensor]) -> int:
-    """Drops all row gradients, as `zero_grad` does with dense ones; returns how many there were."""
-    held = list(with_row_gradients(parameters))
-    for parameter in held:
-        parameter.row_grad = None
-    return len(held)
+from .gradient_engram import add_row_gradient, row_gradient, sum_rows
 
 
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -95,9 +48,9 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
 OPERATORS = f"engram_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 
 
-@torch.library.custom_op(f"{OPERATORS}::gather_rows_1", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::gather_rows_2", mutates_args=())
 def gather_rows(rows: torch.Tensor, part_height: int, parts: list[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
-    """`read_parts` with a backward that leaves a `RowGradient` beside each part."""
+    """`read_parts` with a backward that leaves a `RowGradient` on each part."""
     return read_parts(rows, part_height, parts)
 
 
@@ -106,19 +59,19 @@ def gathered_shape(rows, part_height, parts, anchor):
     return parts[0].new_empty(*rows.shape, parts[0].shape[1])
 
 
-@torch.library.custom_op(f"{OPERATORS}::leave_row_gradients_1", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::leave_row_gradients_2", mutates_args=())
 def leave_row_gradients(
     rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
 ) -> torch.Tensor:
     """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's, a zero."""
-    total = sum_rows(rows.flatten(), values.reshape(-1, values.shape[-1]))
-    place = part_of(total.rows, part_height, len(parts))
+    rows, values = sum_rows(rows.flatten(), values.reshape(-1, values.shape[-1]))  # (touched,), (touched, width)
+    place = part_of(rows, part_height, len(parts))
     for index, part in enumerate(parts):
         if not part.requires_grad:
             continue
         inside = place == index
         if bool(inside.any()):
-            add_row_gradient(part, RowGradient(total.rows[inside] - index * part_height, total.values[inside]))
+            add_row_gradient(part, rows[inside] - index * part_height, values[inside])
     return torch.zeros(1)
 
 
@@ -158,10 +111,9 @@ class GatherBrought(torch.autograd.Function):
     def backward(ctx, gradients: torch.Tensor):
         (places,) = ctx.saved_tensors
         # Summed where they are made: only unique rows' gradients go back to the host.
-        summed = sum_rows(places.flatten(), gradients.reshape(-1, gradients.shape[-1]))
-        leave_row_gradients(
-            ctx.rows[summed.rows.to(ctx.rows.device)], summed.values.to(ctx.rows.device), ctx.part_height, ctx.parts
-        )
+        unique, summed = sum_rows(places.flatten(), gradients.reshape(-1, gradients.shape[-1]))
+        host = ctx.rows.device
+        leave_row_gradients(ctx.rows[unique.to(host)], summed.to(host), ctx.part_height, ctx.parts)
         return torch.zeros(1), None, None, None, None, None
 
 
@@ -312,4 +264,12 @@ class EngramTable(nn.Module):
             moved = fn(tensor.new_empty(0))
             return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        held = {name: row_gradient(part) for name, part in self.named_parameters()}
+        for name, part in self.named_parameters():
+            if held[name] is not None:
+                part.grad = None  # torch moves the storage of a gradient, and this one has none
+        super()._apply(keep_dtype, recurse)
+        for name, part in self.named_parameters():
+            if held[name] is not None:
+                add_row_gradient(part, held[name].rows.to(part.device), held[name].row_values.to(part.device))
+        return self

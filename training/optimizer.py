@@ -8,7 +8,7 @@ Source: Engram (arXiv 2601.07372), section 4.1 and Table 5 (Adam, separate learn
 
 import torch
 
-from ..table_engram import clear_row_gradients, with_row_gradients
+from ..gradient_engram import with_row_gradients
 from .rows import RowMoments
 
 
@@ -31,23 +31,21 @@ class EngramAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = super().step(closure)  # skips tables, whose .grad is None
+        loss = super().step(closure)
         for group in self.row_groups():
             for parameter in with_row_gradients(group["params"]):
-                gradient = parameter.row_grad
+                gradient = parameter.grad
                 if parameter not in self.row_moments:
                     self.row_moments[parameter] = RowMoments(parameter.shape[1], parameter.device)
                 direction = self.row_moments[parameter].adam(
-                    gradient.rows, gradient.values, group["betas"], group["eps"]
+                    gradient.rows, gradient.row_values, group["betas"], group["eps"]
                 )
                 parameter.index_add_(0, gradient.rows, direction.mul_(-group["lr"]).to(parameter.dtype))
                 gradient.applied = True
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for group in self.row_groups():
-            clear_row_gradients(group["params"])
+    def _init_group(self, group, *lists) -> bool:
+        return False if group.get("rows") else super()._init_group(group, *lists)
 
     def row_groups(self) -> list[dict]:
         """Parameter groups that hold tables."""
@@ -144,28 +142,3 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
     if "memory.layers." in name:
         return "projections" if name.endswith("key_value.weight") else "vectors"
     return "backbone" if parameter.ndim > 1 else "vectors"
-
-
-@torch.no_grad()
-def clip_gradients(parameters, max_norm: float) -> torch.Tensor:
-    """Scales dense and row gradients together to a global norm of at most `max_norm`.
-
-    Args:
-        parameters (iterable of `torch.Tensor`): parameters; those without any gradient are skipped.
-        max_norm (`float`): largest norm; infinity only measures.
-
-    Returns:
-        `torch.Tensor`: the norm before scaling.
-    """
-    parameters = list(parameters)
-    held = [p.grad for p in parameters if p.grad is not None]
-    held += [p.row_grad.values for p in with_row_gradients(parameters)]
-    if not held:
-        return torch.zeros(())
-    norms = torch.stack([torch.linalg.vector_norm(grad.float()).to(held[0].device) for grad in held])
-    total = torch.linalg.vector_norm(norms)
-    if max_norm < float("inf"):
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for grad in held:
-            grad.mul_(factor.to(grad.device, grad.dtype))
-    return total

@@ -5,10 +5,11 @@ tables' row gradients; schedules, accumulation, evaluation, saving and resuming 
 trains wrongly, what is not supported yet: several processes and fp16 loss scaling.
 """
 
+import torch
 from transformers import Trainer
 from transformers.utils import logging
 
-from .optimizer import TABLE_LR_MULTIPLIER, EngramAdamW, clip_gradients, engram_optimizer, learnable
+from .optimizer import TABLE_LR_MULTIPLIER, EngramAdamW, engram_optimizer, learnable
 
 
 logger = logging.get_logger(__name__)
@@ -95,7 +96,10 @@ class EngramTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model):
-        return clip_gradients(dict(learnable(model)).values(), self.args.max_grad_norm)
+        # Tables in host memory are no parameters of the model.
+        return torch.nn.utils.clip_grad_norm_(dict(learnable(model)).values(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        return clip_gradients(dict(learnable(model)).values(), float("inf")) if grad_norm is None else grad_norm
+        if grad_norm is not None:
+            return grad_norm
+        return torch.nn.utils.get_total_norm([p.grad for _, p in learnable(model) if p.grad is not None])

@@ -49,10 +49,9 @@ EXPLAINED: dict[str, Reason] = {
     "test_training_gradient_checkpointing*": Reason(
         "failed",
         r"memory\.tables\.\d\.order\d\.0 in EngramForCausalLM has no gradient!",
-        "The test expects a `.grad` of every parameter. A table's gradient is its `row_grad`: the rows that were read. "
-        "Every other parameter has its own; tests/integration/test_training.py compares rows with and without "
-        "checkpointing.",
-        ("EngramLlamaForCausalLMTest",),
+        "XXX"(
+            "EngramLlamaForCausalLMTest",
+        ),
     ),
     # Where the tests look for something that lies elsewhere.
     "test_moe_models_record_router_logits": Reason(

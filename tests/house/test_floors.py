@@ -30,6 +30,7 @@ FLOORS = {
     "compression_engram": 2,
     "constants_engram": 3,
     "hashing_engram": 4,
+    "gradient_engram": 4,
     "table_engram": 5,
     "shards_engram": 5,
     "rows_engram": 6,

@@ -259,8 +259,8 @@ def test_training_reads_no_row_at_an_image(model, ids, absent, with_image):
     text[IMAGE] = False
     for place, layer in enumerate((0, 1)):
         for order in (2, 3):
-            gradient = getattr(model.memory.tables[str(layer)], f"order{order}")[0].row_grad
-            moved = set(gradient.rows[(gradient.values != 0).any(-1)].tolist())
+            gradient = getattr(model.memory.tables[str(layer)], f"order{order}")[0].grad
+            moved = set(gradient.rows[(gradient.row_values != 0).any(-1)].tolist())
             assert moved <= set(rows[place][:, text, order - 2].flatten().tolist())
             assert moved, "control: something is trained"
 

@@ -193,14 +193,14 @@ def test_a_training_step_carries_rows_up_and_their_gradients_down(device, saved,
         crossed[place] = crossing(lambda m=model, x=there: m(input_ids=x, labels=x).loss.backward())
         models[place] = model
     parts = dict(models["cpu"].memory.named_host_parts())
-    gradients = sum(part.row_grad.rows.nbytes + part.row_grad.values.nbytes for part in parts.values())
+    gradients = sum(part.grad.rows.nbytes + part.grad.row_values.nbytes for part in parts.values())
     rows_up, numbers_down = travel(control, ids)
     assert crossed["cpu"] == (rows_up, numbers_down + gradients)
     assert crossed["device"] == (0, 4), "control: four questions whether a part was read"
     for name, parameter in models["device"].named_parameters():
         if name in parts:
-            assert torch.equal(parts[name].row_grad.rows, parameter.row_grad.rows.cpu())
-            assert same(parts[name].row_grad.values, parameter.row_grad.values.cpu())
+            assert torch.equal(parts[name].grad.rows, parameter.grad.rows.cpu())
+            assert same(parts[name].grad.row_values, parameter.grad.row_values.cpu())
 
 
 # How tables leave the model, and which maps may then dispatch it.

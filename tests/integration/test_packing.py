@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.gradient_engram import RowGradient
 from engram_transformers.training import EngramTrainer
 
 from .test_generation import TOLERANCE, in_chunks
@@ -212,8 +213,8 @@ def test_padding_free_training_has_the_gradients_of_separate_documents(documents
         model = tiny_engram(trained=True).train()
         for batch in batches:
             (model(**batch, use_cache=False, num_items_in_batch=14).loss).backward()
-        rows = {name: p.row_grad for name, p in model.named_parameters() if getattr(p, "row_grad", None) is not None}
-        dense = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        rows = {name: p.grad for name, p in model.named_parameters() if isinstance(p.grad, RowGradient)}
+        dense = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and name not in rows}
         return rows, dense
 
     features = [{"input_ids": text[0].tolist(), "labels": text[0].tolist()} for text in documents]
@@ -223,7 +224,7 @@ def test_padding_free_training_has_the_gradients_of_separate_documents(documents
     assert packed_rows.keys() == rows.keys() and packed_dense.keys() == dense.keys()
     for name, gradient in packed_rows.items():
         assert torch.equal(gradient.rows, rows[name].rows)
-        torch.testing.assert_close(gradient.values, rows[name].values, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(gradient.row_values, rows[name].row_values, rtol=0, atol=TOLERANCE)
     for name, gradient in packed_dense.items():
         torch.testing.assert_close(gradient, dense[name], rtol=1e-4, atol=TOLERANCE)
 
@@ -234,6 +235,7 @@ def test_trainer_trains_on_flattened_batches(documents, tiny_engram, tmp_path):
     for kind in (EngramTrainer, Trainer):
         model = tiny_engram(trained=True)
         args = TrainingArguments(tmp_path / kind.__name__, max_steps=1, report_to=[], per_device_train_batch_size=4)
+        model.memory.tables.requires_grad_(kind is EngramTrainer)
         trainer = kind(model, args, train_dataset=features, data_collator=DataCollatorWithFlattening())
         losses[kind] = trainer.train().training_loss
     assert losses[EngramTrainer] == pytest.approx(losses[Trainer], abs=TOLERANCE)

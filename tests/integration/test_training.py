@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
 from engram_transformers import EngramTrainer
+from engram_transformers.gradient_engram import RowGradient
 from engram_transformers.memory_engram import find_decoder_layers
-from engram_transformers.table_engram import RowGradient
 from engram_transformers.training import EngramAdamW, engram_optimizer
-from engram_transformers.training.optimizer import clip_gradients
 from engram_transformers.training.rows import RowMoments
 
 from .backbones import BACKBONES
@@ -67,11 +66,11 @@ def test_rows_get_gradient_at_step_one_and_projections_from_step_two(tiny_engram
     tables = list(model.memory.tables["1"].parameters())
     for step in (1, 2):
         model(**batch).loss.backward()
-        assert all(float(table.row_grad.values.norm()) > 0 for table in tables)
+        assert all(float(table.grad.row_values.norm()) > 0 for table in tables)
         assert (float(projection.grad.norm()) > 0) == (step == 2)
         optimizer.step()
         optimizer.zero_grad()
-    assert all(table.grad is None and table.row_grad is None for table in tables)
+    assert all(table.grad is None for table in tables)
 
 
 @torch.no_grad()
@@ -142,12 +141,11 @@ def test_gradient_checkpointing_trains_the_same(tiny_engram, dataset, arguments,
 
 
 def gradients(model):
-    """Gradients by name, dense ones and those of a table's rows; only tables are without a dense one."""
+    """Gradients by name; those of tables, which have rows alone, written out."""
     held = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
-    rows = {name: p for name, p in model.named_parameters() if getattr(p, "row_grad", None) is not None}
-    assert set(held).isdisjoint(rows)
-    for name, parameter in rows.items():
-        held[name] = torch.zeros(parameter.shape).index_add_(0, parameter.row_grad.rows, parameter.row_grad.values)
+    for name, gradient in held.items():
+        if isinstance(gradient, RowGradient):
+            held[name] = torch.zeros(gradient.shape).index_add_(0, gradient.rows, gradient.row_values)
     return held
 
 
@@ -244,19 +242,23 @@ def test_accumulated_texts_of_uneven_length_count_by_their_tokens(tiny_engram, u
     assert moved > 1e-4, "control: the memory must have been trained"
 
 
-def test_clipping_scales_rows_and_dense_gradients_together(tiny_engram, dataset):
+def test_torchs_own_clipping_scales_rows_and_dense_gradients_together(tiny_engram, dataset):
     model = tiny_engram(trained=True)
     batch = {name: torch.stack([entry[name] for entry in dataset[:4]]) for name in ("input_ids", "labels")}
     model(**batch).loss.backward()
-    dense = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    rows = {name: p.row_grad.values.clone() for name, p in model.named_parameters() if hasattr(p, "row_grad")}
-    expected = torch.sqrt(sum(g.pow(2).sum() for g in (*dense.values(), *rows.values())))
-    total = clip_gradients(model.parameters(), 1e-3)
+
+    def values():
+        held = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: (g.row_values if isinstance(g, RowGradient) else g).clone() for name, g in held.items()}
+
+    before = values()
+    expected = torch.sqrt(sum(g.pow(2).sum() for g in before.values()))
+    rows = torch.sqrt(sum(g.pow(2).sum() for name, g in before.items() if ".tables." in name))
+    assert rows > 0.01 * expected, "control: rows count"
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=0)
-    for name, parameter in model.named_parameters():
-        held, before = (parameter.grad, dense) if name in dense else (parameter.row_grad.values, rows)
+    for name, held in values().items():
         torch.testing.assert_close(held, before[name] * (1e-3 / expected), rtol=1e-4, atol=1e-12)
-    assert float(clip_gradients(model.parameters(), float("inf"))) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_logged_norm_counts_the_rows(tiny_engram, dataset, arguments):
@@ -282,12 +284,24 @@ def test_tables_have_their_own_rate_and_no_decay(tiny_engram):
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
-def test_plain_trainer_says_what_to_use(tiny_engram, dataset, arguments, caplog):
+def test_plain_trainer_says_which_optimizer_it_needs_and_trains_alike_with_it(tiny_engram, dataset, arguments):
     model = tiny_engram()
     before = clone(model)
-    Trainer(model, arguments(max_steps=2), train_dataset=dataset).train()
-    assert "EngramTrainer" in caplog.text
-    assert not any(name.startswith("memory.tables.") for name in changed(model, before))
+    with pytest.raises(TypeError, match=r"rows alone.*EngramTrainer, or engram_transformers.*engram_optimizer"):
+        Trainer(model, arguments(max_steps=2), train_dataset=dataset).train()
+    assert not changed(model, before)
+    settings = {"max_grad_norm": 0.01, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    expected, plain = tiny_engram(), tiny_engram()
+    trainers = []
+    for kind, trained in ((EngramTrainer, expected), (Trainer, plain)):
+        trained.backbone.requires_grad_(False)
+        optimizers = {"optimizers": (engram_optimizer(trained, 1e-2), None)}
+        trainers.append(kind(trained, arguments(**settings), train_dataset=dataset, **optimizers))
+        trainers[-1].train()
+    assert not changed(plain, expected.state_dict())
+    assert any(name.startswith("memory.tables.") for name in changed(plain, before))
+    norms = [[entry["grad_norm"] for entry in t.state.log_history if "grad_norm" in entry] for t in trainers]
+    assert norms[0] == norms[1] and min(norms[0]) > 0.01, "control: every step was clipped"
 
 
 def test_what_cannot_be_trained_rightly_is_refused(tiny_engram, tiny_donor, dataset, arguments):
@@ -341,7 +355,7 @@ def test_row_adam_equals_dense_adam_where_every_row_is_read(steps, seed):
     for _ in range(steps):
         gradient = torch.randn(height, width)
         dense.grad = gradient.clone()
-        table.row_grad = RowGradient(torch.arange(height), gradient.clone())
+        table.grad = RowGradient(table, torch.arange(height), gradient.clone())
         reference.step()
         ours.step()
     torch.testing.assert_close(table, dense, rtol=1e-4, atol=1e-5)  # torch orders the same operations differently

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.table_engram import (
-    EngramTable,
+from engram_transformers.gradient_engram import (
     RowGradient,
     add_row_gradient,
-    clear_row_gradients,
+    row_gradient,
     sum_rows,
     with_row_gradients,
 )
+from engram_transformers.table_engram import EngramTable
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,8 +48,7 @@ def reads(draw):
     return order_rows, draw(st.integers(1, 5)), parts, torch.stack(columns, dim=2)
 
 
-def held(part: torch.Tensor) -> RowGradient | None:
-    return getattr(part, "row_grad", None)
+held = row_gradient
 
 
 def dense_gradients(table: EngramTable) -> list[torch.Tensor]:
@@ -60,7 +59,7 @@ def dense_gradients(table: EngramTable) -> list[torch.Tensor]:
         for part in parts:
             piece = torch.zeros(part.shape)
             if held(part) is not None:
-                piece[held(part).rows] = held(part).values
+                piece[held(part).rows] = held(part).row_values
             pieces.append(piece)
         dense.append(torch.cat(pieces))
     return dense
@@ -136,8 +135,7 @@ def test_rows_of_a_gradient_ascend_and_are_those_that_were_read(case, calls):
             inside = sorted(row - first for row in read if first <= row < first + len(part))
             first += len(part)
             assert (held(part).rows.tolist() if held(part) is not None else []) == inside
-            assert held(part) is None or held(part).values.dtype == torch.float32
-            assert part.grad is None
+            assert held(part) is None or held(part).row_values.dtype == torch.float32
 
 
 @given(case=reads(), data=st.data())
@@ -155,7 +153,7 @@ def test_frozen_parts_get_no_gradient(case, data):
     for part, control in zip(table.parameters(), free.parameters(), strict=True):
         if part.requires_grad and held(control) is not None:
             assert torch.equal(held(part).rows, held(control).rows)
-            assert torch.equal(held(part).values, held(control).values)
+            assert torch.equal(held(part).row_values, held(control).row_values)
         else:
             assert held(part) is None
 
@@ -165,41 +163,76 @@ def test_a_low_precision_table_gets_float32_gradients():
     table = filled([5], 1, 1, torch.bfloat16)
     vectors = table(torch.full((1, 256, 1, 1), 3))
     vectors.backward(torch.full_like(vectors, 1 + 2**-7))
-    gradient = table.order2[0].row_grad
-    assert (gradient.rows.tolist(), gradient.values.tolist()) == ([3], [[258.0]])
+    gradient = table.order2[0].grad
+    assert (gradient.rows.tolist(), gradient.row_values.tolist()) == ([3], [[258.0]])
 
 
-def test_an_optimizer_that_knows_nothing_of_rows_changes_nothing():
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+def test_an_optimizer_that_knows_nothing_of_rows_raises_and_changes_nothing(kind):
     table = filled([20, 30], 3, 2)
     before = whole(table)
-    optimizer = torch.optim.AdamW(table.parameters(), lr=0.1, weight_decay=0.5)
+    optimizer = kind(table.parameters(), lr=0.1)
     table(torch.randint(0, 20, (2, 5, 2, 3))).sum().backward()
-    optimizer.step()
+    with pytest.raises(TypeError, match=r"rows alone.*engram_optimizer\(model\)"):
+        optimizer.step()
     assert all(torch.equal(one, other) for one, other in zip(whole(table), before, strict=True))
 
 
 def test_sums_of_equal_rows():
-    total = sum_rows(torch.tensor([5, 2, 5, 5]), torch.tensor([[1.0], [10.0], [2.0], [4.0]]))
-    assert (total.rows.tolist(), total.values.tolist(), total.applied) == ([2, 5], [[10.0], [7.0]], False)
+    rows, values = sum_rows(torch.tensor([5, 2, 5, 5]), torch.tensor([[1.0], [10.0], [2.0], [4.0]]))
+    assert (rows.tolist(), values.tolist()) == ([2, 5], [[10.0], [7.0]])
 
 
 def test_gradients_add_up_and_count_as_not_applied():
     parameter = torch.nn.Parameter(torch.zeros(9, 1))
-    add_row_gradient(parameter, RowGradient(torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]])))
-    parameter.row_grad.applied = True
-    add_row_gradient(parameter, RowGradient(torch.tensor([0, 4]), torch.tensor([[8.0], [16.0]])))
-    gradient = parameter.row_grad
-    assert (gradient.rows.tolist(), gradient.values.tolist()) == ([0, 1, 4], [[8.0], [1.0], [18.0]])
+    add_row_gradient(parameter, torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]]))
+    parameter.grad.applied = True
+    add_row_gradient(parameter, torch.tensor([0, 4]), torch.tensor([[8.0], [16.0]]))
+    gradient = parameter.grad
+    assert (gradient.rows.tolist(), gradient.row_values.tolist()) == ([0, 1, 4], [[8.0], [1.0], [18.0]])
     assert not gradient.applied
 
 
-def test_clearing_drops_every_row_gradient_and_counts_them():
+def test_torchs_zero_grad_drops_every_row_gradient():
     table = filled([20, 30], 3, 1)
-    assert clear_row_gradients(table.parameters()) == 0
     table(torch.randint(0, 20, (2, 5, 2, 3))).sum().backward()
     assert len(list(with_row_gradients(table.parameters()))) == 2
-    assert clear_row_gradients(table.parameters()) == 2
+    table.zero_grad(set_to_none=False)
+    assert [float(part.grad.row_values.abs().sum()) for part in table.parameters()] == [0.0, 0.0]
+    table.zero_grad()
     assert list(with_row_gradients(table.parameters())) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch's scaler takes no float16 gradients
+def test_torchs_clipping_and_scaler_reach_rows(dtype):
+    table = filled([20, 30], 3, 1, dtype)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    vectors = table(torch.randint(0, 20, (2, 5, 2, 3))).float().square().sum()
+    vectors.backward()
+    expected = [part.grad.row_values.clone() for part in table.parameters()]
+    table.zero_grad()
+    scaler.scale(table(torch.randint(0, 20, (2, 5, 2, 3))).float().square().sum())  # makes the scale
+    for part, gradient in zip(table.parameters(), expected, strict=True):
+        part.grad = RowGradient(part, torch.arange(len(gradient)), gradient * 2.0**10)
+    optimizer = torch.optim.SGD(table.parameters(), lr=1.0)
+    scaler.unscale_(optimizer)
+    for part, gradient in zip(table.parameters(), expected, strict=True):
+        assert torch.equal(part.grad.row_values, gradient)
+    norm = torch.nn.utils.clip_grad_norm_(table.parameters(), 1.0)
+    torch.testing.assert_close(norm, torch.cat(expected).norm(), rtol=1e-5, atol=0)
+    clipped = torch.cat([part.grad.row_values for part in table.parameters()])
+    torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), rtol=1e-4, atol=0)
+
+
+def test_gradients_move_with_their_table():
+    table = filled([20, 30], 3, 2)
+    table(torch.randint(0, 20, (2, 5, 2, 3))).sum().backward()
+    before = {name: part.grad.row_values.clone() for name, part in table.named_parameters() if part.grad is not None}
+    table.to(torch.float64)  # a table keeps its type, and so do its gradients
+    assert before
+    for name, part in table.named_parameters():
+        assert (part.grad is None) == (name not in before)
+        assert name not in before or torch.equal(part.grad.row_values, before[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -244,4 +277,4 @@ def test_gradients_pass_to_what_reads_a_table_with_all_its_neighbours():
     rows = torch.tensor([[[[1]], [[2]]]])
     (table(rows) * scale).sum().backward()
     assert math.isclose(scale.grad.item(), whole(table)[0][[1, 2]].sum().item(), rel_tol=1e-6)
-    assert table.order2[0].row_grad.values.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert table.order2[0].grad.row_values.tolist() == [[3.0, 3.0], [3.0, 3.0]]

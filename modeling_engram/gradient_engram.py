@@ -1,0 +1,127 @@
+"""RowGradient: the gradient of a table, which is the rows that were read and their values.
+
+What it chooses: it is the parameter's own `.grad`, a tensor that claims the table's shape and stores its rows alone. So
+whatever measures, clips or unscales gradients (torch's clipping, Trainer, Accelerate, gradient scalers) reaches rows
+without knowing of them, and an optimizer that cannot update a table by rows raises an error instead of skipping it.
+Promises: its size is that of the rows that were read, whatever the size of the table. Never becomes a dense tensor.
+Source: Engram (arXiv 2601.07372), section 2.5 (gradients of active rows go back to the table).
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+
+
+aten = torch.ops.aten
+
+ROWS_ALONE = (
+    "the gradient of a memory's table has rows alone, and torch's own optimizers cannot train it: use EngramTrainer, or "
+    "engram_transformers.training.engram_optimizer(model), or leave the tables out "
+    "(model.memory.tables.requires_grad_(False))."
+)
+
+
+class RowGradient(torch.Tensor):
+    """Gradient of a part of a table at the rows that were read.
+
+    Args:
+        part (`torch.Tensor` of shape `(rows of the part, width)`): what it is the gradient of.
+        rows (`torch.LongTensor` of shape `(touched,)`): ascending and unique.
+        row_values (`torch.FloatTensor` of shape `(touched, width)`): float32.
+
+    `applied` says whether an optimizer has used it.
+    """
+
+    @staticmethod
+    def __new__(cls, part: torch.Tensor, rows: torch.Tensor, row_values: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
+
+    def __init__(self, part: torch.Tensor, rows: torch.Tensor, row_values: torch.Tensor):
+        self.rows, self.row_values, self.applied = rows, row_values, False
+
+    def __repr__(self) -> str:
+        return f"RowGradient({len(self.rows)} rows of a part of shape {tuple(self.shape)}, {self.row_values.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = ON_VALUES.get(func)
+        if known is None:
+            raise TypeError(f"{func}: {ROWS_ALONE}")
+        return known(func, *args, **kwargs)
+
+    @property
+    def is_sparse(self) -> bool:
+        # Torch's optimizers ask this first of all. Later would be too late: AdamW decays a whole table, and makes a
+        # state of its size, before it looks at the gradient.
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if asking.startswith("torch.optim."):
+            raise TypeError(ROWS_ALONE)
+        return False
+
+
+def on_values(func, gradient: RowGradient, *args, **kwargs):
+    """A measure of the values, such as their norm."""
+    return func(gradient.row_values, *args, **kwargs)
+
+
+def in_place(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
+    """Scales the values."""
+    func(gradient.row_values, *args, **kwargs)
+    return gradient
+
+
+def same_rows(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
+    """Another handle on the same values."""
+    return RowGradient(gradient, gradient.rows, gradient.row_values)
+
+
+def on_lists(func, gradients, *args, **kwargs):
+    """The same for several gradients at once, some of them of tables."""
+    return func([g.row_values if isinstance(g, RowGradient) else g for g in gradients], *args, **kwargs)
+
+
+ON_VALUES = {
+    aten.linalg_vector_norm.default: on_values,
+    aten.isfinite.default: on_values,
+    aten.mul_.Tensor: in_place,
+    aten.mul_.Scalar: in_place,
+    aten.div_.Tensor: in_place,
+    aten.zero_.default: in_place,
+    aten.detach.default: same_rows,
+    aten._amp_foreach_non_finite_check_and_unscale_.default: on_lists,
+}
+
+
+def row_gradient(part: torch.Tensor) -> RowGradient | None:
+    """The row gradient of a parameter; None if it has none, or a dense one."""
+    return part.grad if isinstance(part.grad, RowGradient) else None
+
+
+def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds up the values of equal rows.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(reads,)`): any order, with repeats.
+        values (`torch.Tensor` of shape `(reads, width)`): one gradient for each read.
+
+    Returns:
+        `tuple`: unique rows, ascending, `(touched,)`, and their sums in float32, `(touched, width)`.
+    """
+    unique, inverse = torch.unique(rows, return_inverse=True)
+    summed = torch.zeros(len(unique), values.shape[1], dtype=torch.float32, device=values.device)
+    return unique, summed.index_add_(0, inverse, values.float())  # (touched,), (touched, width)
+
+
+def add_row_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Accumulates unique rows' gradients into `part.grad`, as autograd does with dense ones."""
+    held = row_gradient(part)
+    if held is not None:
+        rows, values = sum_rows(torch.cat([held.rows, rows]), torch.cat([held.row_values, values]))
+    part.grad = RowGradient(part, rows, values)
+
+
+def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The parameters that hold a row gradient."""
+    return (p for p in parameters if row_gradient(p) is not None)
