@@ -52,11 +52,12 @@ test-unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit tests/parity tests/house $(ARGS)
 
 # Figures of docs/performance.md: all but the large table in half an hour; the large one needs 42 GB of disk, and root for
-# a memory cgroup, and goes on where it was stopped.
+# a memory cgroup, and goes on where it was stopped. What a memory teaches (domain) takes two hours and goes on as well.
 bench: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks $(ARGS)
 
 bench-long: $(VENV)/.dev donor
+	ENGRAM_DONOR=$(DONOR) $(KEEP_BLOCKS) $(BIN)/python -m benchmarks.domain
 	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks.big $(ARGS)
 	$(BIN)/python -m benchmarks.publish
 

@@ -1,4 +1,4 @@
-"""All quick benchmarks one after the other, each in a process of its own, then docs/performance.md.
+"""All quick benchmarks one after the other, each in a process of its own, then the pages of their figures.
 
 What cannot run here (no compiler, no package index, no room) is named at the end, and the others run all the same.
 
@@ -15,7 +15,7 @@ from .record import ROOT
 
 
 # Minutes of measuring after which no further round begins; with making and filling tables, under half an hour in all.
-QUICK = {"decode": 5, "prefill": 5, "hash": 2, "placements": 3, "scale": 4, "hooks": 2, "peer": 3}
+QUICK = {"decode": 5, "prefill": 5, "hash": 2, "placements": 3, "scale": 4, "hooks": 2, "peer": 3, "training": 8}
 
 
 def run_all(names: list[str], further: list[str]) -> list[str]:

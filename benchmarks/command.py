@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -76,8 +77,15 @@ def start(
     interrupted: str = "what it had made is deleted",
 ) -> None:
     """`run` for the command line: what a user can cause is a message."""
-    try:
+    with told(name, interrupted):
         run(name, measure, options)
+
+
+@contextmanager
+def told(name: str, interrupted: str) -> Iterator[None]:
+    """Turns what a user can cause into a message and an exit status."""
+    try:
+        yield
     except KeyboardInterrupt:
         say(f"{name}: interrupted; {interrupted}")
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Makes docs/performance.md from the last result of every benchmark.
+"""Makes docs/performance.md, and the figures of docs/training.md, from the last results of every benchmark.
 
 Promises: the same results give the same page, byte for byte; what has not been measured is named with the command that
 measures it. Never runs a benchmark and never invents a number.
@@ -12,9 +12,15 @@ from pathlib import Path
 
 from .record import RESULTS, ROOT, results_of
 from .sections import SECTIONS
+from .training_sections import comparable, domain, training
 
 
 PAGE = ROOT / "docs" / "performance.md"
+
+# A page that people write, with figures between a pair of marks for each of these benchmarks.
+TRAINING_PAGE = ROOT / "docs" / "training.md"
+FIGURES = ("training", "domain")
+FIRST, LAST = "<!-- results of {name}: made by `python -m benchmarks.publish` -->", "<!-- end of results of {name} -->"
 
 HEAD = """# Performance
 
@@ -47,9 +53,40 @@ def page(results: Path) -> tuple[str, list[str]]:
     return "\n".join(parts), missing
 
 
-def measured_by(result: dict) -> str:
-    """Where and with what a result was measured."""
+def figures(name: str, results: Path) -> str | None:
+    """What stands between the marks of a benchmark; None without a result."""
+    found = results_of(name, results)
+    if name == "domain":
+        used = comparable(found)
+        return f"{domain(found)}\n\n{measured_by(used[-1], used)}" if used else None
+    return f"{training(found[-1])}\n\n{measured_by(found[-1])}" if found else None
+
+
+def with_figures(text: str, results: Path) -> tuple[str, list[str]]:
+    """A page with its figures put between their marks, and the names of benchmarks without a result.
+
+    Raises:
+        `ValueError`: if a mark is missing.
+    """
+    missing = []
+    for name in FIGURES:
+        first, last = FIRST.format(name=name), LAST.format(name=name)
+        before, begun, rest = text.partition(first)
+        _, ended, after = rest.partition(last)
+        if not (begun and ended):
+            raise ValueError(f"the page has no pair of marks '{first}' and '{last}' to put the figures between.")
+        inside = figures(name, results)
+        if inside is None:
+            missing.append(name)
+            inside = f"Not measured yet: `python -m benchmarks.{name}`."
+        text = f"{before}{first}\n{inside}\n{last}{after}"
+    return text, missing
+
+
+def measured_by(result: dict, lines: list[dict] | None = None) -> str:
+    """Where and with what a result was measured, alone or as the last of several lines."""
     machine, versions = result["machine"], result["versions"]
+    minutes = sum(line["took_seconds"] for line in lines or [result]) / 60
     commit, _, dirty = result["commit"].partition("+")
     hardware = (
         f"{machine['cpu']}, {machine['cores']} cores (torch's threads: {result['sizes']['threads']}), "
@@ -59,15 +96,19 @@ def measured_by(result: dict) -> str:
     return (
         f"`python -m benchmarks.{result['benchmark']}`, {result['time'][:10]}, commit {commit[:12]}"
         f"{' with changes' if dirty else ''}; {hardware}; Python {versions['python']}, {named}; "
-        f"{result['took_seconds'] / 60:.1f} minutes."
+        f"{minutes:.1f} minutes{'' if lines is None else ' in all'}."
     )
 
 
-def publish(results: Path = RESULTS, target: Path = PAGE) -> list[str]:
-    """Writes the page; the names of benchmarks without a result."""
+def publish(results: Path = RESULTS, target: Path = PAGE, training_page: Path = TRAINING_PAGE) -> list[str]:
+    """Writes both pages; the names of benchmarks without a result."""
     text, missing = page(results)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
+    if training_page.is_file():
+        text, also = with_figures(training_page.read_text(encoding="utf-8"), results)
+        training_page.write_text(text, encoding="utf-8")
+        missing += also
     return missing
 
 
@@ -76,8 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--training-page", type=Path, default=TRAINING_PAGE)
     asked = parser.parse_args(argv)
-    missing = publish(asked.results, asked.page)
+    missing = publish(asked.results, asked.page, asked.training_page)
     print(asked.page)
     if missing:
         print(f"no result yet of: {', '.join(missing)}", file=sys.stderr)

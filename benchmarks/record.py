@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "engram-transformers")
 
 # What a run itself writes; it does not make the commit that was measured another one.
-WRITTEN_BY_RUNS = ("benchmarks/results", "docs/performance.md")
+WRITTEN_BY_RUNS = ("benchmarks/results", "docs/performance.md", "docs/training.md")
 
 
 def machine(folder: Path) -> dict:

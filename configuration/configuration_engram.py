@@ -87,6 +87,8 @@ class EngramConfig(PreTrainedConfig):
         engram_reset_token_ids (`list[int]`, *optional*):
             Tokens after which a new document begins: n-grams and convolution do not look back across them (an
             end-of-sequence token, as Qwen4's memory does it). None, as in the paper, treats them like any text.
+        engram_train_mode (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
+            What is trained; set by `model.train_mode(...)` and restored by `from_pretrained`. None: not chosen yet.
         engram_format_version (`int`, *optional*, defaults to 1):
             Version of the checkpoint format (docs/format.md).
         engram_token_map_sha256 (`str`, *optional*):
@@ -130,6 +132,7 @@ class EngramConfig(PreTrainedConfig):
     engram_table_parts: int = 1
     engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
+    engram_train_mode: Literal["memory", "tables", "memory+lora", "all"] | None = None
     engram_format_version: int = FORMAT_VERSION
     engram_token_map_sha256: str | None = None
     engram_hash_sha256: str | None = None

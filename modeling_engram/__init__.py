@@ -12,6 +12,7 @@ from .hashing_engram import NgramHasher
 from .layer_engram import EngramLayer
 from .modeling_engram import EngramForCausalLM, EngramModel
 from .offload_engram import EngramRowsHook, attach_memory_offload, detach_memory_offload
+from .pack_engram import load_memory_pack, save_memory_pack
 
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ __all__ = [
     "TokenCompressor",
     "attach_memory_offload",
     "detach_memory_offload",
+    "load_memory_pack",
+    "save_memory_pack",
 ]
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)

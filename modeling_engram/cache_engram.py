@@ -37,8 +37,10 @@ class EngramCacheLayer(LinearAttentionLayer):
         """Classes of the last tokens, `(batch, N - 1)`, -1 where there was no text; None before the first token."""
         if not self.has_previous_state[CLASS_STATE]:
             return None
-        stored = self.conv_states[CLASS_STATE][:, -self.context_length :]  # (batch, up to N - 1)
-        return with_front(stored, self.context_length) - 1
+        stored = self.conv_states[CLASS_STATE]  # (batch, any number)
+        if stored.shape[1] != self.context_length:
+            stored = with_front(stored[:, -self.context_length :], self.context_length)  # (batch, N - 1)
+        return stored - 1
 
     def remember_classes(self, classes: torch.Tensor) -> None:
         """Appends the classes `(batch, length)` of a forward pass that has run."""

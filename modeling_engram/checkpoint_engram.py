@@ -19,6 +19,8 @@ from transformers.utils import cached_file, logging
 
 from .configuration_engram import EngramFormatError
 from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
+from .mode_engram import set_train_mode
+from .pack_engram import PACK_NAME, load_memory_pack, pack_path, read_pack_header
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -51,6 +53,9 @@ from .shards_engram import (
 
 
 logger = logging.get_logger(__name__)
+
+# PEFT's configuration of an adapter.
+ADAPTER_NAME = "adapter_config.json"
 
 # Arguments of `from_pretrained` that say where a checkpoint is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -87,6 +92,10 @@ class EngramCheckpointMixin:
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
         check_placement(engram_placement)
+        if holds_pack_alone(pretrained_model_name_or_path, kwargs):
+            return from_pack(
+                cls, pretrained_model_name_or_path, *model_args, engram_placement=engram_placement, **kwargs
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
@@ -114,6 +123,8 @@ class EngramCheckpointMixin:
         if placement != "device":
             del model.config.transformers_weights  # it was for this load alone
             model.place_memory(placement)
+        if model.config.engram_train_mode is not None:
+            set_train_mode(model, model.config.engram_train_mode, adapters_must_be_there=False)
         if said:
             # At warning level because the default verbosity hides the rest, and it decides about speed and memory.
             logger.warning(model.describe_placement())
@@ -294,6 +305,43 @@ class CheckpointFiles:
     def locate(self, file_name: str) -> Path:
         """A file of the checkpoint, downloaded if it is not here."""
         return Path(cached_file(self.path, file_name, **self.hub))
+
+
+def holds_pack_alone(path, kwargs: dict) -> bool:
+    """Whether a folder holds what training changed, and not the checkpoint that it changed."""
+    if path is None or kwargs.get("state_dict") is not None or kwargs.get("subfolder"):
+        return False
+    folder = Path(path)
+    return (
+        (folder / PACK_NAME).is_file()
+        and (folder / "config.json").is_file()
+        and not (folder / INDEX_NAME).exists()
+        and not (folder / ADAPTER_NAME).exists()
+    )
+
+
+def from_pack(cls, path, *model_args, **kwargs):
+    """The base of a folder's pack, with the pack's memory and the folder's train mode.
+
+    Raises:
+        `FileNotFoundError`: if the base is not where it was.
+    """
+    base = read_pack_header(path).base
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise FileNotFoundError(
+            f"'{path}' holds what training changed in '{base}', which is not there: put it back, or load the "
+            f"checkpoint from where it is and call load_memory_pack(model, '{pack_path(path)}', base=...)."
+        )
+    found = cls.from_pretrained(base, *model_args, **kwargs)
+    model = found[0] if isinstance(found, tuple) else found
+    if model.memory.placement == "none":
+        return found
+    load_memory_pack(model, path)
+    word = cls.config_class.from_pretrained(path).engram_train_mode
+    if word is not None:
+        set_train_mode(model, word, adapters_must_be_there=False)
+        model.config.engram_train_mode = word
+    return found
 
 
 def local_checkpoint(path, subfolder: str) -> Path | None:

@@ -8,6 +8,7 @@ Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for 
 
 import hashlib
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -20,6 +21,15 @@ INT64_MAX = 2**63 - 1
 
 # Distance between the random streams of two layers (the demo's constant).
 LAYER_SEED_STEP = 10007
+
+# Rows of a head below which remainders by multiplication are proven exact; see `QuickRemainders`.
+MOST_QUICK_ROWS = 2**30
+
+# Where an int64 is cut in two for them: 18 bits with the sign, and 46 without.
+CUT = 46
+
+# A float64 from 2**52 up to 2**53 holds an integer in its lowest 52 bits, behind these.
+FIRST_WHOLE, FIRST_WHOLE_BITS = 2.0**52, 0x4330_0000_0000_0000
 
 # Deterministic Miller-Rabin bases for every integer below 3.3e24.
 WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -134,6 +144,56 @@ def head_offsets(primes: torch.Tensor) -> torch.Tensor:
     """First row of every head: exclusive sum of the rows before it in (order, head) order, for each layer."""
     flat = primes.flatten(1)  # (layers, orders * heads)
     return (flat.cumsum(1) - flat).view_as(primes)  # (layers, orders, heads)
+
+
+class QuickRemainders:
+    """Remainders of many int64 by each head's rows, plus a first row, without a division. For CPUs.
+
+    An integer x is h * 2**46 + l, with h from -2**17 to 2**17 - 1 and l from 0 to 2**46 - 1. With c the residue of
+    2**46 modulo p that lies nearest to 0, x / p and t = h * (c / p) + l / p have the same fraction, r / p for the
+    remainder r. In float64 t + 2**17 + 1 / (4 p) is worked out, above 0; its fraction times p, rounded to the nearest
+    integer, is r if t is off by less than 1 / (4 p). It is: h * (c / p) is at most 2**16, so that product, its
+    coefficient, the constant and two additions are off by less than 2**-33.6 together, and l / p, its coefficient and
+    its share of the additions by 2**-5 / p. Times p < 2**30 that is 0.11.
+
+    Args:
+        primes (`torch.LongTensor` of shape `(layers, orders, heads)`): rows of every head, below `MOST_QUICK_ROWS`.
+        starts (`torch.LongTensor` of shape `(layers, orders, heads)`): what is added to the remainders, from 0.
+    """
+
+    def __init__(self, primes: torch.Tensor, starts: torch.Tensor):
+        exact = [[quotient_terms(p) for p in order] for order in primes.flatten(0, 1).tolist()]
+        terms = torch.tensor(exact, dtype=torch.float64, device=primes.device)  # (layers * orders, heads, 3)
+        self.coefficients, self.constants = terms[:, :, :2].contiguous(), terms[:, :, 2:].contiguous()
+        self.primes = primes.double()[..., None].unbind()
+        self.starts = (starts.double()[..., None] + FIRST_WHOLE).unbind()
+
+    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Of every number the remainder by every head of its layer and order, and the head's start.
+
+        Args:
+            numbers (`torch.LongTensor` of shape `(layers, orders, numbers)`): any integers.
+
+        Returns:
+            `torch.LongTensor` of shape `(layers, orders, heads, numbers)`.
+        """
+        layers, _, count = numbers.shape
+        numbers = numbers.flatten(0, 1)
+        halves = torch.stack([numbers >> CUT, numbers & (2**CUT - 1)], dim=1).double()  # (layers * orders, 2, numbers)
+        quotients = torch.baddbmm(self.constants, self.coefficients, halves)  # (layers * orders, heads, numbers)
+        quotients = quotients.view(layers, -1, self.coefficients.shape[1], count)  # (layers, orders, heads, numbers)
+        # Layer by layer, so that 2048 tokens and 16 heads are just few enough for torch not to wake its other threads.
+        for quotient, primes, starts in zip(quotients.unbind(), self.primes, self.starts, strict=True):
+            quotient.frac_().mul_(primes).add_(starts)  # rounded to integers by their size
+            quotient.view(torch.int64).bitwise_xor_(FIRST_WHOLE_BITS)
+        return quotients.view(torch.int64)
+
+
+def quotient_terms(prime: int) -> tuple[float, float, float]:
+    """What [`QuickRemainders`] multiplies the two halves with, and adds; each the nearest float64."""
+    residue = 2**CUT % prime
+    nearest = residue - prime if 2 * residue > prime else residue
+    return float(Fraction(nearest, prime)), float(Fraction(1, prime)), float(2**17 + Fraction(1, 4 * prime))
 
 
 def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:

@@ -16,7 +16,7 @@ import torch
 aten = torch.ops.aten
 
 ROWS_ALONE = (
-    "the gradient of a memory's table has rows alone, and torch's own optimizers cannot train it: use EngramTrainer, or "
+    "the gradient of a table has rows alone, and torch's own optimizers cannot train it: use EngramTrainer, or "
     "engram_transformers.training.engram_optimizer(model), or leave the tables out "
     "(model.memory.tables.requires_grad_(False))."
 )
@@ -30,7 +30,7 @@ class RowGradient(torch.Tensor):
         rows (`torch.LongTensor` of shape `(touched,)`): ascending and unique.
         row_values (`torch.FloatTensor` of shape `(touched, width)`): float32.
 
-    `applied` says whether an optimizer has used it.
+    `applied` says whether an optimizer has used it, `exchanged` whether it is that of all processes.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class RowGradient(torch.Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
 
     def __init__(self, part: torch.Tensor, rows: torch.Tensor, row_values: torch.Tensor):
-        self.rows, self.row_values, self.applied = rows, row_values, False
+        self.rows, self.row_values, self.applied, self.exchanged = rows, row_values, False, False
 
     def __repr__(self) -> str:
         return f"RowGradient({len(self.rows)} rows of a part of shape {tuple(self.shape)}, {self.row_values.device})"
@@ -115,11 +115,28 @@ def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def add_row_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Accumulates unique rows' gradients into `part.grad`, as autograd does with dense ones."""
+    """Accumulates unique rows' gradients into `part.grad`, as autograd does with dense ones.
+
+    Where `part.selected` names the rows that may change (a `RowSelection`), the others get none.
+    """
+    selected = getattr(part, "selected", None)
+    if selected is not None:
+        kept = are_among(rows, selected.to(rows.device))
+        rows, values = rows[kept], values[kept]
+        if not len(rows):
+            return
     held = row_gradient(part)
     if held is not None:
         rows, values = sum_rows(torch.cat([held.rows, rows]), torch.cat([held.row_values, values]))
     part.grad = RowGradient(part, rows, values)
+
+
+def are_among(rows: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Which of `rows` `(rows,)` are in `known` `(known,)`, ascending; a boolean each."""
+    if not len(known):
+        return torch.zeros_like(rows, dtype=torch.bool)
+    near = torch.searchsorted(known, rows).clamp_(max=len(known) - 1)
+    return known[near] == rows
 
 
 def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -6,16 +6,22 @@ reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's NgramHashMapping for the heads' order.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .compression_engram import DEAD, appended_from, token_map_sha256
 from .configuration_engram import EngramFormatError
-from .constants_engram import HashConstants, check_constants, derive_constants
+from .constants_engram import MOST_QUICK_ROWS, HashConstants, QuickRemainders, check_constants, derive_constants
 
 
 # Tokens of one pass up to which Python integers are quicker than tensor operators.
 HANDFUL = 8
+
+# Remainders from which on `QuickRemainders` are quicker than divisions.
+MANY = 2**15
 
 
 def identity_map(config) -> torch.Tensor:
@@ -89,7 +95,7 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(batch, length)`.
         """
-        if is_handful(input_ids) and min(map(min, input_ids.tolist())) >= 0 and (alive is None or bool(alive.all())):
+        if is_at_hand(input_ids) and least(input_ids) >= 0 and (alive is None or bool(alive.all())):
             return torch.take(self.token_map, input_ids.long())  # nothing to leave out: one operator and not five
         text = input_ids >= 0
         if alive is not None:
@@ -133,20 +139,36 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`, before offsets.
         """
-        return self.hash_by_head(lookback).permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
+        hashes = self.hash_products(lookback * self.multipliers[:, :, None, None])
+        return hashes.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
 
-    def hash_by_head(self, lookback: torch.Tensor) -> torch.Tensor:
-        """`hash_lookback` with positions last, `(layers, orders, heads, batch, length)`.
+    def hash_products(self, products: torch.Tensor) -> torch.Tensor:
+        """Hashes `(layers, orders, heads, batch, length)` from products of classes and multipliers.
 
-        One divisor for many numbers in a row takes half as long as one for each.
+        Positions are last: one divisor for many numbers in a row takes half as long as one for each.
         """
-        products = lookback * self.multipliers[:, :, None, None]  # (layers, N, batch, length)
-        mix, mixes = products[:, 0], []
-        for i in range(1, products.shape[1]):
-            mix = mix ^ products[:, i]  # (layers, batch, length)
-            mixes.append(mix)
-        mixed = torch.stack(mixes, dim=1)[:, :, None]  # (layers, orders, 1, batch, length)
+        mixed = mix(products)[:, :, None]  # (layers, orders, 1, batch, length)
         return torch.remainder(mixed, self.primes[..., None, None])  # (layers, orders, heads, batch, length)
+
+    def products(
+        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of every n-gram the products of classes and multipliers, `(layers, N, batch, length)`; eager, on a CPU.
+
+        In a text without gaps, products are made once and looked at N times, each a place further back.
+        """
+        batch, length = classes.shape
+        layers, n = self.multipliers.shape
+        if history is None:
+            text = F.pad(classes, (n - 1, 0), value=self.integers()[1])  # (batch, N - 1 + length)
+        else:
+            text = torch.cat([history, classes], dim=1)  # (batch, N - 1 + length)
+        if segments is not None or least(text) < 0:
+            return self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
+        products = text * self.multipliers[:, :, None, None]  # (layers, N, batch, N - 1 + length)
+        places = text.shape[1]
+        strides = n * batch * places, batch * places - 1, places, 1
+        return products.as_strided((layers, n, batch, length), strides, n - 1)
 
     def hash_ids(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:
         """Hashes of one layer, each within its own head.
@@ -177,27 +199,57 @@ class NgramHasher(nn.Module):
         return self.hash_ids(input_ids, layer_id) + self.offsets[self.layer_index(layer_id)].flatten()
 
     def forward(
-        self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        classes: torch.Tensor | None,
+        history: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        alive: torch.Tensor | None = None,
+    ):
         """Rows of all layers at once, each counted from the first row of its order.
 
+        With ids everything that is read of this module is read in one call, in which accelerate's hooks can bring it.
+
         Args:
-            classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`.
+            classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`; None with `input_ids`.
             history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position.
             segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*): see `lookback`.
+            input_ids, alive (*optional*): see `compress`; on any device.
 
         Returns:
-            `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`.
+            `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`; with `input_ids` classes and that.
         """
+        if input_ids is None:
+            return self.all_rows(classes, history, segments)
+        device = self.token_map.device
+        given = (input_ids, alive, history, segments)
+        input_ids, alive, history, segments = (
+            tensor if tensor is None or tensor.device == device else tensor.to(device) for tensor in given
+        )
+        classes = self.compress(input_ids, alive)
+        return classes, self.all_rows(classes, history, segments)
+
+    def all_rows(
+        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`forward` without ids."""
         if segments is None and is_handful(classes):
             return self.rows_of_handful(classes, history)
-        within_order = self.offsets - self.offsets[:, :, :1]  # (layers, orders, heads)
-        hashes = self.hash_by_head(self.lookback(classes, history, segments))  # (layers, orders, heads, batch, length)
-        hashes += within_order[..., None, None]
-        return hashes.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
+        if is_at_hand(classes):
+            products = self.products(classes, history, segments)  # (layers, N, batch, length)
+            many = classes.numel() * self.primes.numel() >= MANY
+            if many and (remainders := self.quick_remainders()) is not None:
+                mixed = mix(products)  # (layers, orders, batch, length)
+                rows = remainders(mixed.flatten(2))  # (layers, orders, heads, batch * length)
+                return rows.view(*self.primes.shape, *classes.shape).permute(0, 3, 4, 1, 2)
+        else:
+            products = self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
+        rows = self.hash_products(products)  # (layers, orders, heads, batch, length)
+        rows += (self.offsets - self.offsets[:, :, :1])[..., None, None]
+        return rows.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
 
     def rows_of_handful(self, classes: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
-        """`forward` in Python integers.
+        """`all_rows` in Python integers.
 
         In a step of decoding, with code and data not in the processor's caches: less than half of 180 microseconds.
         """
@@ -209,25 +261,30 @@ class NgramHasher(nn.Module):
             for text in texts:
                 for hashes in naive_hash_ids(text, multipliers, primes, pad_class, start=context):
                     rows += [hashed + start for hashed, start in zip(hashes, starts, strict=True)]
-        return torch.tensor(rows).view(len(layers), *classes.shape, *shape)
+        return torch.tensor(rows, device="cpu").view(len(layers), *classes.shape, *shape)
 
     def integers(self) -> tuple[list, int, torch.Size]:
         """Constants as Python numbers: multipliers, primes and heads' first rows by layer; pad class; heads' shape.
 
-        Made once (25 microseconds), and anew when a tensor was replaced or written to.
+        Made once: 25 microseconds.
         """
-        tensors = [self._buffers[name] for name in ("multipliers", "primes", "offsets", "pad_class")]
-        try:
-            seen = [(tensor, tensor._version) for tensor in tensors]
-        except RuntimeError:  # made in inference mode, where torch does not count writes
-            seen = None
-        known, made = self.__dict__.get("known_integers", (None, None))
-        pairs = zip(seen or [], known or [], strict=False)
-        if not (seen and known and all(a is b and written == before for (a, written), (b, before) in pairs)):
-            multipliers, primes, offsets, pad_class = (tensor.tolist() for tensor in tensors)
-            starts = [[start - order[0] for order in layer for start in order] for layer in offsets]
-            made = list(zip(multipliers, primes, starts, strict=True)), pad_class[0], tensors[1].shape[1:]
-            self.__dict__["known_integers"] = seen, made
+        return self.made_once("integers", integers_of, "multipliers", "primes", "offsets", "pad_class")
+
+    def quick_remainders(self) -> QuickRemainders | None:
+        """Remainders by this memory's heads, with heads' first rows; None where a head is too large for them."""
+        return self.made_once("remainders", remainders_of, "primes", "offsets")
+
+    def made_once(self, what: str, make: Callable, *names: str):
+        """What `make` makes of constants; anew when one of them was replaced or written to."""
+        buffers = self._buffers
+        seen, made = self.__dict__.get(f"known_{what}", (None, None))
+        if seen is None or not all(buffers[name] is tensor and tensor._version == v for name, tensor, v in seen):
+            tensors = [buffers[name] for name in names]
+            made = make(*tensors)
+            # Writes to a tensor that was made in inference mode are not counted: nothing is kept.
+            counted = not any(tensor.is_inference() for tensor in tensors)
+            seen = [(name, buffers[name], buffers[name]._version) for name in names] if counted else None
+            self.__dict__[f"known_{what}"] = seen, made
         return made
 
     def layer_index(self, layer_id: int) -> int:
@@ -296,6 +353,35 @@ def is_at_hand(tensor: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
+
+
+def least(tokens: torch.Tensor) -> int:
+    """The smallest of some ids or classes that are at hand."""
+    return min(map(min, tokens.tolist())) if tokens.numel() <= HANDFUL else int(tokens.min())
+
+
+def integers_of(
+    multipliers: torch.Tensor, primes: torch.Tensor, offsets: torch.Tensor, pad_class: torch.Tensor
+) -> tuple[list, int, torch.Size]:
+    """See `NgramHasher.integers`."""
+    starts = [[start - order[0] for order in layer for start in order] for layer in offsets.tolist()]
+    layers = list(zip(multipliers.tolist(), primes.tolist(), starts, strict=True))
+    return layers, int(pad_class), primes.shape[1:]
+
+
+def remainders_of(primes: torch.Tensor, offsets: torch.Tensor) -> QuickRemainders | None:
+    """See `NgramHasher.quick_remainders`."""
+    return QuickRemainders(primes, offsets - offsets[:, :, :1]) if int(primes.max()) < MOST_QUICK_ROWS else None
+
+
+def mix(products: torch.Tensor) -> torch.Tensor:
+    """XOR of each order's products, `(layers, N, batch, length)` to `(layers, orders, batch, length)`."""
+    last, *others = products.unbind(1)
+    mixes = []
+    for product in others:
+        last = last ^ product  # (layers, batch, length)
+        mixes.append(last)
+    return torch.stack(mixes, dim=1)
 
 
 def shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:

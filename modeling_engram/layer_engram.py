@@ -167,7 +167,7 @@ class EngramLayer(GradientCheckpointingLayer):
         key, value = projected.view(2, -1).unbind()  # (D,)
         stream = hidden_states.float().view(-1)  # (D,)
         weight = (self.query_norm.float() * self.key_norm.float()).view(-1)  # (D,)
-        score = (stream * key * weight).sum().item() / math.sqrt(self.hidden_size)
+        score = torch.dot(stream * key, weight).item() / math.sqrt(self.hidden_size)
         score *= rms_scale_of_one(stream, self.norm_eps) * rms_scale_of_one(key, self.norm_eps)
         if self.gate == "signed_sqrt":
             score = math.copysign(math.sqrt(max(abs(score), GATE_FLOOR)), score)

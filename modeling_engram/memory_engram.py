@@ -21,7 +21,7 @@ from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
-from .hashing_engram import NgramHasher, identity_map
+from .hashing_engram import NgramHasher, identity_map, is_at_hand, least
 from .layer_engram import EngramLayer
 from .offload_engram import rows_hook
 from .placement_engram import TABLES_PREFIX, named_orders
@@ -54,7 +54,13 @@ class MemoryReads:
     fetches: dict[int, list[RowFetch]] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.alive = self.classes >= 0  # (batch, length): False where the gate is shut
+        # `alive`, or None if that is known to be true everywhere: then no layer needs to look.
+        self.mask = None if is_at_hand(self.classes) and least(self.classes) >= 0 else self.alive
+
+    @property
+    def alive(self) -> torch.Tensor:
+        """False where the gate is shut, `(batch, length)`."""
+        return self.classes >= 0
 
     def vectors(self, layer_id: int) -> torch.Tensor:
         """Memory vectors of a layer, `(batch, length, orders * heads * width)`; waited for if they are on their way."""
@@ -90,31 +96,31 @@ class EngramMemory(nn.Module):
         )
         self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
         self.reset_token_ids = list(config.engram_reset_token_ids or [])
+        # Places before a token that convolution, and that n-grams or convolution see, and layers with such a history.
+        self.reach = self.layers[str(self.layer_ids[0])].reach
+        self.span = max(self.hashing.context_length, self.reach)
+        self.convolutions = len(self.layer_ids) if self.reach else 0
 
     def named_host_parts(self) -> list[tuple[str, nn.Parameter]]:
-        """Parts of tables in host memory by their state-dict names: they learn, and are no parameters of the model."""
+        """What stands for the parts of tables that are away by their state-dict names: parts in host memory, and a
+        parameter without rows for each part in a file. They learn, and are no parameters of the model."""
         return [
             (f"{prefix}{number}", part)
             for prefix, order in named_orders(self.tables)
-            if order.source is not None and order.source.kind == "cpu"
-            for number, part in enumerate(order.source.parts)
+            if order.source is not None
+            for number, part in enumerate(order.source.learning)
         ]
 
     def requires_grad_(self, requires_grad: bool = True) -> "EngramMemory":
-        """As for any module, tables in host memory included."""
+        """As for any module, tables in host memory and in files included."""
         for _, part in self.named_host_parts():
             part.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
-    @property
-    def span(self) -> int:
-        """Places before a token that n-grams or convolution see."""
-        return max(self.hashing.context_length, self.layers[str(self.layer_ids[0])].reach)
-
-    @property
-    def convolutions(self) -> int:
-        """Layers with a convolution history."""
-        return len(self.layer_ids) if self.layers[str(self.layer_ids[0])].reach else 0
+    def names_without_ddp(self) -> list[str]:
+        """State-dict names of what DDP leaves alone: rows are exchanged by themselves, hash constants never change."""
+        tables = [f"{prefix}{n}" for prefix, order in named_orders(self.tables) for n in range(len(order.heights))]
+        return tables + [f"{MEMORY_PREFIX}hashing.{name}" for name, _ in self.hashing.named_buffers()]
 
     def cache_layer(self, cache: Cache | None, backbone_layers: int) -> EngramCacheLayer | None:
         """The Engram layer of a cache, appended on first sight."""
@@ -124,22 +130,33 @@ class EngramMemory(nn.Module):
         return engram_cache_layer(cache, backbone_layers, self.convolutions, self.hashing.context_length, span)
 
     def read(
-        self, classes: torch.Tensor, cache: EngramCacheLayer | None, ends: torch.Tensor | None = None
+        self,
+        classes: torch.Tensor | None,
+        cache: EngramCacheLayer | None,
+        ends: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        alive: torch.Tensor | None = None,
     ) -> MemoryReads:
         """Hashes a batch and reads the rows of every layer.
 
         Args:
-            classes (`torch.LongTensor` of shape `(batch, length)`): from `NgramHasher.compress`.
+            classes (`torch.LongTensor` of shape `(batch, length)`): from `NgramHasher.compress`; None with `ids`.
             cache ([`EngramCacheLayer`], *optional*): what came before.
             ends (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `document_ends`.
+            ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): from `checked_text_ids`.
+            alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
 
         Returns:
             [`MemoryReads`]
         """
         history = cache.recent_classes() if cache is not None else None
-        segments = None if ends is None else self.segments(ends.to(classes.device), cache)
-        rows = self.hashing(classes, history, segments)  # (layers, batch, length, orders, heads)
-        by_layer = {layer: rows[i] for i, layer in enumerate(self.layer_ids)}
+        segments = None if ends is None else self.segments(ends, cache)
+        if ids is None:
+            rows = self.hashing(classes, history, segments)  # (layers, batch, length, orders, heads)
+        else:
+            classes, rows = self.hashing(None, history, segments, ids, alive)
+        by_layer = dict(zip(self.layer_ids, rows.unbind(), strict=True))
+        segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
         if not torch.compiler.is_compiling():
             self.settle()
@@ -149,13 +166,15 @@ class EngramMemory(nn.Module):
 
     def settle(self) -> None:
         """Takes tables back from accelerate's hooks, if a dispatch has put some on them."""
-        for table in self.tables.values():
-            settle_table(table)
+        for table in self.tables._modules.values():
+            # Looked for here, because an attribute of a module costs microseconds in every step of decoding.
+            if any("_hf_hook" in module.__dict__ for module in (table, *table._modules.values())):
+                settle_table(table)
 
     @property
     def placement(self) -> str:
         """Where the tables are: "device", "cpu", "disk" or "none"."""
-        order = next(iter(self.tables.values())).order2
+        order = next(iter(self.tables._modules.values()))._modules["order2"]
         if order.source is not None:
             return order.source.kind
         return "device" if order._parameters else "none"
@@ -264,11 +283,12 @@ class InsertMemory:
         if reads is None:  # the backbone is used by itself
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.check_stream(decoder_layer, hidden_states, reads.alive)
-        vectors, alive, segments = reads.vectors(self.layer_id), reads.alive, reads.segments
+        self.check_stream(decoder_layer, hidden_states, reads.classes)
+        vectors, alive, segments = reads.vectors(self.layer_id), reads.mask, reads.segments
         device = hidden_states.device
-        if vectors.device != device or alive.device != device:  # 10 microseconds each to find that out in `.to`
-            vectors, alive = vectors.to(device), alive.to(device)
+        if vectors.device != device or reads.classes.device != device:  # 10 microseconds each to find out in `.to`
+            vectors = vectors.to(device)
+            alive = None if alive is None else alive.to(device)
             segments = None if segments is None else segments.to(device)
         added = self.layer(hidden_states, vectors, alive, past_key_values=reads.cache, segments=segments)
         # An addition and no update in place: the backbone may keep its stream for other uses.
@@ -277,12 +297,12 @@ class InsertMemory:
             return (hidden_states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden_states}
 
-    def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, alive: torch.Tensor) -> None:
+    def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, classes: torch.Tensor) -> None:
         """Raises ValueError if the residual stream has a shape that the memory was not made for."""
         layer = self.layer
         streams = () if layer.streams == 1 and hidden_states.ndim == 3 else (layer.streams,)
-        expected = (*alive.shape, *streams, layer.hidden_size)
-        if tuple(hidden_states.shape) != expected:
+        expected = (*classes.shape, *streams, layer.hidden_size)
+        if hidden_states.shape != expected:  # of which a torch.Size is one
             raise ValueError(
                 f"{type(decoder_layer).__name__} {self.layer_id} gets a residual stream of shape "
                 f"{tuple(hidden_states.shape)}, Engram needs {expected}: this backbone's streams are not supported."

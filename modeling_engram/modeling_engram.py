@@ -261,11 +261,33 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             layer.activate_past_recording()
         return result
 
+    @property
+    def base_model(self) -> "WithoutHead":
+        """The model without its head and with its memory, for trainers that apply the head themselves."""
+        return WithoutHead(self)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_output_embeddings(value)
+
+
+class WithoutHead:
+    """A language model's base model: its hidden states, memory included; every other attribute is the backbone's.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model.
+    """
+
+    def __init__(self, model: EngramForCausalLM):
+        self.model = model
+
+    def __call__(self, *args, **kwargs) -> BaseModelOutputWithPast | tuple:
+        return EngramModel.forward(self.model, *args, **kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["model"].backbone, name)
 
 
 def drop_head(backbone: PreTrainedModel) -> None:

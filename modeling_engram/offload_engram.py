@@ -134,8 +134,8 @@ class EngramRowsHook(ModelHook):
 
     def learning(self, brought: BroughtRows) -> BroughtRows:
         """Rows with the parts that their gradients go to, if they learn."""
-        if torch.is_grad_enabled() and self.source.kind == "cpu" and any(p.requires_grad for p in self.source.parts):
-            return BroughtRows(brought.values, brought.places, brought.rows, self.source.parts)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in self.source.learning):
+            return BroughtRows(brought.values, brought.places, brought.rows, self.source.learning)
         return brought
 
     def compare(self, module: nn.Module, ids: torch.Tensor, brought: BroughtRows) -> None:

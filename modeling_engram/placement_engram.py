@@ -19,6 +19,7 @@ from accelerate.utils import get_max_memory
 from torch import nn
 
 from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
+from .overlay_engram import RowOverlay
 from .rows_engram import CheckpointTables, FileRows, HostRows, written_to
 from .table_engram import OrderRows
 
@@ -195,14 +196,14 @@ def rows_at(
     if placement in ("disk", "none"):
         if held is None and placement == "none":
             return None
-        if isinstance(held, FileRows) and not elsewhere:
+        if isinstance(held, FileRows) and not elsewhere and (placement == "disk" or not getattr(held, "changed", 0)):
             return held if placement == "disk" else None
         stored = stored_rows(prefix, order, checkpoint)
         # Nothing to compare if it is these very files that are mapped, and no page of them was written to.
         mapped = isinstance(held, HostRows) and {part.file for part in stored.parts} <= set(held.files)
         if held is not None and not (mapped and not any(map(written_to, held.parts))):
             check_same_rows(prefix, stored, held)
-        return stored if placement == "disk" else None
+        return RowOverlay(stored.parts, order.learns) if placement == "disk" else None
     if isinstance(held, HostRows):
         return HostRows([moved(part, torch.device("cpu")) for part in held.parts], held.files)
     stored = held or stored_rows(prefix, order, checkpoint)
@@ -231,7 +232,10 @@ def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
     """Lets tables on disk be read from other files."""
     ready = [(order, stored_rows(prefix, order, checkpoint)) for prefix, order in named_orders(tables)]
     for order, rows in ready:
-        order.source = rows_hook(order).source = rows
+        if isinstance(order.source, RowOverlay):  # what an optimizer holds stays
+            order.source.stand_on(rows.parts)
+        else:
+            order.source = rows_hook(order).source = rows
 
 
 def check_same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows) -> None:
@@ -249,8 +253,7 @@ def check_same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows) ->
 def empty(order: OrderRows) -> torch.device | None:
     """Takes the rows out of an order; the device where they are when they are parameters."""
     device = next((part.device for part in order._parameters.values()), None)
-    held = [*order._parameters.values(), *getattr(order.source, "parts", ())]
-    learning = [part.requires_grad for part in held if isinstance(part, torch.Tensor)]
+    learning = [part.requires_grad for part in [*order._parameters.values(), *getattr(order.source, "learning", ())]]
     if learning:
         order.learns = any(learning)
     hook = rows_hook(order)

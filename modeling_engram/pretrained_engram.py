@@ -26,6 +26,7 @@ from .gradient_engram import with_row_gradients
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .memory_engram import EngramMemory, MemoryReads, insert_memory, layer_device
+from .mode_engram import set_train_mode
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -92,6 +93,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             setattr(self, name, getattr(self.backbone, name))
         self.memory = EngramMemory(config, token_map, hold_tables)
         self.checkpoint_tables: CheckpointTables | None = None
+        # Where DDP looks, under the names that the model has alone and inside of PEFT's.
+        left_out = self.memory.names_without_ddp()
+        self._ddp_params_and_buffers_to_ignore = left_out + [f"base_model.model.{name}" for name in left_out]
         self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
         if not on_meta():
             check_constants(self.memory.hashing.constants, config)
@@ -175,18 +179,17 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             inputs (`dict`): arguments of the backbone.
             engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
         """
-        hashing, cache = self.memory.hashing, inputs["past_key_values"]
+        memory, cache = self.memory, inputs["past_key_values"]
         ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
-        check_ids(ids, hashing.token_map, may_be_absent=engram_input_ids is not None)
-        layer = self.memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
+        check_ids(ids, memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
+        layer = memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
         mask = inputs["attention_mask"]
         alive = alive_positions(ids, mask, engram_attention_mask, cache)
         ends = document_ends(ids, alive, mask, inputs["position_ids"], engram_segment_ids, cache)
-        resets = self.memory.resets(ids)
+        resets = memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets
-        classes = hashing.compress(ids.to(hashing.token_map.device), alive)
-        return self.memory.read(classes, layer, ends)
+        return memory.read(None, layer, ends, ids, alive)
 
     def outputs_wanted(self) -> dict[str, bool]:
         """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""
@@ -208,6 +211,28 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         ```"""
         with self.reads_in_flight.switch_off():
             yield self
+
+    def train_mode(self, word: str) -> "EngramPreTrainedModel":
+        """Says what is trained; everything else is frozen. Kept in the configuration, and restored when it is loaded.
+
+        Args:
+            word (`str`): "memory" (tables, projections, norms, convolution), "tables" (rows alone), "memory+lora" (the
+                memory and the adapters that PEFT has put into the backbone) or "all".
+
+        Returns:
+            The model.
+
+        Raises:
+            `ValueError`: for another word, or for "memory+lora" without an adapter.
+
+        Example:
+
+        ```python
+        >>> model = model.train_mode("memory")
+        ```"""
+        set_train_mode(self, word)
+        self.config.engram_train_mode = word
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "EngramPreTrainedModel":
         """As for any module, tables in host memory included."""

@@ -210,6 +210,11 @@ class HostRows:
         self.parts, self.files = parts, files or []
 
     @property
+    def learning(self) -> list[torch.Tensor]:
+        """What an optimizer is given: the parts themselves."""
+        return self.parts
+
+    @property
     def width(self) -> int:
         """Values in a row."""
         return self.parts[0].shape[1]
@@ -261,6 +266,7 @@ class FileRows:
     """
 
     kind = "disk"
+    learning: list[torch.Tensor] = []
 
     def __init__(self, parts: list[FilePart]):
         self.parts = parts

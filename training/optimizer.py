@@ -1,85 +1,278 @@
-"""EngramAdamW: one optimizer for dense weights and for tables.
+"""EngramOptimizer: one optimizer for dense weights (AdamW) and for tables (a rule over the rows that were read).
 
-Promises: tables are updated at the rows that their gradients name and nowhere else, with a learning rate of their own
-and no weight decay; schedulers and Trainer see an ordinary optimizer; its state is plain tensors. Never makes a dense
-gradient of a table.
+Promises: tables are updated at the rows that their gradients name and nowhere else, wherever they are, with a learning
+rate of their own; schedulers, Trainer and Accelerate see an ordinary optimizer; its state is plain tensors and numbers,
+restored as a whole or not at all; a step whose gradients are not finite changes nothing and is counted. Never makes a
+dense gradient of a table, and no state for a row before it is touched.
 Source: Engram (arXiv 2601.07372), section 4.1 and Table 5 (Adam, separate learning rate, no decay on tables).
 """
 
-import torch
+import re
 
-from ..gradient_engram import with_row_gradients
-from .rows import RowMoments
+import torch
+from torch.optim import AdamW
+from transformers.utils import logging
+
+from ..gradient_engram import RowGradient
+from ..overlay_engram import part_shape, read_part, write_part
+from .processes import refuse_unexchanged
+from .restoring import check_state
+from .rounding import rounded
+from .rows import RowState
+from .rules import RULES
+
+
+logger = logging.get_logger(__name__)
 
 
 # Measured on SmolLM2 and WordNet entities (docs/design.md, "Settings of the demo"). The paper's 5 is for training from
 # scratch and leaves a graft's table nearly empty.
 TABLE_LR_MULTIPLIER = 40.0
+STATE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What PEFT puts between a module's name and its weight when it wraps the module or keeps a trained copy of it.
+PROJECTION = re.compile(r"\.key_value(\.base_layer|\.original_module|\.modules_to_save\.[^.]+)*\.weight$")
+ADAPTED = re.compile(r"\.key_value\..*\.")  # any other weight inside of a projection is an adapter's
 
 
-class EngramAdamW(torch.optim.AdamW):
-    """AdamW for dense parameters, lazy row-wise Adam for groups with `rows=True`.
+class EngramOptimizer(AdamW):
+    """AdamW for dense parameters, a rule for tables for groups with `rows=True`.
+
+    Row groups have these settings beside torch's: `table_optimizer` (a name in `rules.RULES`), `table_state_dtype`
+    ("float32" or "bfloat16"), and `anchor` (c in `w - lr c (w - start)`, applied at each touch of a row; `start` is
+    what the row was when it was first touched, and is kept for touched rows if c > 0).
 
     Args:
         params: parameter groups; see [`engram_optimizer`].
-        kwargs: arguments of `torch.optim.AdamW`.
+        lr (`float`, *optional*, defaults to 2e-3): learning rate.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of Adam's moments.
+        eps (`float`, *optional*, defaults to 1e-8): epsilon of Adam and Adagrad.
+        weight_decay (`float`, *optional*, defaults to 0): decoupled; in row groups at each touch of a row.
+        seed (`int`, *optional*, defaults to 0): of the chances of rounding to bfloat16 and float16.
+
+    `skipped_steps` counts steps that were left out because a gradient had NaN or inf.
     """
 
-    def __init__(self, params, **kwargs):
-        super().__init__(params, **kwargs)
-        self.row_moments: dict[torch.Tensor, RowMoments] = {}
+    def __init__(
+        self,
+        params,
+        lr: float = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ):
+        self.row_states: dict[torch.Tensor, RowState] = {}
+        self.names: dict[torch.Tensor, str] = {}
+        self.generators: dict[str, torch.Generator] = {}
+        self.seed, self.skipped_steps = seed, 0
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = super().step(closure)
-        for group in self.row_groups():
-            for parameter in with_row_gradients(group["params"]):
-                gradient = parameter.grad
-                if parameter not in self.row_moments:
-                    self.row_moments[parameter] = RowMoments(parameter.shape[1], parameter.device)
-                direction = self.row_moments[parameter].adam(
-                    gradient.rows, gradient.row_values, group["betas"], group["eps"]
-                )
-                parameter.index_add_(0, gradient.rows, direction.mul_(-group["lr"]).to(parameter.dtype))
+        """Updates what has a gradient.
+
+        Args:
+            closure (`Callable`, *optional*): makes the gradients anew and returns the loss.
+
+        Raises:
+            `TypeError`: for a row gradient in a dense group, or a dense one in a row group.
+            `RuntimeError`: if row gradients were not exchanged between several processes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        held = self.gradients()
+        refuse_unexchanged(part for group in self.row_groups() for part in group["params"])
+        if self.all_finite(held):
+            plain_step = AdamW.step
+            if getattr(plain_step, "hooked", False):  # by the first AdamW of this process: hooks would run twice
+                plain_step = plain_step.__wrapped__
+            plain_step(self)
+            for group, part, gradient in held:
+                if isinstance(gradient, RowGradient):
+                    self.step_rows(group, part, gradient)
+        for _, _, gradient in held:
+            if isinstance(gradient, RowGradient):
                 gradient.applied = True
         return loss
 
+    def step_rows(self, group: dict, part: torch.Tensor, gradient: RowGradient) -> None:
+        """Updates the rows of one part of a table."""
+        rows, lr, anchor = gradient.rows, float(group["lr"]), group["anchor"]
+        if part not in self.row_states:
+            self.row_states[part] = self.new_state(group, part)
+        state, generator = self.row_states[part], self.generator(rows.device)
+        known = len(state)
+        slots = state.slots(rows)
+        directions = RULES[group["table_optimizer"]].directions(state, slots, gradient.row_values, group, generator)
+        for piece, direction in directions:
+            stored = read_part(part, rows[piece])  # (piece, width), a copy
+            values = stored.float()
+            # Both pulls are from where the row is before the step, as AdamW's decay is.
+            pull = direction.mul_(-lr)
+            if group["weight_decay"]:
+                pull.add_(values, alpha=-lr * group["weight_decay"])
+            if anchor:
+                own = slots[piece]
+                fresh = own >= known
+                state.columns["start"].index_copy_(0, own[fresh], stored[fresh])
+                pull.add_(values - state.read("start", own), alpha=-lr * anchor)
+            write_part(part, rows[piece], rounded(values.add_(pull), stored.dtype, generator))
+
+    def new_state(self, group: dict, part: torch.Tensor) -> RowState:
+        """An empty state for a part."""
+        columns = RULES[group["table_optimizer"]].columns(part_shape(part)[1], STATE_TYPES[group["table_state_dtype"]])
+        if group["anchor"]:
+            columns["start"] = ((part_shape(part)[1],), part.dtype)
+        return RowState(part_shape(part), columns, part.device)
+
+    def gradients(self) -> list[tuple[dict, torch.Tensor, torch.Tensor]]:
+        """Group, parameter and gradient of each parameter that has one.
+
+        Raises:
+            `TypeError`: if a gradient is not of the kind that its group is for.
+        """
+        held = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, parameter, gradient in held:
+            if isinstance(gradient, RowGradient) != bool(group.get("rows")):
+                found, needed = ("rows alone", "rows=True") if not group.get("rows") else ("dense", "no rows=True")
+                raise TypeError(
+                    f"the gradient of {self.called(parameter)} is {found}: it belongs into a parameter group with "
+                    f"{needed}, as engram_transformers.training.engram_optimizer(model) makes them. A table learns by "
+                    "what reads its rows; a penalty on all of its rows (use anchor=) gives a dense gradient."
+                )
+        return held
+
+    def all_finite(self, held: list) -> bool:
+        """Whether no gradient has NaN or inf; counts and says it if one has."""
+        if not held:
+            return True
+        values = [gradient.row_values if isinstance(gradient, RowGradient) else gradient for _, _, gradient in held]
+        norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]  # cheaper than isfinite
+        norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]  # of sharded weights
+        if self.agree(bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())):
+            return True
+        # A norm may be inf where all values are finite.
+        broken = [
+            f"{self.called(parameter)} (group {group.get('name', 'without name')!r})"
+            for (group, parameter, _), value, norm in zip(held, values, norms, strict=True)
+            if not bool(norm.isfinite()) and not bool(value.isfinite().all())
+        ]
+        if self.agree(not broken):
+            return True
+        self.skipped_steps += 1
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        logger.warning(
+            f"NaN or inf in the gradient of {', '.join(broken[:3]) or 'another process'}{more}: this step is left out "
+            f"and nothing has changed ({self.skipped_steps} skipped so far). If it happens again and again, lower the "
+            "learning rate or look at the loss."
+        )
+        return False
+
+    def agree(self, finite: bool) -> bool:
+        """What all processes do where one of them found `finite`; several processes put their own here."""
+        return finite
+
+    def called(self, parameter: torch.Tensor) -> str:
+        """What messages call a parameter."""
+        for group in self.param_groups:
+            for number, own in enumerate(group["params"]):
+                if own is parameter:
+                    return self.names.get(parameter, f"parameter {number} of group {group.get('name', '?')!r}")
+        return "a parameter"
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As for any optimizer. A group with `rows=True` is for tables; maximize and amsgrad are refused."""
+        if any(param_group.get(word) for word in ("maximize", "amsgrad")):
+            raise ValueError("EngramOptimizer knows neither maximize nor amsgrad: turn the sign of the loss instead.")
+        if param_group.get("rows"):
+            for name, default in (("table_optimizer", "adam"), ("table_state_dtype", "float32"), ("anchor", 0.0)):
+                param_group.setdefault(name, default)
+            check_choice("table_optimizer", param_group["table_optimizer"], RULES)
+            check_choice("table_state_dtype", param_group["table_state_dtype"], STATE_TYPES)
+            if not 0 <= param_group["anchor"] < float("inf"):
+                raise ValueError(f"anchor={param_group['anchor']} must be 0 (off) or positive: a pull per unit of lr.")
+        super().add_param_group(param_group)
+
     def _init_group(self, group, *lists) -> bool:
         return False if group.get("rows") else super()._init_group(group, *lists)
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """The random numbers for one kind of device."""
+        if device.type not in self.generators:
+            self.generators[device.type] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device.type]
 
     def row_groups(self) -> list[dict]:
         """Parameter groups that hold tables."""
         return [group for group in self.param_groups if group.get("rows")]
 
     def state_dict(self) -> dict:
+        """As for any optimizer, with the rows that were touched under the numbers of their parts, and the random
+        numbers and the count of skipped steps under "engram"."""
         packed = super().state_dict()
         for index, parameter in self.numbered():
-            if parameter in self.row_moments:
-                packed["state"][index] = self.row_moments[parameter].state_dict()
+            if parameter in self.row_states:
+                packed["state"][index] = self.row_states[parameter].state_dict()
+            if getattr(parameter, "selected", None) is not None:  # rows that may change
+                packed["state"].setdefault(index, {})["selected"] = parameter.selected
+        generators = {kind: generator.get_state() for kind, generator in self.generators.items()}
+        packed["engram"] = {"generators": generators, "skipped_steps": self.skipped_steps}
         return packed
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        # torch would cast row numbers to the parameter's floating type.
-        rows = {index: state for index, state in state_dict["state"].items() if "rows" in state}
-        dense = {index: state for index, state in state_dict["state"].items() if index not in rows}
-        super().load_state_dict({**state_dict, "state": dense})
-        tables = {parameter for group in self.row_groups() for parameter in group["params"]}
-        self.row_moments = {}
-        for index, parameter in self.numbered():
-            if index not in rows:
+        """Restores what `state_dict` gave, all of it or, with an error, nothing.
+
+        Raises:
+            `ValueError`: if it is of another model, of other settings, of an older version, or damaged.
+        """
+        check_state(self, state_dict)
+        tables = {p: group for group in self.row_groups() for p in group["params"]}
+        rows, dense, selected = {}, {}, {}
+        numbered = dict(self.numbered())
+        for index, state in state_dict["state"].items():
+            if numbered[index] not in tables:
+                dense[index] = state
                 continue
-            state = rows[index]
-            fits = parameter in tables and state["exp_avg"].shape[1] == parameter.shape[1]
-            if not fits or (len(state["rows"]) and int(state["rows"][-1]) >= len(parameter)):
-                raise ValueError(
-                    f"optimizer state {index} is for rows of width {state['exp_avg'].shape[1]}, the parameter there "
-                    f"has shape {tuple(parameter.shape)}: this state belongs to another model."
-                )
-            self.row_moments[parameter] = RowMoments.from_state_dict(state, parameter.device)
+            part = numbered[index]
+            state = dict(state)
+            if "selected" in state:
+                selected[part] = state.pop("selected").to(part.device, copy=True)
+            if state:
+                rows[part] = self.new_state(tables[part], part)
+                rows[part].load_state_dict(state, self.called(part))
+        # torch would cast row numbers to the parameter's floating type.
+        super().load_state_dict({**{k: v for k, v in state_dict.items() if k != "engram"}, "state": dense})
+        self.row_states, self.generators = rows, {}
+        for part, own in selected.items():
+            part.selected = own
+        kept = state_dict.get("engram", {})
+        self.skipped_steps = kept.get("skipped_steps", 0)
+        for kind, numbers in kept.get("generators", {}).items():
+            if any(part.device.type == kind for part in tables):
+                self.generator(torch.device(kind)).set_state(numbers.cpu())
 
     def numbered(self) -> list[tuple[int, torch.Tensor]]:
         """Parameters under the numbers that a state dict gives them."""
         return list(enumerate(parameter for group in self.param_groups for parameter in group["params"]))
+
+    def __getstate__(self) -> dict:
+        own = {name: getattr(self, name) for name in ("row_states", "names", "seed", "skipped_steps")}
+        numbers = {kind: generator.get_state() for kind, generator in self.generators.items()}
+        return {**super().__getstate__(), **own, "numbers": numbers}
+
+    def __setstate__(self, state: dict) -> None:
+        numbers = state.pop("numbers", None)
+        super().__setstate__(state)
+        if numbers is not None:  # copied or unpickled; torch calls this after loading as well
+            self.generators = {}
+            for kind, held in numbers.items():
+                self.generator(torch.device(kind)).set_state(held)
+
+
+EngramAdamW = EngramOptimizer  # its name until 0.1
 
 
 def engram_optimizer(
@@ -89,23 +282,37 @@ def engram_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-) -> EngramAdamW:
+    *,
+    table_optimizer: str = "adam",
+    table_state_dtype: str = "float32",
+    anchor: float = 0.0,
+    seed: int = 0,
+) -> EngramOptimizer:
     """Makes the optimizer for a model with memory, over the parameters that require a gradient.
 
+    If nothing was chosen (every parameter requires a gradient, no `model.train_mode(...)`), the memory alone is.
+
     Args:
-        model ([`EngramForCausalLM`]): the model.
+        model ([`EngramForCausalLM`]): the model, also in a PEFT model.
         lr (`float`, *optional*, defaults to 2e-3): learning rate of dense weights.
         table_lr_multiplier (`float`, *optional*, defaults to 40): times `lr`, the learning rate of tables.
         weight_decay (`float`, *optional*, defaults to 0): for projection matrices and the backbone's matrices alone.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of the moments.
-        eps (`float`, *optional*, defaults to 1e-8): Adam's epsilon.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of Adam's moments.
+        eps (`float`, *optional*, defaults to 1e-8): epsilon of Adam and Adagrad.
+        table_optimizer (`"adam"`, `"adagrad"` or `"sinkhorn"`, *optional*, defaults to `"adam"`):
+            What tables are updated by; a touched row keeps 2 numbers a value, 1 number, or 1 number a value.
+        table_state_dtype (`"float32"` or `"bfloat16"`, *optional*, defaults to `"float32"`):
+            Type of what is kept for each value of a touched row; bfloat16 is rounded by chance.
+        anchor (`float`, *optional*, defaults to 0, which is off):
+            c in `w - lr c (w - start)`: at each touch a row is pulled to what it was when it was first touched.
+        seed (`int`, *optional*, defaults to 0): of the chances of rounding.
 
     Returns:
-        [`EngramAdamW`] with the groups "tables", "projections", "vectors" (norms, biases, convolution) and "backbone",
-        as far as they have parameters.
+        [`EngramOptimizer`] with the groups "tables", "projections", "vectors" (norms, biases, convolution) and
+        "backbone" (adapters included), as far as they have parameters.
 
     Raises:
-        `ValueError`: if nothing requires a gradient.
+        `ValueError`: if nothing requires a gradient, or a setting is none of those named here.
 
     Example:
 
@@ -114,22 +321,52 @@ def engram_optimizer(
 
     >>> optimizer = engram_optimizer(model, lr=2e-3)
     ```"""
+    table_state_dtype = str(table_state_dtype).removeprefix("torch.")
+    check_choice("table_optimizer", table_optimizer, RULES)
+    check_choice("table_state_dtype", table_state_dtype, STATE_TYPES)
+    choose_what_learns(model)
+    selection = getattr(getattr(model, "memory", None), "row_selection", None)
+    if selection is not None:  # parts are new objects after place_memory or a copy
+        selection.apply(model)
     groups: dict[str, list] = {"tables": [], "projections": [], "vectors": [], "backbone": []}
-    for name, parameter in learnable(model):
-        if parameter.requires_grad:
-            groups[group_of(name, parameter)].append(parameter)
+    names = {parameter: name for name, parameter in learnable(model) if parameter.requires_grad}
+    for parameter, name in names.items():
+        groups[group_of(name, parameter)].append(parameter)
+    rule = {"table_optimizer": table_optimizer, "table_state_dtype": table_state_dtype, "anchor": anchor}
     settings = {
-        "tables": {"lr": lr * table_lr_multiplier, "weight_decay": 0.0, "rows": True},
+        "tables": {"lr": lr * table_lr_multiplier, "weight_decay": 0.0, "rows": True, **rule},
         "vectors": {"weight_decay": 0.0},
     }
     wanted = [{"name": name, "params": held, **settings.get(name, {})} for name, held in groups.items() if held]
     if not wanted:
         raise ValueError("no parameter requires a gradient: unfreeze the memory (model.memory.requires_grad_(True)).")
-    return EngramAdamW(wanted, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    own = set(model.parameters())
+    if any(part not in own for part in groups["tables"]):
+        logger.warning_once(
+            "these tables are no parameters of the model: clipping model.parameters() leaves them out. EngramTrainer "
+            "does not, nor does torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in "
+            'g["params"]], max_norm).'
+        )
+    optimizer = EngramOptimizer(wanted, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
+    optimizer.names = names
+    return optimizer
+
+
+def choose_what_learns(model) -> None:
+    """Lets the memory alone learn where nobody has chosen: never silently everything."""
+    config = getattr(model, "config", None)
+    if getattr(config, "engram_train_mode", None) or not hasattr(model, "train_mode"):
+        return
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        model.train_mode("memory")
+        logger.warning(
+            'every parameter required a gradient: the memory alone is trained now, as by model.train_mode("memory"). '
+            'Choose with model.train_mode("memory" | "tables" | "memory+lora" | "all").'
+        )
 
 
 def learnable(model) -> list[tuple[str, torch.Tensor]]:
-    """A model's parameters by name, and those parts of its tables that are in host memory."""
+    """A model's parameters by name, and what stands for those parts of its tables that are elsewhere."""
     memory = getattr(model, "memory", None)
     away = [] if memory is None else memory.named_host_parts()
     return [*model.named_parameters(), *away]
@@ -140,5 +377,14 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
     if "memory.tables." in name:
         return "tables"
     if "memory.layers." in name:
-        return "projections" if name.endswith("key_value.weight") else "vectors"
+        if PROJECTION.search(name):
+            return "projections"
+        if not ADAPTED.search(name):
+            return "vectors"
     return "backbone" if parameter.ndim > 1 else "vectors"
+
+
+def check_choice(name: str, value, choices) -> None:
+    """Raises ValueError if a setting is none of its words."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")

@@ -1,110 +1,127 @@
-"""Row moments: Adam's state for the rows of one table that were ever touched.
+"""RowState: what an optimizer remembers of the rows of one part of a table that were ever touched.
 
-Promises: memory and time grow with the rows touched, not with the table. Never allocates a table-sized tensor.
-Source: Engram (arXiv 2601.07372), section 4.1 (tables are trained by Adam); bias correction counts each row's own
-updates, because rows are read at very different rates.
+Promises: memory and time grow with the rows touched, not with the table: exactly what is needed at the first step,
+growing by halves later. Never allocates a table-sized tensor, and checks what it restores before anything is kept.
+Source: Engram (arXiv 2601.07372), section 4.1 (tables have an optimizer of their own).
 """
+
+from collections.abc import Iterator
 
 import torch
 
+from .rounding import rounded
+from .row_index import RowIndex
 
-class RowMoments:
-    """First and second moments and number of updates, for touched rows in order of first touch.
+
+# Values that are worked on at once: a few MiB in all that stay in the cache, instead of several times the gradient.
+PIECE_VALUES = 1 << 18
+
+
+class RowState:
+    """Named columns of numbers, one row of them for each touched row of a part.
 
     Args:
-        width (`int`): values in a row.
-        device (`torch.device`): where the table is.
+        shape (`tuple[int, int]`): rows and width of the part.
+        columns (`dict[str, tuple[tuple[int, ...], torch.dtype]]`): shape and type of one entry of each column.
+        device (`torch.device`): where the part is.
     """
 
-    def __init__(self, width: int, device: torch.device):
-        self.sorted_rows = torch.empty(0, dtype=torch.int64, device=device)  # (touched,)
-        self.sorted_slots = torch.empty(0, dtype=torch.int64, device=device)  # (touched,)
-        self.exp_avg = torch.zeros(0, width, device=device)  # (capacity, width)
-        self.exp_avg_sq = torch.zeros(0, width, device=device)  # (capacity, width)
-        self.step = torch.zeros(0, device=device)  # (capacity,)
+    def __init__(self, shape: tuple[int, int], columns: dict, device: torch.device):
+        self.height, self.width = shape
+        self.index = RowIndex(device)
+        # Each of shape (capacity, *entry).
+        self.columns = {n: torch.empty(0, *entry, dtype=dtype, device=device) for n, (entry, dtype) in columns.items()}
 
     def __len__(self) -> int:
-        return len(self.sorted_rows)
+        return len(self.index)
 
     def slots(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where the moments of rows are kept, with places made for new ones.
+        """Where the numbers of rows are kept, with zeros for new ones.
 
         Args:
             rows (`torch.LongTensor` of shape `(rows,)`): ascending and unique.
 
         Returns:
-            `torch.LongTensor` of shape `(rows,)`.
+            `torch.LongTensor` of shape `(rows,)`: at or beyond the former `len(self)` for rows that are new.
         """
-        touched = len(self)
-        place = torch.searchsorted(self.sorted_rows, rows)
-        known = torch.zeros_like(rows, dtype=torch.bool)
-        if touched:
-            known = self.sorted_rows[place.clamp(max=touched - 1)] == rows
-        fresh = rows[~known]
-        if len(fresh):
-            self.reserve(touched + len(fresh))
-            # A merge of two ascending lists: a fresh row lands behind the known rows before it and the fresh ones.
-            landing = place[~known] + torch.arange(len(fresh), device=rows.device)
-            kept = torch.ones(touched + len(fresh), dtype=torch.bool, device=rows.device)
-            kept[landing] = False
-            slots = torch.arange(touched, touched + len(fresh), device=rows.device)
-            self.sorted_rows = merge(self.sorted_rows, fresh, kept)
-            self.sorted_slots = merge(self.sorted_slots, slots, kept)
-        return self.sorted_slots[torch.searchsorted(self.sorted_rows, rows)]
+        before = len(self)
+        slots = self.index.slots(rows)
+        for name, column in self.columns.items():
+            if len(self) > len(column):
+                room = max(len(self), len(column) + len(column) // 2)
+                # Pages behind the last entry are not written to, so that they take no memory yet.
+                self.columns[name] = column.new_empty(room, *column.shape[1:])
+                self.columns[name][:before] = column[:before]
+            self.columns[name][before : len(self)].zero_()
+        return slots
 
-    def reserve(self, touched: int) -> None:
-        """Makes room for that many touched rows, doubling so that growth costs little in all."""
-        if touched <= len(self.step):
-            return
-        more = max(touched, 2 * len(self.step)) - len(self.step)
-        width = self.exp_avg.shape[1]
-        self.exp_avg = torch.cat([self.exp_avg, self.exp_avg.new_zeros(more, width)])  # (capacity, width)
-        self.exp_avg_sq = torch.cat([self.exp_avg_sq, self.exp_avg_sq.new_zeros(more, width)])  # (capacity, width)
-        self.step = torch.cat([self.step, self.step.new_zeros(more)])  # (capacity,)
+    def read(self, name: str, slots: torch.Tensor) -> torch.Tensor:
+        """A column's numbers, as float32 where they are fractions: a copy."""
+        values = self.columns[name].index_select(0, slots)
+        return values.float() if values.is_floating_point() else values
 
-    def adam(self, rows: torch.Tensor, grad: torch.Tensor, betas: tuple[float, float], eps: float) -> torch.Tensor:
-        """Takes a gradient in and gives Adam's direction back.
+    def write(self, name: str, slots: torch.Tensor, values: torch.Tensor, generator: torch.Generator) -> None:
+        """Keeps numbers; those that do not fit into the column's type are rounded by chance."""
+        column = self.columns[name]
+        if column.is_floating_point():
+            values = rounded(values, column.dtype, generator)
+        column.index_copy_(0, slots, values)
+
+    def state_dict(self) -> dict:
+        """The state as plain tensors, rows ascending, and the height of the part that it is for."""
+        places = self.index.places
+        columns = {name: column.index_select(0, places) for name, column in self.columns.items()}
+        return {"height": self.height, "rows": self.index.rows.clone(), **columns}
+
+    def load_state_dict(self, state: dict, owner: str) -> None:
+        """Restores what `state_dict` gave into a state that is new.
 
         Args:
-            rows (`torch.LongTensor` of shape `(rows,)`): ascending and unique.
-            grad (`torch.FloatTensor` of shape `(rows, width)`): their gradients.
-            betas (`tuple[float, float]`): decay of the moments.
-            eps (`float`): added to the root of the second moment.
+            state (`dict`): from `state_dict`.
+            owner (`str`): what the state is for, for errors.
 
-        Returns:
-            `torch.FloatTensor` of shape `(rows, width)`, to be multiplied by minus the learning rate.
+        Raises:
+            `ValueError`: if it is not of this part and these columns; nothing is kept then.
         """
-        slots = self.slots(rows)
-        exp_avg = self.exp_avg[slots].lerp_(grad, 1 - betas[0])  # (rows, width)
-        exp_avg_sq = self.exp_avg_sq[slots].mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])  # (rows, width)
-        step = self.step[slots] + 1  # (rows,)
-        self.exp_avg[slots], self.exp_avg_sq[slots], self.step[slots] = exp_avg, exp_avg_sq, step
-        corrected = exp_avg / (1 - betas[0] ** step)[:, None]
-        return corrected / ((exp_avg_sq / (1 - betas[1] ** step)[:, None]).sqrt_() + eps)
+        self.check(state, owner)
+        rows = state["rows"].to(self.index.settled.device)
+        self.index.slots(rows)
+        self.columns = {n: state[n].to(column.device, copy=True) for n, column in self.columns.items()}
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state as plain tensors, rows ascending."""
-        slots = self.sorted_slots
-        return {
-            "rows": self.sorted_rows.clone(),
-            "exp_avg": self.exp_avg[slots],
-            "exp_avg_sq": self.exp_avg_sq[slots],
-            "step": self.step[slots],
-        }
+    def check(self, state: dict, owner: str) -> None:
+        """Raises ValueError if a state is not of this part and these columns."""
+        needed = {"height", "rows", *self.columns}
+        if set(state) != needed:
+            raise ValueError(
+                f"optimizer state of {owner} has {', '.join(sorted(state))}; needed is {', '.join(sorted(needed))}. It "
+                "was made by another version or by another table_optimizer or anchor: make the optimizer as it was "
+                "made then, or go on without its state."
+            )
+        rows = state["rows"]
+        if state["height"] != self.height:
+            raise ValueError(
+                f"optimizer state of {owner} is for a table part of {state['height']} rows, this one has "
+                f"{self.height}: it belongs to another model. Load the model that it was saved with."
+            )
+        for name, column in self.columns.items():
+            wanted = (len(rows), *column.shape[1:])
+            if tuple(state[name].shape) != wanted or state[name].dtype != column.dtype:
+                raise ValueError(
+                    f"optimizer state of {owner}: {name} has shape {tuple(state[name].shape)} and {state[name].dtype}, "
+                    f"needed is {wanted} and {column.dtype}: it belongs to another model or was made with another "
+                    "table_state_dtype."
+                )
+        fits = rows.ndim == 1 and rows.dtype == torch.int64
+        ascending = fits and bool((rows[1:] > rows[:-1]).all())
+        if not ascending or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < self.height):
+            raise ValueError(
+                f"optimizer state of {owner}: its rows must be int64, ascending, each once, from 0 to "
+                f"{self.height - 1}, and are not: the file is damaged. Take an older checkpoint, or go on without "
+                "optimizer state."
+            )
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, torch.Tensor], device: torch.device) -> "RowMoments":
-        """Restores what `state_dict` gave."""
-        moments = cls(state["exp_avg"].shape[1], device)
-        moments.sorted_rows = state["rows"].to(device)
-        moments.sorted_slots = torch.arange(len(state["rows"]), device=device)
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            setattr(moments, name, state[name].to(device))
-        return moments
 
-
-def merge(old: torch.Tensor, new: torch.Tensor, from_old: torch.Tensor) -> torch.Tensor:
-    """Interleaves two lists: entries of `old` where `from_old` is True, entries of `new` elsewhere."""
-    merged = old.new_empty(len(from_old))
-    merged[from_old], merged[~from_old] = old, new
-    return merged
+def pieces(rows: int, width: int) -> Iterator[slice]:
+    """Cuts a step into pieces of about `PIECE_VALUES` values."""
+    size = max(1, PIECE_VALUES // width)
+    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))

@@ -1,34 +1,210 @@
 """EngramTrainer: transformers' Trainer for a model with memory.
 
-Promises: what requires a gradient is trained, the memory alone unless told otherwise; global-norm clipping counts the
-tables' row gradients; schedules, accumulation, evaluation, saving and resuming are Trainer's own. Refuses, rather than
-trains wrongly, what is not supported yet: several processes and fp16 loss scaling.
+What it chooses: everything that Trainer does stays Trainer's own. This adds an optimizer that writes rows, gradients of
+tables that are no parameters of the model, and checkpoints that hold what changed.
+Promises: what `model.train_mode` says is trained, the memory alone unless told otherwise; a checkpoint of a run that
+trains the memory alone holds its changes and names the graft that it began with; a run that was killed in the middle of
+a save goes on from the last whole checkpoint. Never trains wrongly in silence.
 """
 
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .optimizer import TABLE_LR_MULTIPLIER, EngramAdamW, engram_optimizer, learnable
+from ..checkpoint_engram import ADAPTER_NAME
+from ..gradient_engram import row_gradient
+from ..pack_engram import PACK_NAME, load_memory_pack, save_memory_pack
+from ..placement_engram import TABLES_PREFIX, reread_tables
+from ..rows_engram import CheckpointTables
+from ..shards_engram import INDEX_NAME
+from .optimizer import TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
+from .processes import RankPart, exchange_row_gradients
 
 
 logger = logging.get_logger(__name__)
 
 
-class EngramTrainer(Trainer):
+@dataclass
+class EngramTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what a memory needs besides; see [`engram_optimizer`].
+
+    Args:
+        table_lr_multiplier (`float`, *optional*, defaults to 40): times `learning_rate`, the learning rate of tables.
+        table_optimizer (`str`, *optional*, defaults to `"adam"`): "adam", "adagrad" or "sinkhorn".
+        table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
+        anchor (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.
+    """
+
+    table_lr_multiplier: float = field(default=TABLE_LR_MULTIPLIER)
+    table_optimizer: str = field(default="adam")
+    table_state_dtype: str = field(default="float32")
+    anchor: float = field(default=0.0)
+
+
+class EngramTrainerMixin:
+    """What makes any trainer of Trainer's kind train a memory: `class MyTrainer(EngramTrainerMixin, SFTTrainer)`.
+
+    Raises:
+        `TypeError`: for a model without memory, or an optimizer that does not know rows.
+        `ValueError`: for tables that are not loaded.
+    """
+
+    def __init__(self, model=None, args=None, *positional, train_mode: str | None = None, **kwargs):
+        check_model(model)
+        # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
+        quantised = getattr(model, "is_quantized", False) and train_mode != "all"
+        if quantised:
+            model.is_quantized = False
+        super().__init__(model, args, *positional, **kwargs)
+        if quantised:
+            model.is_quantized = True
+        if self.optimizer is not None and not isinstance(self.optimizer, EngramOptimizer):
+            raise TypeError(
+                f"{type(self.optimizer).__name__} cannot write rows, the tables would stay as they are: pass "
+                "engram_transformers.training.engram_optimizer(model), or no optimizer."
+            )
+        word = train_mode or self.engram.config.engram_train_mode
+        if word is None and self.optimizer is None:
+            word = "memory"
+            logger.warning("training the memory alone; train_mode='all' trains the backbone too.")
+        if word is not None:
+            self.engram.train_mode(word)
+
+    @property
+    def engram(self):
+        """The model with the memory, out of what PEFT, DDP and compilers have put around it."""
+        return engram_in(self.model)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            args = self.args
+            own = {name: getattr(args, name) for name in OWN_ARGUMENTS if hasattr(args, name)}
+            self.optimizer = engram_optimizer(
+                self.model,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                seed=args.seed,
+                **own,
+            )
+        return self.optimizer
+
+    def training_step(self, model, *args, **kwargs):
+        for _, part in self.engram.memory.named_host_parts():  # DDP's zero_grad knows its own parameters alone
+            if row_gradient(part) is not None and part.grad.applied:
+                part.grad = None
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            exchange_row_gradients(self.model)  # nothing to do in one process
+        return loss
+
+    def _clip_grad_norm(self, model):
+        # Tables in host memory or in files are no parameters of the model.
+        return torch.nn.utils.clip_grad_norm_(dict(learnable(self.model)).values(), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is not None:
+            return grad_norm
+        return torch.nn.utils.get_total_norm([p.grad for _, p in learnable(self.model) if p.grad is not None])
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"'{self.args.output_dir}' holds no whole checkpoint: train from the start.")
+        elif isinstance(resume_from_checkpoint, (str, os.PathLike)) and not is_whole(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"'{resume_from_checkpoint}' is no whole checkpoint (no readable {TRAINER_STATE_NAME}): its save was "
+                "interrupted. resume_from_checkpoint=True takes the last whole one."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # written last, it says that the others are there
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.saves_changes or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        save_memory_pack(self.engram, output_dir)
+        self.engram.config.save_pretrained(output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    @property
+    def saves_changes(self) -> bool:
+        """Whether a checkpoint need hold no more than a pack: the memory alone is trained, and its graft is on disk."""
+        files = self.engram.checkpoint_tables
+        alone = self.engram.config.engram_train_mode in ("memory", "tables") and self.engram is self.accelerator_model
+        if not alone or files is None:
+            return False
+        # A checkpoint of this very run is no graft to stand on: Trainer deletes old ones.
+        run = Path(self.args.output_dir).resolve()
+        own = files.folder.resolve()
+        return not (own.parent == run and own.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+    @property
+    def accelerator_model(self):
+        """The model without what Accelerate has put around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if (folder / ADAPTER_NAME).exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif (folder / PACK_NAME).exists():
+            load_memory_pack(self.engram, folder)
+        elif self.engram.memory.placement == "disk" and (folder / INDEX_NAME).exists():
+            load_around_tables(self.engram, folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if (best / PACK_NAME).exists() and not (best / ADAPTER_NAME).exists():
+            logger.info(f"Loading the best memory from {best} (score: {self.state.best_metric}).")
+            load_memory_pack(self.engram, best)
+        elif self.engram.memory.placement == "disk" and (best / INDEX_NAME).exists():
+            load_around_tables(self.engram, best)
+        else:
+            super()._load_best_model()
+
+
+class EngramTrainer(EngramTrainerMixin, Trainer):
     """Trains a memory.
 
     Args:
-        model ([`EngramForCausalLM`]): the model.
-        args (`TrainingArguments`): as for Trainer; `learning_rate` is that of the dense weights.
-        table_lr_multiplier (`float`, *optional*, defaults to 40): times `learning_rate`, the learning rate of tables.
-        train_backbone (`bool`, *optional*, defaults to `False`):
-            Leave `requires_grad` of the backbone as it is. By default the backbone is frozen.
+        model ([`EngramForCausalLM`]): the model, or a PEFT model around it.
+        args (`TrainingArguments` or [`EngramTrainingArguments`]):
+            As for Trainer; `learning_rate` is that of the dense weights.
+        train_mode (`str`, *optional*):
+            "memory", "tables", "memory+lora" or "all" (`model.train_mode`). What the model's configuration says if
+            None, and "memory" if it says nothing.
         kwargs: further arguments of Trainer.
 
     Raises:
         `TypeError`: for a model without memory, or an optimizer that does not know rows.
-        `ValueError`: for several processes, fp16, or tables that are on disk.
+        `ValueError`: for tables that are not loaded.
 
     Example:
 
@@ -40,66 +216,72 @@ class EngramTrainer(Trainer):
     >>> trainer.train()
     ```"""
 
-    def __init__(
-        self,
-        model=None,
-        args=None,
-        *positional,
-        table_lr_multiplier: float = TABLE_LR_MULTIPLIER,
-        train_backbone: bool = False,
-        **kwargs,
-    ):
-        if not hasattr(model, "memory"):
-            raise TypeError(
-                f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "
-                "EngramForCausalLM.from_donor(model, tokenizer)."
-            )
-        if model.memory.placement in ("disk", "none"):
-            raise ValueError(
-                f"the memory's placement is {model.memory.placement!r}, where rows cannot be written: "
-                "model.place_memory('cpu') keeps them in host memory, 'device' with the other weights."
-            )
-        quantised = getattr(model, "is_quantized", False)
-        if quantised and not train_backbone:  # Trainer asks for an adapter: the memory is one, in full precision
-            model.is_quantized = False
-        super().__init__(model, args, *positional, **kwargs)
-        if quantised:
-            model.is_quantized = True
-        self.table_lr_multiplier = table_lr_multiplier
-        if self.args.world_size > 1:
-            raise ValueError(
-                f"{self.args.world_size} processes: row gradients are not exchanged between processes yet. "
-                "Train with one."
-            )
-        if self.args.fp16:
-            raise ValueError("fp16 loss scaling does not reach row gradients: use bf16=True, or full precision.")
-        if self.optimizer is not None and not isinstance(self.optimizer, EngramAdamW):
-            raise TypeError(
-                f"{type(self.optimizer).__name__} does not see row gradients, the tables would stay as they are: pass "
-                "engram_transformers.training.engram_optimizer(model), or no optimizer."
-            )
-        if not train_backbone:
-            model.backbone.requires_grad_(False)
-        trained = sum(p.numel() for _, p in learnable(model) if p.requires_grad)
-        logger.info(f"training {trained:,} parameters, {'all' if train_backbone else 'the memory alone'}")
 
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.optimizer = engram_optimizer(
-                self.model if model is None else model,
-                lr=self.args.learning_rate,
-                table_lr_multiplier=self.table_lr_multiplier,
-                weight_decay=self.args.weight_decay,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
-        return self.optimizer
+# Arguments of ours that go to the optimizer.
+OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", "anchor")
 
-    def _clip_grad_norm(self, model):
-        # Tables in host memory are no parameters of the model.
-        return torch.nn.utils.clip_grad_norm_(dict(learnable(model)).values(), self.args.max_grad_norm)
 
-    def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is not None:
-            return grad_norm
-        return torch.nn.utils.get_total_norm([p.grad for _, p in learnable(model) if p.grad is not None])
+def engram_in(model):
+    """The model with a memory in what was put around it; None if there is none."""
+    while model is not None and not hasattr(type(model), "place_memory"):
+        inner = [getattr(model, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
+        model = next((found for found in inner if isinstance(found, torch.nn.Module)), None)
+    return model
+
+
+def check_model(model) -> None:
+    """Raises TypeError for a model without memory, ValueError for one whose tables are not loaded."""
+    held = engram_in(model)
+    if held is None:
+        raise TypeError(
+            f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "
+            "EngramForCausalLM.from_donor(model, tokenizer)."
+        )
+    if held.memory.placement == "none":
+        raise ValueError("the memory was not loaded (engram_placement='none'): model.place_memory('disk') first.")
+    if any(isinstance(part, RankPart) for part in held.memory.tables.parameters()):
+        raise ValueError(
+            "tables sharded by row are saved by all ranks together, which Trainer does not do: train them in a loop of "
+            "your own, and save with save_sharded(model, folder)."
+        )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a Trainer checkpoint was written to its end."""
+    try:
+        return bool(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The last checkpoint of a run that was written to its end; those after it are said to be passed over.
+
+    Args:
+        output_dir (`str` or `os.PathLike`): the run's folder.
+    """
+    numbered = {
+        int(path.name.rpartition("-")[2]): path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdigit() and path.is_dir()
+    }
+    for _, path in sorted(numbered.items(), reverse=True):
+        if is_whole(path):
+            return str(path)
+        logger.warning(f"'{path}' was not written to its end and is passed over.")
+    return None
+
+
+def load_around_tables(model, folder: Path) -> None:
+    """Loads a whole checkpoint into a model whose tables are in files: they are read from the checkpoint's."""
+    tables = CheckpointTables(folder)
+    parts = {name: tables.part(name) for name in tables.weight_map if not name.startswith(TABLES_PREFIX)}
+    rest = {name: part.within(part.file.map()) for name, part in parts.items()}
+    missing = model.load_state_dict(rest, strict=False)
+    lost = [name for name in missing.missing_keys if not name.startswith(TABLES_PREFIX)]
+    if lost or missing.unexpected_keys:
+        raise ValueError(
+            f"'{folder}' does not fit the model: {lost[:3]} missing, {missing.unexpected_keys[:3]} unknown."
+        )
+    reread_tables(model.memory.tables, tables)
+    model.checkpoint_tables = tables

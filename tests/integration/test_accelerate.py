@@ -112,6 +112,33 @@ def test_weights_that_wait_in_memory_give_the_same_logits(model, batch, plain):
     assert torch.equal(logits(model, batch), plain)  # they have gone back and come again
 
 
+def no_buffer_is_here(model: EngramForCausalLM) -> bool:
+    """Whether accelerate has taken hash constants and token map away too."""
+    return {buffer.device.type for buffer in model.memory.hashing.buffers()} == {"meta"}
+
+
+def test_buffers_that_wait_in_memory_give_the_same_logits(model, batch, plain):
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    for _ in range(2):
+        assert no_buffer_is_here(model)
+        assert torch.equal(logits(model, batch), plain)
+
+
+def test_buffers_that_wait_give_the_same_text(model, batch, plain):
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**batch, **settings)
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert no_buffer_is_here(model)
+    assert torch.equal(model.generate(**batch, **settings), expected)
+
+
+def test_buffers_of_a_dispatched_model_that_wait_on_disk_give_the_same_logits(model, batch, plain, tmp_path):
+    offload = {"offload_dir": str(tmp_path / "waiting"), "offload_buffers": True}
+    dispatch_model(model, ALL_ON_DISK, main_device="cpu", **offload)
+    assert no_buffer_is_here(model)
+    assert torch.equal(logits(model, batch), plain)
+
+
 def test_weights_that_wait_on_disk_give_the_same_logits(model, batch, plain, tmp_path):
     disk_offload(model, str(tmp_path / "waiting"), execution_device=torch.device("cpu"))
     assert places(model, "") == {"meta"}

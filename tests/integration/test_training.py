@@ -3,19 +3,14 @@
 Run: pytest tests/integration/test_training.py
 """
 
-import copy
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import Trainer, TrainingArguments
 
 from engram_transformers import EngramTrainer
 from engram_transformers.gradient_engram import RowGradient
 from engram_transformers.memory_engram import find_decoder_layers
-from engram_transformers.training import EngramAdamW, engram_optimizer
-from engram_transformers.training.rows import RowMoments
+from engram_transformers.training import engram_optimizer
 
 from .backbones import BACKBONES
 
@@ -113,10 +108,10 @@ def test_trainer_changes_the_memory_and_leaves_the_backbone(tiny_engram, dataset
             assert taught < float(model(**batch).loss) - 0.1
 
 
-def test_train_backbone_trains_it_too(tiny_engram, dataset, arguments):
+def test_train_mode_all_trains_the_backbone_too(tiny_engram, dataset, arguments):
     model = tiny_engram()
     before = clone(model)
-    EngramTrainer(model, arguments(), train_dataset=dataset, train_backbone=True).train()
+    EngramTrainer(model, arguments(), train_dataset=dataset, train_mode="all").train()
     assert any(name.startswith("backbone.") for name in changed(model, before))
 
 
@@ -269,21 +264,6 @@ def test_the_logged_norm_counts_the_rows(tiny_engram, dataset, arguments):
     assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
-def test_tables_have_their_own_rate_and_no_decay(tiny_engram):
-    model = tiny_engram()
-    groups = {g["name"]: g for g in engram_optimizer(model, 1e-3, table_lr_multiplier=7, weight_decay=0.1).param_groups}
-    assert groups["tables"]["lr"] == pytest.approx(7e-3)
-    assert groups["projections"]["lr"] == 1e-3
-    assert [groups[name]["weight_decay"] for name in ("tables", "vectors", "projections", "backbone")] == [
-        0,
-        0,
-        0.1,
-        0.1,
-    ]
-    grouped = [id(p) for group in groups.values() for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
-
-
 def test_plain_trainer_says_which_optimizer_it_needs_and_trains_alike_with_it(tiny_engram, dataset, arguments):
     model = tiny_engram()
     before = clone(model)
@@ -314,74 +294,3 @@ def test_what_cannot_be_trained_rightly_is_refused(tiny_engram, tiny_donor, data
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         engram_optimizer(model)
-
-
-def test_optimizer_state_of_another_model_is_refused(tiny_engram, dataset):
-    wide, narrow = tiny_engram(engram_head_dim=8), tiny_engram(engram_head_dim=4)
-    batch = {name: torch.stack([entry[name] for entry in dataset[:2]]) for name in ("input_ids", "labels")}
-    wide(**batch).loss.backward()
-    optimizer = engram_optimizer(wide)
-    optimizer.step()
-    with pytest.raises(ValueError, match="width 8.*belongs to another model"):
-        engram_optimizer(narrow).load_state_dict(optimizer.state_dict())
-
-
-def test_optimizer_state_is_plain_tensors(tiny_engram, dataset, tmp_path):
-    model = tiny_engram()
-    optimizer = engram_optimizer(model)
-    batch = {name: torch.stack([entry[name] for entry in dataset[:2]]) for name in ("input_ids", "labels")}
-    model(**batch).loss.backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    state = torch.load(tmp_path / "optimizer.pt", weights_only=True)
-    rows = [entry["rows"] for entry in state["state"].values() if "rows" in entry]
-    assert len(rows) == 4
-    assert all(r.dtype == torch.int64 for r in rows)
-    again = engram_optimizer(model)
-    again.load_state_dict(copy.deepcopy(state))
-    restored = again.state_dict()["state"]
-    for index, entry in state["state"].items():
-        assert all(torch.equal(restored[index][name], tensor) for name, tensor in entry.items())
-
-
-@given(steps=st.integers(1, 5), seed=st.integers(0, 2**16))
-def test_row_adam_equals_dense_adam_where_every_row_is_read(steps, seed):
-    torch.manual_seed(seed)
-    height, width = 6, 3
-    dense = torch.nn.Parameter(torch.randn(height, width))
-    table = torch.nn.Parameter(dense.detach().clone())
-    reference = torch.optim.Adam([dense], lr=0.1)
-    ours = EngramAdamW([{"params": [table], "rows": True, "weight_decay": 0.0}], lr=0.1)
-    for _ in range(steps):
-        gradient = torch.randn(height, width)
-        dense.grad = gradient.clone()
-        table.grad = RowGradient(table, torch.arange(height), gradient.clone())
-        reference.step()
-        ours.step()
-    torch.testing.assert_close(table, dense, rtol=1e-4, atol=1e-5)  # torch orders the same operations differently
-
-
-@given(
-    visits=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12), min_size=1, max_size=8),
-    seed=st.integers(0, 2**16),
-)
-def test_each_rows_moments_count_its_own_updates(visits, seed):
-    torch.manual_seed(seed)
-    moments = RowMoments(2, torch.device("cpu"))
-    history: dict[int, list[torch.Tensor]] = {}
-    for visit in visits:
-        rows = torch.tensor(sorted(set(visit)))
-        gradient = torch.randn(len(rows), 2)
-        direction = moments.adam(rows, gradient, (0.9, 0.99), 1e-8)
-        for row, grad, got in zip(rows.tolist(), gradient, direction, strict=True):
-            seen = history.setdefault(row, [])
-            seen.append(grad)
-            mean = square = torch.zeros(2)
-            for g in seen:
-                mean, square = 0.9 * mean + 0.1 * g, 0.99 * square + 0.01 * g * g
-            expected = (mean / (1 - 0.9 ** len(seen))) / ((square / (1 - 0.99 ** len(seen))).sqrt() + 1e-8)
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert len(moments) == len(history)
-    state = moments.state_dict()
-    assert state["rows"].tolist() == sorted(history)
-    assert state["step"].tolist() == [len(history[row]) for row in sorted(history)]

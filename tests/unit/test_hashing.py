@@ -3,82 +3,57 @@
 Run: pytest tests/unit/test_hashing.py
 """
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
-from transformers import LlamaConfig
 
-from engram_transformers import EngramConfig, EngramFormatError, NgramHasher, hashing_engram
-from engram_transformers.compression_engram import DEAD, token_map_sha256
-from engram_transformers.constants_engram import HashConstants, derive_multipliers, derive_primes, head_offsets
+from engram_transformers import NgramHasher, hashing_engram
+from engram_transformers.compression_engram import DEAD
 from engram_transformers.hashing_engram import HANDFUL, naive_hash_ids
 
 from ..conftest import examples
-
-
-VOCABULARY = 60
-
-
-@dataclass
-class Case:
-    """A hasher and a batch for it."""
-
-    hasher: NgramHasher
-    ids: torch.Tensor
-    alive: torch.Tensor
-
-    @property
-    def n(self) -> int:
-        return self.hasher.context_length + 1
-
-    @property
-    def classes(self) -> torch.Tensor:
-        return self.hasher.compress(self.ids, self.alive)
-
-
-def make_hasher(n: int, heads: int, layers=(1, 4), classes: int = 40, dead_ids: int = 3, seed: int = 0) -> NgramHasher:
-    """A hasher over 60 ids in `classes` classes; the last `dead_ids` ids have no tokenizer entry."""
-    primes = torch.from_numpy(derive_primes(len(layers), [11] * (n - 1), heads))
-    multipliers = torch.from_numpy(derive_multipliers(list(layers), n, classes, seed))
-    token_map = torch.arange(VOCABULARY) % classes
-    token_map[VOCABULARY - dead_ids :] = DEAD
-    return NgramHasher(
-        list(layers), token_map, HashConstants(multipliers, primes, head_offsets(primes), torch.tensor([2]))
-    )
-
-
-@st.composite
-def cases(draw, max_length: int = 64, pads: bool = True) -> Case:
-    """Orders 2 to 4, 1 to 5 texts of 1 to 64 ids, with ids that are dead and positions that are pads anywhere."""
-    n, heads = draw(st.integers(2, 4)), draw(st.integers(1, 4))
-    batch, length = draw(st.integers(1, 5)), draw(st.integers(1, max_length))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    ids = torch.randint(0, VOCABULARY, (batch, length), generator=generator)
-    share = draw(st.sampled_from([0.0, 0.1, 0.5])) if pads else 0.0
-    alive = torch.rand(batch, length, generator=generator) >= share
-    return Case(make_hasher(n, heads, seed=draw(st.integers(0, 5))), ids, alive)
-
-
-def naive(hasher: NgramHasher, classes: torch.Tensor) -> torch.Tensor:
-    """`(layers, batch, length, orders, heads)` hashes by the naive twin."""
-    shape = (len(hasher.layer_ids), *classes.shape, *hasher.primes.shape[1:])
-    pad_class = int(hasher.pad_class)
-    hashes = [
-        naive_hash_ids(text, multipliers, primes, pad_class)
-        for multipliers, primes in zip(hasher.multipliers.tolist(), hasher.primes.tolist(), strict=True)
-        for text in classes.tolist()
-    ]
-    return torch.tensor(hashes).view(shape)
+from .hashers import VOCABULARY, all_inside, cases, make_hasher, naive
 
 
 @given(case=cases())
 def test_the_fast_path_equals_the_naive_twin(case):
     hashes = case.hasher.hash_lookback(case.hasher.lookback(case.classes))
     assert torch.equal(hashes, naive(case.hasher, case.classes))
+
+
+@given(case=cases(), pads=st.booleans(), history=st.booleans(), documents=st.booleans(), added=st.integers(0, 300))
+@pytest.mark.parametrize("many", [0, 2**40], ids=["multiplied", "divided"])
+def test_rows_of_many_tokens_equal_those_of_the_look_back(many, case, pads, history, documents, added):
+    hasher, ids = case.hasher, case.ids
+    if added:  # products of new classes leave int64
+        hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
+        ids = ids + added
+    classes = hasher.compress(ids, case.alive if pads else None)
+    past = torch.randint(-1 if pads else 0, 40, (len(ids), case.n - 1)) if history else None
+    segments = torch.randint(0, 2, (len(ids), case.n - 1 + ids.shape[1])).cumsum(1) if documents else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hashing_engram, "HANDFUL", 0)
+        patch.setattr(hashing_engram, "MANY", many)
+        rows = hasher(classes, past, segments)
+    first = hasher.offsets - hasher.offsets[:, :, :1]  # (layers, orders, heads)
+    assert torch.equal(rows, hasher.hash_lookback(hasher.lookback(classes, past, segments)) + first[:, None, None])
+    assert past is not None or documents or torch.equal(rows, naive(hasher, classes) + first[:, None, None])
+
+
+def test_many_tokens_are_hashed_without_a_division_where_heads_are_small_enough(monkeypatch):
+    hasher, divided = make_hasher(3, 2), []
+    monkeypatch.setattr(hashing_engram, "MANY", 9 * 8)  # two layers, two orders and two heads
+    monkeypatch.setattr(NgramHasher, "hash_products", lambda self, products: divided.append(1) or 1 / 0)
+    long, short = torch.ones(1, 9, dtype=torch.int64), torch.ones(1, 9 - 1, dtype=torch.int64)
+    monkeypatch.setattr(hashing_engram, "HANDFUL", 0)
+    assert hasher(long).shape == (2, 1, 9, 2, 2) and not divided
+    with pytest.raises(ZeroDivisionError):
+        hasher(short)
+    monkeypatch.setattr(hashing_engram, "MOST_QUICK_ROWS", 11)
+    with pytest.raises(ZeroDivisionError):
+        make_hasher(3, 2)(long)
 
 
 def test_the_naive_twin_is_the_formula_by_hand():
@@ -90,12 +65,6 @@ def test_the_naive_twin_is_the_formula_by_hand():
         [(18 ^ 35) % 11, (18 ^ 35) % 13],
     ]
     assert naive_hash_ids([1, 4, -1, 6], [3, 5], [[11, 13]], pad_class=7, start=3) == [[(18 ^ 35) % 11, (18 ^ 35) % 13]]
-
-
-def all_inside(hasher: NgramHasher, rows: torch.Tensor) -> bool:
-    """Whether every row, counted from the first of its order, belongs to its head."""
-    first = hasher.offsets - hasher.offsets[:, :, :1]  # (layers, orders, heads)
-    return bool(((rows >= first[:, None, None]) & (rows < (first + hasher.primes)[:, None, None])).all())
 
 
 @given(case=cases())
@@ -249,9 +218,10 @@ def test_inputs_are_left_as_they_were():
 
 
 def by_operators(hasher: NgramHasher, ids, alive, *history_and_segments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes and rows by tensor operators alone."""
+    """Classes and rows by tensor operators alone, without a short cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashing_engram, "HANDFUL", 0)
+        patch.setattr(hashing_engram, "is_at_hand", lambda tokens: False)
         classes = hasher.compress(ids, alive)
         return classes, hasher(classes, *history_and_segments)
 
@@ -303,101 +273,28 @@ def test_tokens_without_numbers_are_hashed_by_operators():
     assert not torch.equal(traced(other), traced(ids))
 
 
-def test_a_change_of_the_constants_in_place_is_seen():
-    hasher, classes = make_hasher(3, 2), torch.tensor([[5, 6]])
+@pytest.mark.parametrize("many", [0, 2**40], ids=["multiplied", "divided"])
+@pytest.mark.parametrize("length", [2, HANDFUL + 1])
+def test_a_change_of_the_constants_in_place_is_seen(length, many, monkeypatch):
+    monkeypatch.setattr(hashing_engram, "MANY", many)
+    hasher, classes = make_hasher(3, 2), torch.arange(length)[None]
     before = hasher(classes)
     with torch.inference_mode():
         hasher.multipliers += 2
     assert not torch.equal(hasher(classes), before)
     assert torch.equal(hasher(classes), by_operators(hasher, classes, None)[1])
+    before = hasher(classes)
+    hasher.primes += 2
+    assert not torch.equal(hasher(classes), before)
+    assert torch.equal(hasher(classes), by_operators(hasher, classes, None)[1])
 
 
-# A hasher that follows the vocabulary.
-
-
-@given(case=cases(max_length=20), added=st.integers(1, 200))
-def test_a_resized_vocabulary_keeps_old_rows_and_gives_new_ids_classes_of_their_own(case, added):
-    hasher, classes, before = case.hasher, case.classes, case.hasher(case.classes)
-    hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
-    assert torch.equal(hasher(classes), before)
-    known = VOCABULARY - 3  # three ids behind the tokenizer's last one count as new
-    old = case.ids < known
-    assert torch.equal(classes[old], hasher.compress(case.ids, case.alive)[old])
-    assert hasher.token_map[known:].tolist() == list(range(40, 40 + 3 + added))
-    # Products of the new classes may leave int64, and what is left of them may be negative.
-    assert all_inside(hasher, hasher(hasher.compress(torch.arange(VOCABULARY + added)[None])))
-    hasher.resize(VOCABULARY + added + 5, compressed_vocab_size=40)
-    assert hasher.token_map[known:].tolist() == list(range(40, 40 + 3 + added + 5))
-
-
-def test_a_token_added_inside_a_padded_vocabulary_gets_a_class():
-    hasher = make_hasher(3, 2)
-    assert hasher.token_map[VOCABULARY - 3 :].tolist() == [-1, -1, -1]  # the control
-    original = hasher.original_token_map(40)
-    hasher.resize(VOCABULARY - 2, compressed_vocab_size=40)
-    assert hasher.token_map[VOCABULARY - 3 :].tolist() == [40]
-    assert token_map_sha256(hasher.original_token_map(40)) == token_map_sha256(original)
-
-
-@given(added=st.integers(1, 300), seed=st.integers(0, 2**32))
-def test_the_naive_twin_agrees_about_new_ids(added, seed):
-    hasher = make_hasher(3, 2, seed=seed)
-    hasher.resize(VOCABULARY + added, compressed_vocab_size=40)
-    classes = hasher.compress(torch.arange(VOCABULARY + added)[None])
-    differing = (hasher.hash_lookback(hasher.lookback(classes)) != naive(hasher, classes)).sum().item()
-    assert differing == 0
-
-
-def test_a_vocabulary_shrinks_over_dead_ids_only():
-    hasher = make_hasher(3, 2)
-    hasher.resize(VOCABULARY - 3, compressed_vocab_size=40)
-    assert len(hasher.token_map) == VOCABULARY - 3
-    with pytest.raises(ValueError, match=r"cannot shrink from 57 to 56 ids.*Graft"):
-        hasher.resize(VOCABULARY - 4, compressed_vocab_size=40)
-    assert len(hasher.token_map) == VOCABULARY - 3
-
-
-# A hasher that has been read from a checkpoint.
-
-
-def config(**changes) -> EngramConfig:
-    fields = {"engram_layer_ids": [1, 3], "engram_vocab_size": 50, "engram_n_heads": 2, "engram_head_dim": 2}
-    text_config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=4, pad_token_id=2)
-    return EngramConfig(text_config=text_config, **{**fields, **changes})
-
-
-def compressed(token_map: torch.Tensor) -> EngramConfig:
-    return config(engram_compressed_vocab_size=40, engram_token_map_sha256=token_map_sha256(token_map))
-
-
-def test_a_token_map_of_another_checkpoint_is_refused():
-    token_map = torch.arange(VOCABULARY) % 40
-    settings = compressed(token_map)
-    NgramHasher.from_config(settings, token_map).check(settings)  # the control
-    with pytest.raises(EngramFormatError, match=r"token map has SHA-256.*another checkpoint.*model-"):
-        NgramHasher.from_config(settings, token_map.flip(0)).check(settings)
-    with pytest.raises(EngramFormatError, match="token map has SHA-256"):
-        NgramHasher.from_config(settings, token_map).check(compressed(token_map.flip(0)))
-    with pytest.raises(EngramFormatError, match="token map has SHA-256"):
-        NgramHasher.from_config(settings, token_map).check(config(engram_compressed_vocab_size=40))
-
-
-def test_a_memory_without_compression_is_accepted():
-    settings = config()
-    hasher = NgramHasher.from_config(settings)
-    assert torch.equal(hasher.token_map, torch.arange(VOCABULARY))
-    hasher.check(settings)
-
-
-@given(added=st.integers(1, 50), dead=st.integers(0, 5), with_map=st.booleans())
-def test_a_resized_memory_is_accepted(added, dead, with_map):
-    token_map = torch.arange(VOCABULARY) % 40 if with_map else None
-    if with_map:
-        token_map[VOCABULARY - dead :] = DEAD
-    settings = compressed(token_map) if with_map else config()
-    hasher = NgramHasher.from_config(settings, token_map)
-    hasher.resize(VOCABULARY + added, settings.engram_compressed_vocab_size)
-    hasher.check(settings)
-    hasher.multipliers[0, 0] += 1
-    with pytest.raises(EngramFormatError, match="must be odd"):
-        hasher.check(settings)
+@pytest.mark.parametrize("length", [2, 200])
+def test_constants_made_in_inference_mode_are_never_stale(length, monkeypatch):
+    monkeypatch.setattr(hashing_engram, "MANY", 0)
+    with torch.inference_mode():
+        hasher, classes = make_hasher(3, 2), torch.arange(length)[None] % 40
+        before = hasher(classes)
+        hasher.primes += 2
+        assert not torch.equal(hasher(classes), before)
+    assert torch.equal(hasher(classes), by_operators(hasher, classes, None)[1])

@@ -1,0 +1,283 @@
+"""Adapters of PEFT and the memory: what is kept beside an adapter, and what comes back with it.
+
+What it chooses: a memory that learns, or is no longer what its checkpoint holds, is saved into every adapter folder as
+a pack. A model has one memory, whatever adapters it has: an adapter that brings another one than those that are loaded
+is refused. An adapter's folder may also hold no pack; then the memory stays what it is.
+Promises: a memory is saved with an adapter or the save raises an error; a pack is in place before the adapter's
+settings name it, and is checked before the adapter is loaded. Never needs PEFT to be installed.
+Source: docs/peft.md.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import cached_file, logging
+
+from .memory_engram import EngramMemory
+from .pack_engram import (
+    PACK_NAME,
+    blocks_that_differ,
+    changed_rows,
+    dense_weights,
+    load_memory_pack,
+    named_parts,
+    save_memory_pack,
+    stored_weights,
+)
+
+
+logger = logging.get_logger(__name__)
+
+SETTINGS_NAME = "adapter_config.json"
+
+# Says in an adapter's settings that a memory belongs to it. A process that does not know this package gets PEFT's
+# warning about an unknown setting instead of silence.
+PACK_KEY = "engram_memory_pack"
+UNKNOWN_SETTING = rf"Unexpected keyword arguments \['{PACK_KEY}'\]"
+
+# Arguments that say where an adapter's files are.
+WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+class EngramAdapterMixin:
+    """Loading and saving of adapters without losing the memory that belongs to them."""
+
+    # The packs of loaded adapters, by adapter: SHA-256. A class attribute, so that every model has one.
+    adapter_packs: dict[str, str] = {}
+    # A pack that waits for the tables to be loaded.
+    due_pack: Path | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in [`EngramCheckpointMixin`]; the folder of an adapter may be named instead of a checkpoint's."""
+        wants_info = kwargs.get("output_loading_info", False)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if wants_info else loaded
+        model.bring_due_memory()  # until now its tables were not where they are to be
+        return loaded
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """As in Transformers; a memory that was saved with the adapter comes back with it.
+
+        Raises:
+            `ValueError`: if the adapter was made for a model with other layers, or with another memory than those that
+                are loaded.
+            [`EngramFormatError`]: if its memory is of another token map, other constants or another checkpoint.
+        """
+        name = adapter_name or "default"
+        loading = kwargs.get("load_config")  # from `from_pretrained`, before tables are where they are to be
+        where = {**(loading.download_kwargs or {} if loading else {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
+        pack = None if peft_model_id is None else find_pack(peft_model_id, **where)
+        take_pack(self, name, pack, later=loading is not None)
+        with quiet_about_packs():
+            info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        if info.missing_keys and info.unexpected_keys:
+            self.delete_adapter(name)
+            raise other_layers(peft_model_id, info.missing_keys, info.unexpected_keys)
+        return info
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
+        """As in [`EngramCheckpointMixin`]; a model with adapters saves the active one, and its memory beside it."""
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            return
+        with memory_beside(self, [Path(save_directory)] if is_main_process else []):
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def bring_due_memory(self) -> None:
+        """Applies the pack of an adapter that was loaded before the tables were."""
+        if self.due_pack is not None and self.memory.placement != "none":
+            pack, self.due_pack = self.due_pack, None
+            load_memory_pack(self, pack)
+
+
+def inside(model: nn.Module) -> nn.Module | None:
+    """The model with a memory that PEFT's objects are around; None if there is none."""
+    for module in model.modules():
+        if isinstance(module._modules.get("memory"), EngramMemory):
+            return module
+    return None
+
+
+def unwrapped_donor(donor):
+    """A donor out of PEFT's wrapper, with its adapter layers: they become adapters of the graft."""
+    return donor.get_base_model() if hasattr(donor, "peft_config") and hasattr(donor, "get_base_model") else donor
+
+
+def take_over_adapters(model: nn.Module) -> None:
+    """Makes adapters that are in a backbone the model's own, as `load_adapter` would have left them."""
+    settings = model.backbone.__dict__.pop("peft_config", None)
+    if settings:
+        model.backbone._hf_peft_config_loaded = False
+        for module in model.backbone.modules():
+            module._is_hf_initialized = True  # Transformers would give adapter layers fresh weights
+        model.peft_config, model._hf_peft_config_loaded = settings, True
+
+
+@torch.no_grad()
+def memory_travels(model: nn.Module) -> bool:
+    """Whether an adapter needs the memory beside it: it learns, or is no longer what its checkpoint holds."""
+    if model.due_pack is not None:
+        raise ValueError(
+            f"the memory of '{model.due_pack}' was not loaded (engram_placement='none'), and a save would lose it: "
+            "model.place_memory('disk') first."
+        )
+    if model.memory.placement == "none":
+        return False
+    parts, dense = named_parts(model), dense_weights(model)
+    files = model.checkpoint_tables
+    if files is None:  # a graft that was made here: with rows of zeros it adds nothing, unless it is by a bias
+        biases = [weight for name, weight in dense.items() if name.endswith("bias")]
+        return any(bool(tensor.any()) for tensor in (*parts.values(), *biases))
+    if any(tensor.requires_grad for tensor in (*parts.values(), *dense.values())):
+        return True
+    for name, data in stored_weights(files):
+        weight = dense[name]
+        stored = torch.frombuffer(bytearray(data), dtype=files.part(name).dtype).view(weight.shape)
+        if not torch.equal(stored.to(weight.dtype), weight.to("cpu")):
+            return True
+    return any(differs(part, files.part(name)) for name, part in parts.items())
+
+
+def differs(part: torch.Tensor, stored) -> bool:
+    """Whether any row of a part is not what its file holds."""
+    if getattr(part, "changes", None) is not None:
+        return len(changed_rows(part, stored)[0]) > 0
+    return next(blocks_that_differ(part, stored), None) is not None
+
+
+@contextmanager
+def memory_beside(model: nn.Module, folders: list[Path]):
+    """Saves the memory into adapter folders, if it has to be there, and names it in the settings that the block writes.
+
+    Raises:
+        `ValueError`: if there is no checkpoint that a pack could be the change of; nothing is written then.
+    """
+    if not folders:
+        yield
+        return
+    travels = memory_travels(model)
+    if travels and model.checkpoint_tables is None:
+        raise ValueError(
+            "the memory was trained on a graft that is in no folder, and an adapter's folder holds only what changed "
+            "from one. Save the graft before adapters are put into it (model.save_pretrained(folder)); this model can "
+            "be kept whole with peft_model.merge_and_unload().save_pretrained(folder)."
+        )
+    for folder in folders:
+        if not travels:
+            (folder / PACK_NAME).unlink(missing_ok=True)  # of an adapter that was here before
+        elif folder is folders[0]:
+            save_memory_pack(model, folder / PACK_NAME)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folders[0] / PACK_NAME, folder / f"{PACK_NAME}.part")
+            os.replace(folder / f"{PACK_NAME}.part", folder / PACK_NAME)
+    yield
+    if travels:
+        for folder in folders:
+            name_pack(folder / SETTINGS_NAME, model)
+
+
+def name_pack(path: Path, model: nn.Module) -> None:
+    """Writes into an adapter's settings that a memory belongs to it, and the checkpoint of both if none is named."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings[PACK_KEY] = PACK_NAME
+    if not settings.get("base_model_name_or_path"):
+        settings["base_model_name_or_path"] = os.path.abspath(model.checkpoint_tables.folder)
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def find_pack(source: str | os.PathLike, **where) -> Path | None:
+    """The pack in an adapter's folder or repository; None if there is none.
+
+    Raises:
+        `FileNotFoundError`: if the adapter's settings say that there is one.
+    """
+    settings = adapter_file(source, SETTINGS_NAME, **where)
+    if settings is None:
+        return None  # PEFT says what is missing
+    named = PACK_KEY in json.loads(settings.read_text(encoding="utf-8"))
+    pack = adapter_file(source, PACK_NAME, **where) if named or Path(source).is_dir() else None
+    if named and pack is None:
+        raise FileNotFoundError(
+            f"the adapter '{source}' was saved with a memory, and {PACK_NAME} is not there: copy it again, or take "
+            f"'{PACK_KEY}' out of its {SETTINGS_NAME} to load the adapter without."
+        )
+    return pack
+
+
+def adapter_file(source: str | os.PathLike, name: str, **where) -> Path | None:
+    """A file of an adapter, downloaded if it is not here; None if there is none."""
+    if Path(source).is_dir():
+        path = Path(source, where.get("subfolder") or "", name)
+        return path if path.is_file() else None
+    known = {key: value for key, value in where.items() if key in WHERE and value is not None}
+    found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **known)
+    return None if found is None else Path(found)
+
+
+def take_pack(model: nn.Module, adapter: str, pack: Path | None, later: bool = False) -> None:
+    """Makes the memory what was saved with an adapter that is about to be loaded.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model.
+        adapter (`str`): the adapter's name; one that is there already is being restored.
+        pack (`Path`, *optional*): from `find_pack`; None leaves the memory as it is.
+        later (`bool`, *optional*, defaults to `False`): whether the tables are not in their place yet.
+
+    Raises:
+        `ValueError`: if other adapters brought another memory.
+        [`EngramFormatError`]: if the pack does not fit the model; nothing is changed then.
+    """
+    if pack is None:
+        return
+    digest = sha256(pack)
+    there = getattr(model, "peft_config", None) or {}
+    others = {name: held for name, held in model.adapter_packs.items() if name in there and name != adapter}
+    if adapter not in there and any(held != digest for held in others.values()):
+        raise ValueError(
+            f"adapter {adapter!r} brings another memory than {', '.join(map(repr, sorted(others)))}, and a model has "
+            "one for all its adapters: load it into a model of its own, or delete_adapter the others first."
+        )
+    if later or model.memory.placement == "none":
+        model.due_pack = pack
+        if not later:
+            logger.warning(f"the memory in '{pack}' waits for place_memory(...): engram_placement='none'.")
+    else:
+        load_memory_pack(model, pack)
+    model.adapter_packs = {**dict.fromkeys(others, digest), adapter: digest}
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def other_layers(source, missing, unexpected) -> ValueError:
+    """The error for an adapter whose weights have no place, and would silently be left at their start."""
+    return ValueError(
+        f"the adapter '{source}' is for other layers: {len(missing)} weights are not in it (first {min(missing)}), "
+        f"{len(unexpected)} of its own have no place (first {min(unexpected)}). It was made for another model, or by a "
+        "method that load_adapter of Transformers does not know: PeftModel.from_pretrained(model, ...) knows all."
+    )
+
+
+@contextmanager
+def quiet_about_packs():
+    """Holds back PEFT's warning about the setting that names a pack, where the pack is looked after."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", UNKNOWN_SETTING)
+        yield

@@ -1,0 +1,70 @@
+"""What is trained, in one word.
+
+- "memory": tables, projections, norms and convolution of the memory; the backbone is frozen.
+- "tables": the rows alone.
+- "memory+lora": the memory, and the adapters that PEFT has put into the backbone.
+- "all": everything.
+
+Promises: the word is kept in `config.json` and restored by `from_pretrained`; what it does not name is frozen.
+Source: docs/training.md.
+"""
+
+import sys
+from collections.abc import Iterator
+from operator import attrgetter
+
+from torch import nn
+
+
+TRAIN_MODES = ("memory", "tables", "memory+lora", "all")
+
+
+def check_train_mode(word: str) -> str:
+    """Raises ValueError for a word that is no mode."""
+    if word not in TRAIN_MODES:
+        raise ValueError(f"train_mode {word!r} must be one of {', '.join(map(repr, TRAIN_MODES))}.")
+    return word
+
+
+def set_train_mode(model, word: str, adapters_must_be_there: bool = True) -> None:
+    """Says which parameters of a model learn.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model.
+        word (`str`): one of `TRAIN_MODES`.
+        adapters_must_be_there (`bool`, *optional*, defaults to `True`): False while a model is loaded.
+
+    Raises:
+        `ValueError`: for another word, or for "memory+lora" without an adapter.
+    """
+    check_train_mode(word)
+    adapters = list(adapter_parameters(model)) if word in ("memory+lora", "all") else []
+    if word == "memory+lora" and adapters_must_be_there and not adapters:
+        raise ValueError(
+            "train_mode('memory+lora') found no adapter in the backbone: get_peft_model(model, LoraConfig(...)) or "
+            "model.add_adapter(LoraConfig(...)) first, or train_mode('memory')."
+        )
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(word == "all" and parameter.is_floating_point())  # quantised weights never learn
+    model.memory.requires_grad_(True)
+    model.memory.layers.requires_grad_(word != "tables")
+    for parameter in adapters:
+        parameter.requires_grad_(True)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of the active adapters that PEFT has put into a model."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for module in model.modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for name in module.adapter_layer_names:
+            held = attrgetter(name)(module) if hasattr(module, name.split(".")[0]) else {}
+            for adapter in module.active_adapters:
+                if adapter in held:
+                    found = held[adapter]
+                    yield from [found] if isinstance(found, nn.Parameter) else found.parameters()

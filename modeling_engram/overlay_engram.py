@@ -1,0 +1,210 @@
+"""Changed rows over a table that stays as it is: what lets a table in a file be trained.
+
+What it chooses: rows that were written are kept beside the table, in the order in which they were first written, and
+read in its stead. So training takes memory for the rows that it touches, where writing into a mapping of the file takes
+a page for each (4096 bytes for a row of 320), and what has changed is known without looking at the table.
+Promises: a row is the last that was written, or the file's; the files are never written to. Never holds a table.
+Source: docs/training.md.
+"""
+
+import copy
+
+import torch
+from torch import nn
+
+from .rows_engram import FilePart, FileRows, check_range
+from .table_engram import part_of
+
+
+class RowIndex:
+    """Which place each of some rows has, in the order in which they came.
+
+    Args:
+        device (`torch.device`, *optional*): where the table is.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)  # (known,), ascending
+        self.places = torch.empty(0, dtype=torch.int64, device=device)  # (known,)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def find(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places of rows `(rows,)`, and which of them are known; an unknown row's place means nothing."""
+        if not len(self):
+            return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+        near = torch.searchsorted(self.rows, rows).clamp_(max=len(self) - 1)
+        return self.places[near], self.rows[near] == rows
+
+    def slots(self, rows: torch.Tensor) -> torch.Tensor:
+        """Places of rows `(rows,)`, ascending and unique; those that are new come after all others."""
+        places, known = self.find(rows)
+        fresh = rows[~known]
+        if len(fresh):
+            count = len(self)
+            added = torch.arange(count, count + len(fresh), device=rows.device)
+            places[~known] = added
+            self.rows, order = torch.cat([self.rows, fresh]).sort()
+            self.places = torch.cat([self.places, added])[order]
+        return places
+
+
+class ChangedRows:
+    """Rows of one part that differ from its file, or once did.
+
+    Args:
+        part ([`FilePart`]): where the others are.
+    """
+
+    def __init__(self, part: FilePart):
+        self.part, self.stored = part, FileRows([part])
+        self.index = RowIndex()
+        self.values = torch.empty(0, part.shape[1], dtype=part.dtype)  # (capacity, width)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `(reads,)` as they are now: `(reads, width)`."""
+        places, known = self.index.find(rows)
+        if not bool(known.any()):
+            return self.stored.read(rows)
+        values = self.values.new_empty(len(rows), self.values.shape[1])  # (reads, width)
+        values[known] = self.values[places[known]]
+        values[~known] = self.stored.read(rows[~known])
+        return values
+
+    def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Changes rows `(rows,)`, ascending and unique, to `values`."""
+        check_range(rows, self.part.shape[0])
+        places = self.index.slots(rows)
+        if len(self.index) > len(self.values):
+            # Exactly what is needed at first, then by halves, so that growth costs little in all.
+            room = max(len(self.index), len(self.values) * 3 // 2)
+            grown = self.values.new_empty(room, self.values.shape[1])  # (capacity, width)
+            grown[: len(self.values)] = self.values
+            self.values = grown
+        self.values[places] = values.to(self.values.dtype)
+
+    def clear(self) -> None:
+        """Forgets all changes."""
+        self.index, self.values = RowIndex(), self.values[:0].clone()
+
+    def named(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows `(changed,)`, ascending, and their values `(changed, width)`."""
+        return self.index.rows, self.values[self.index.places]
+
+
+class RowOverlay(FileRows):
+    """Rows of one order in a checkpoint's files, with those that were changed in memory.
+
+    Args:
+        parts (`list[FilePart]`): where the parts lie, each but the last of the same height.
+        requires_grad (`bool`, *optional*, defaults to `True`): whether they learn.
+
+    `learning` holds a parameter for each part, with no row of its own: what an optimizer is given in the part's place.
+    """
+
+    def __init__(self, parts: list[FilePart], requires_grad: bool = True):
+        super().__init__(parts)
+        self.changes = [ChangedRows(part) for part in parts]
+        self.learning = [stand_in(changes, requires_grad) for changes in self.changes]
+
+    @property
+    def changed(self) -> int:
+        """How many rows were written."""
+        return sum(len(changes) for changes in self.changes)
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `(reads,)` in any order, as they are now: `(reads, width)`."""
+        if not self.changed:
+            return super().read(rows)
+        values = torch.empty(len(rows), self.width, dtype=self.dtype)
+        stored = ~self.lay_over(rows, values)
+        values[stored] = super().read(rows[stored])
+        return values
+
+    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """As `read`, for a few rows that need no disk; None if they do."""
+        values = super().read_resident(rows)
+        if values is not None and self.changed:
+            self.lay_over(rows, values)
+        return values
+
+    def lay_over(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Writes changed rows over `values` `(reads, width)`; which of them were, `(reads,)`."""
+        over = torch.zeros(len(rows), dtype=torch.bool)
+        height = self.parts[0].shape[0]
+        place = part_of(rows, height, len(self.parts))
+        for number, changes in enumerate(self.changes):
+            if len(changes):
+                places, known = changes.index.find(rows - number * height)
+                known &= place == number
+                values[known] = changes.values[places[known]]
+                over |= known
+        return over
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The parts as tensors that are mapped from the files, changed rows written into private pages."""
+        tensors = super().tensors()
+        for tensor, changes in zip(tensors, self.changes, strict=True):
+            if len(changes):
+                rows, values = changes.named()
+                tensor[rows] = values
+        return tensors
+
+    def stand_on(self, parts: list[FilePart]) -> None:
+        """Forgets all changes, and reads from other files of the same shapes; what learns stays the same object."""
+        self.parts = parts
+        self.changes = [ChangedRows(part) for part in parts]
+        for handle, changes in zip(self.learning, self.changes, strict=True):
+            handle.changes = changes
+
+    def __deepcopy__(self, memo) -> "RowOverlay":
+        twin = RowOverlay(self.parts, self.learning[0].requires_grad)
+        for mine, theirs in zip(self.changes, twin.changes, strict=True):
+            theirs.index, theirs.values = copy.deepcopy(mine.index, memo), mine.values.clone()
+        return twin
+
+    def __reduce__(self):
+        state = [(changes.index, changes.values) for changes in self.changes]
+        return overlay_from, (self.parts, self.learning[0].requires_grad, state)
+
+
+def overlay_from(parts: list[FilePart], requires_grad: bool, state: list) -> RowOverlay:
+    """An overlay that was pickled."""
+    overlay = RowOverlay(parts, requires_grad)
+    for changes, (index, values) in zip(overlay.changes, state, strict=True):
+        changes.index, changes.values = index, values
+    return overlay
+
+
+def stand_in(changes: ChangedRows, requires_grad: bool) -> nn.Parameter:
+    """A parameter without rows that an optimizer holds for a part in a file."""
+    parameter = nn.Parameter(torch.empty(0, changes.part.shape[1], dtype=changes.part.dtype), requires_grad)
+    parameter.changes = changes
+    return parameter
+
+
+def part_shape(part: torch.Tensor) -> tuple[int, int]:
+    """Rows and width of a part, wherever it is."""
+    changes = getattr(part, "changes", None)
+    return tuple(part.shape) if changes is None else changes.part.shape
+
+
+@torch.no_grad()
+def read_part(part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows `(rows,)` of a part, wherever it is: `(rows, width)`, a copy in the table's type."""
+    changes = getattr(part, "changes", None)
+    return part.detach()[rows] if changes is None else changes.read(rows)
+
+
+@torch.no_grad()
+def write_part(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Writes `values` `(rows, width)` to rows `(rows,)` of a part, ascending and unique, wherever it is."""
+    changes = getattr(part, "changes", None)
+    if changes is None:
+        part.detach()[rows] = values.to(part.dtype)
+    else:
+        changes.write(rows, values)

@@ -1,0 +1,364 @@
+"""Memory packs: what training changed in a memory, in one file beside the checkpoint that it changed.
+
+What it chooses: a pack names its base (a checkpoint on disk or on the Hub) and holds the rows that differ from it and
+the memory's dense weights, as they are and not as differences, so that base and pack give the trained memory bit for
+bit. The base's digest covers hash constants, token map, dense weights and a sample of rows of every part: reading all
+rows of a large table would cost more than the training.
+Promises: a pack is checked whole, against file, model and base, before anything is changed; it is written under another
+name and then renamed. Never unpickles, never writes into the base.
+Source: docs/training.md, docs/format.md.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import __version__ as transformers_version
+
+from .configuration_engram import EngramFormatError
+from .overlay_engram import part_shape, read_part, write_part
+from .placement_engram import named_orders
+from .rows_engram import CheckpointTables, FilePart, FileRows
+from .shards_engram import DTYPE_NAMES, SAVING_PREFIX, read_header
+
+
+PACK_NAME = "memory_pack.safetensors"
+KIND = "engram-memory-pack"
+VERSION = "1"
+
+# State-dict prefix of the memory's dense weights.
+LAYERS_PREFIX = "memory.layers."
+
+# Rows of every part that the base's digest looks at.
+SAMPLED_ROWS = 64
+
+# Rows that are compared at once.
+BLOCK = 1 << 16
+
+DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
+
+
+@dataclass(frozen=True)
+class PackHeader:
+    """What a pack says of itself.
+
+    Args:
+        base (`str`): folder or Hub id of the checkpoint that it changes.
+        base_sha256 (`str`): digest of that memory.
+        digests (`dict[str, str]`): of hash constants and token map, as in `config.json`.
+        provenance (`dict`): who made it, and whatever was handed over.
+        rows (`dict[str, int]`): changed rows of each part.
+    """
+
+    base: str
+    base_sha256: str
+    digests: dict[str, str]
+    provenance: dict
+    rows: dict[str, int]
+
+
+def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
+    """Writes what differs between a model's memory and the checkpoint that it came from.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model, wherever its tables are.
+        path (`str` or `os.PathLike`): a file, or a folder for `memory_pack.safetensors`.
+        base (`str` or `os.PathLike`, *optional*): folder of the checkpoint; the one that the model came from if None.
+        provenance: anything that JSON can hold, kept in the file.
+
+    Returns:
+        `Path`: the file.
+
+    Raises:
+        `ValueError`: if the model came from no checkpoint, or its tables are not loaded.
+        [`EngramFormatError`]: if the base is of another memory.
+
+    Example:
+
+    ```python
+    >>> from engram_transformers import load_memory_pack, save_memory_pack
+
+    >>> save_memory_pack(model, "my-pack", base="my-graft")
+    >>> model = AutoModelForCausalLM.from_pretrained("my-graft")
+    >>> load_memory_pack(model, "my-pack")
+    ```"""
+    check_loaded(model)
+    files, name = base_of(model, base)
+    parts = named_parts(model)
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in dense_weights(model).items()}
+    counts = {}
+    for part_name, part in parts.items():
+        rows, values = changed_rows(part, files.part(part_name))
+        if len(rows):
+            tensors[f"{part_name}.rows"], tensors[f"{part_name}.values"] = rows, values.contiguous()
+            counts[part_name] = len(rows)
+    metadata = {
+        "format": "pt",
+        "kind": KIND,
+        "version": VERSION,
+        "base": name,
+        "base_sha256": base_digest(model.config, files, list(parts)),
+        "digests": json.dumps({field: getattr(model.config, field) for field in DIGESTS}),
+        "provenance": json.dumps({"transformers": transformers_version, "torch": torch.__version__, **provenance}),
+        "rows": json.dumps(counts),
+    }
+    path = pack_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{SAVING_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        save_file(tensors, draft, metadata)
+        with open(draft, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | None = None):
+    """Makes a model's memory what it was when a pack was saved; whatever else was changed in it is undone.
+
+    Args:
+        model ([`EngramForCausalLM`]): a model with the memory of the pack's base, wherever its tables are.
+        path (`str` or `os.PathLike`): the file, or its folder.
+        base (`str` or `os.PathLike`, *optional*):
+            Folder of the base; where the model came from, or the name in the pack, if None.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        `FileNotFoundError`: if the pack or its base is not there.
+        [`EngramFormatError`]: if the pack is damaged, of another memory or another base; nothing is changed then.
+    """
+    check_loaded(model)
+    path = pack_path(path)
+    header = read_pack_header(path)
+    for field in DIGESTS:
+        if header.digests.get(field) != getattr(model.config, field):
+            raise EngramFormatError(
+                f"'{path}' is of another memory: its {field} is {str(header.digests.get(field))[:16]}..., the model's "
+                f"{str(getattr(model.config, field))[:16]}.... Load the checkpoint that it was made from: "
+                f"{header.base!r}."
+            )
+    parts = named_parts(model)
+    files = matching_base(model, base, header, list(parts))
+    dense = dense_weights(model)
+    tensors = checked_tensors(path, parts, dense)
+    # Everything that can fail comes before the first change.
+    changes = []
+    for name, part in parts.items():
+        rows, values = tensors.get(f"{name}.rows"), tensors.get(f"{name}.values")
+        changes.append((part, undone(part, files.part(name)), rows, values))
+    with torch.no_grad():
+        for part, before, rows, values in changes:
+            if isinstance(before, tuple):
+                write_part(part, *before)
+            elif getattr(part, "changes", None) is not None:
+                part.changes.clear()
+            if rows is not None:
+                write_part(part, rows.to(part.device), values.to(part.device))
+        for name, weight in dense.items():
+            weight.copy_(tensors[name])
+    return model
+
+
+def pack_path(path: str | os.PathLike) -> Path:
+    """A pack's file: a folder holds it under its usual name."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / PACK_NAME
+
+
+def read_pack_header(path: str | os.PathLike) -> PackHeader:
+    """What a pack says of itself, when it is whole.
+
+    Raises:
+        `FileNotFoundError`: if it is not there.
+        [`EngramFormatError`]: if it is no pack, truncated, or of a later version.
+    """
+    path = pack_path(path)
+    read_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise EngramFormatError(f"'{path}' cannot be read ({error}): copy it again.") from error
+    if metadata.get("kind") != KIND or metadata.get("version") != VERSION:
+        raise EngramFormatError(
+            f"'{path}' is no memory pack of version {VERSION} (kind {metadata.get('kind')!r}, version "
+            f"{metadata.get('version')!r}): name a file that save_memory_pack wrote, or upgrade this package."
+        )
+    try:
+        held = {name: json.loads(metadata[name]) for name in ("digests", "provenance", "rows")}
+        return PackHeader(metadata["base"], metadata["base_sha256"], **held)
+    except (KeyError, ValueError) as error:
+        raise EngramFormatError(f"'{path}' has a damaged header ({error!r}): copy it again.") from error
+
+
+def check_loaded(model) -> None:
+    """Raises for a model without tables that a pack could be taken from or given to."""
+    if not hasattr(model, "memory"):
+        raise TypeError(f"{type(model).__name__} has no memory: a pack is of an EngramForCausalLM.")
+    if model.memory.placement == "none":
+        raise ValueError("the memory was not loaded (engram_placement='none'): model.place_memory('disk') first.")
+
+
+def named_parts(model) -> dict[str, torch.Tensor]:
+    """What stands for each part of the tables, by its state-dict name."""
+    found = dict(model.memory.named_host_parts())
+    for prefix, order in named_orders(model.memory.tables):
+        found.update({f"{prefix}{name}": part for name, part in order._parameters.items()})
+        names = [f"{prefix}{number}" for number in range(len(order.heights))]
+        if any(name not in found for name in names):  # offloaded by accelerate to files: they are not trained there
+            raise ValueError(f"'{prefix}*' were offloaded by accelerate: model.place_memory('disk') first.")
+    return dict(sorted(found.items()))
+
+
+def dense_weights(model) -> dict[str, torch.Tensor]:
+    """The memory's weights that are no tables, by their state-dict names."""
+    return {f"{LAYERS_PREFIX}{name}": weight for name, weight in model.memory.layers.named_parameters()}
+
+
+def base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, str]:
+    """The files that a memory came from, and their name."""
+    if base is not None:
+        return model.tables_of(Path(base)), os.path.abspath(base)
+    files = model.checkpoint_tables
+    if files is None:
+        raise ValueError(
+            "this memory came from no checkpoint, and a pack holds what differs from one: name it (base=...), or keep "
+            "the model whole (model.save_pretrained(folder))."
+        )
+    return files, os.path.abspath(files.folder) if files.locate is None else str(model.config._name_or_path)
+
+
+def base_digest(config, files: CheckpointTables, parts: list[str]) -> str:
+    """SHA-256 of a stored memory: constants, token map, dense weights, and a sample of rows."""
+    digest = hashlib.sha256(json.dumps([getattr(config, field) for field in DIGESTS]).encode())
+    for name, data in stored_weights(files):
+        digest.update(name.encode() + data)
+    for name in parts:
+        part = files.part(name)
+        rows = torch.linspace(0, part.shape[0] - 1, SAMPLED_ROWS, dtype=torch.float64).long().unique()
+        digest.update(f"{name} {part.shape} {part.dtype}".encode())
+        digest.update(FileRows([part]).read(rows).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stored_weights(files: CheckpointTables) -> Iterator[tuple[str, bytes]]:
+    """The memory's dense weights in a checkpoint's files: names and bytes."""
+    for name in sorted(name for name in files.weight_map if name.startswith(LAYERS_PREFIX)):
+        part = files.part(name)
+        buffer = bytearray(torch.Size(part.shape).numel() * part.dtype.itemsize)
+        part.file.read(memoryview(buffer), part.offset)
+        yield name, bytes(buffer)
+
+
+def matching_base(model, base, header: PackHeader, parts: list[str]) -> CheckpointTables:
+    """The files of a pack's base.
+
+    Raises:
+        `FileNotFoundError`: if there are none.
+        [`EngramFormatError`]: if they are others.
+    """
+    tried = []
+    if base is not None or model.checkpoint_tables is not None:
+        files, name = base_of(model, base)
+        if base_digest(model.config, files, parts) == header.base_sha256:
+            return files
+        tried.append(name)
+    if base is None and Path(header.base, "config.json").is_file():
+        files = model.tables_of(Path(header.base))
+        if base_digest(model.config, files, parts) == header.base_sha256:
+            return files
+        tried.append(header.base)
+    if not tried:
+        raise FileNotFoundError(
+            f"the pack changes the memory of {header.base!r}, which is not here: name the folder (base=...)."
+        )
+    raise EngramFormatError(
+        f"the pack changes the memory of {header.base!r} (digest {header.base_sha256[:16]}...); "
+        f"{' and '.join(map(repr, tried))} has other rows or weights. Load the pack's base, or name it (base=...)."
+    )
+
+
+def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Tensor]:
+    """A pack's tensors, checked against the model by the file's header before they are read.
+
+    Raises:
+        [`EngramFormatError`]: naming what does not fit.
+    """
+    entries = read_header(path)
+    expected = {name: (DTYPE_NAMES[weight.dtype], tuple(weight.shape)) for name, weight in dense.items()}
+    for name, part in parts.items():
+        if f"{name}.rows" in entries or f"{name}.values" in entries:
+            count = entries[f"{name}.rows"].shape[0] if f"{name}.rows" in entries else None
+            expected[f"{name}.rows"] = ("I64", (count,))
+            expected[f"{name}.values"] = (DTYPE_NAMES[part.dtype], (count, part_shape(part)[1]))
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    for name in sorted({*found, *expected}):
+        wanted, is_there = expected.get(name), found.get(name)
+        dense_in_another_type = name in dense and is_there is not None and is_there[1] == wanted[1]
+        if wanted != is_there and not dense_in_another_type:
+            raise EngramFormatError(
+                f"'{path}' holds '{name}' as {is_there or 'nothing'}, the model needs {wanted or 'no such tensor'}: "
+                "the pack belongs to a memory of other sizes, or is damaged."
+            )
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in found}
+    for name, part in parts.items():
+        rows = tensors.get(f"{name}.rows")
+        if rows is None or not len(rows):
+            continue
+        if int(rows[0]) < 0 or int(rows[-1]) >= part_shape(part)[0] or bool((rows.diff() <= 0).any()):
+            raise EngramFormatError(
+                f"'{path}' names rows of '{name}' that are not ascending and unique within {part_shape(part)[0]:,} "
+                "rows: the pack is damaged."
+            )
+    return tensors
+
+
+def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a part that differ from a file, `(changed,)`, and what they are, `(changed, width)`."""
+    changes = getattr(part, "changes", None)
+    if changes is not None and (changes.part.file, changes.part.offset) == (stored.file, stored.offset):
+        rows, values = changes.named()
+        differs = unequal(values, FileRows([stored]).read(rows))
+        return rows[differs], values[differs]
+    found = list(blocks_that_differ(part, stored))
+    if not found:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, stored.shape[1], dtype=stored.dtype)
+    return torch.cat([rows for rows, _, _ in found]), torch.cat([values for _, values, _ in found])
+
+
+def undone(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows of a part that differ from a file, and what they are there; None if forgetting its changes is enough."""
+    changes = getattr(part, "changes", None)
+    if changes is not None and (changes.part.file.path, changes.part.offset) == (stored.file.path, stored.offset):
+        return None
+    found = list(blocks_that_differ(part, stored))
+    if not found:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, stored.shape[1], dtype=stored.dtype)
+    return torch.cat([rows for rows, _, _ in found]), torch.cat([was for _, _, was in found])
+
+
+def blocks_that_differ(part: torch.Tensor, stored: FilePart) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Rows that differ, what they are in the model, and what they are in the file, block by block."""
+    reader, height = FileRows([stored]), stored.shape[0]
+    for first in range(0, height, BLOCK):
+        rows = torch.arange(first, min(height, first + BLOCK))
+        held, was = read_part(part, rows.to(part.device)).to("cpu"), reader.read(rows)
+        differs = unequal(held, was)
+        if bool(differs.any()):
+            yield rows[differs], held[differs], was[differs]
+
+
+def unequal(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which rows differ in any bit, `(rows,)`: NaN equals itself, and 0 is not -0."""
+    return (values.contiguous().view(torch.uint8) != others.contiguous().view(torch.uint8)).any(1)

@@ -1,0 +1,286 @@
+"""What PEFT is taught about a model with a memory: its own classes, wrapped where they would lose or harm one.
+
+What it chooses: a wrapper acts only where an Engram model is inside and hands everything else through; each copy of
+this code wraps a method once and looks after models of its own. PEFT answers for the backbone: names of layers to adapt
+are those that it knows for the backbone's type.
+Promises: `PeftModel.save_pretrained`, `from_pretrained` and `load_adapter` keep a memory that belongs to an adapter; an
+adapter of the donor loads under its own names or raises; what would copy a table, or does not work with a memory, is
+refused when the adapter is made. Never imports PEFT before somebody else has, unless it is asked to.
+Source: docs/peft.md.
+"""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from .adapters_engram import (
+    find_pack,
+    inside,
+    memory_beside,
+    other_layers,
+    quiet_about_packs,
+    take_over_adapters,
+    take_pack,
+)
+from .layer_engram import Projection
+from .memory_engram import MEMORY_PREFIX
+
+
+MODEL_TYPE = "engram_lm"
+PROJECTION = "key_value"
+
+# Methods that need of the memory what it cannot give.
+REFUSED = {
+    "XLORA": "it runs every text twice and mixes adapters of one model each",
+    "SHADOW": "its second network runs beside the backbone and has no memory",
+    "ADAPTION_PROMPT": "it replaces attention by the backbone's type, which PEFT does not see",
+}
+
+
+def meet_peft(model: nn.Module) -> None:
+    """What a new model does: adapters in its backbone become its own, and PEFT is taught as soon as it is there."""
+    take_over_adapters(model)
+    if "peft" in sys.modules:
+        support_peft()
+    elif not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PeftFinder())
+
+
+class PeftFinder(importlib.abc.MetaPathFinder):
+    """Waits for PEFT to be imported after a model was made."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft":
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
+        if (
+            spec is not None and spec.loader is not None
+        ):  # not in use yet: others may only want to know whether it is there
+            run = spec.loader.exec_module
+
+            def exec_module(module):
+                run(module)
+                support_peft()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def support_peft() -> None:
+    """Teaches PEFT, once. Imports it if nobody has."""
+    peft = importlib.import_module("peft")
+    tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
+    wrap(tuner, "get_model_config", config_of_backbone)
+    wrap(tuner, "inject_adapter", inject_adapter)
+    for model in (peft.PeftModel, peft.PeftMixedModel):
+        wrap(model, "load_adapter", load_adapter)
+        wrap(model, "zero_grad", zero_grad)
+    wrap(peft.PeftModel, "from_pretrained", from_pretrained)
+    wrap(peft.PeftModel, "save_pretrained", save_pretrained)
+    wrap(peft.PeftModel, "add_adapter", add_adapter)
+    name_targets(importlib.import_module("peft.utils.constants"))
+
+
+def wrap(owner: type, name: str, wrapper) -> None:
+    """Puts `wrapper(original, *args, **kwargs)` in the place of a method, once for each copy of this code."""
+    held = inspect.getattr_static(owner, name)
+    kind = type(held) if isinstance(held, (classmethod, staticmethod)) else None
+    original = held.__func__ if kind else held
+    step = original
+    while step is not None:
+        if getattr(step, "taught_by", None) == __name__:
+            return
+        step = getattr(step, "__wrapped__", None)
+
+    @functools.wraps(original)
+    def taught(*args, **kwargs):
+        return wrapper(original, *args, **kwargs)
+
+    taught.taught_by = __name__
+    setattr(owner, name, kind(taught) if kind else taught)
+
+
+def name_targets(constants) -> None:
+    """An entry for our model type in each of PEFT's lists, for whoever asks them without a model.
+
+    Who has a model gets the names of its backbone's type (`config_of_backbone`). These are Llama's, which most have.
+    """
+    for name, mapping in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
+            mapping.setdefault(MODEL_TYPE, mapping["llama"])
+
+
+def config_of_backbone(original, model) -> dict:
+    """What PEFT looks names of layers, and tied embeddings, up by: the backbone's configuration."""
+    config = original(model)
+    return config["text_config"] if config.get("model_type") == MODEL_TYPE and "text_config" in config else config
+
+
+def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
+    if inside(model) is not model:
+        return original(tuner, model, adapter_name, *args, **kwargs)
+    config = tuner.peft_config[adapter_name]
+    refuse_method(config)
+    name_from_the_root(config, model)
+    refuse_memory(tuner, config, model)
+    first = not any(hasattr(module, "adapter_layer_names") for module in model.modules())
+    result = original(tuner, model, adapter_name, *args, **kwargs)
+    if first:  # PEFT has frozen the model's parameters, and tables that are away are none
+        for _, part in model.memory.named_host_parts():
+            part.requires_grad_(False)
+    if not config.inference_mode and getattr(model.config, "engram_train_mode", None) == "memory+lora":
+        model.train_mode("memory+lora")
+    return result
+
+
+def add_adapter(original, model, adapter_name, peft_config, *args, **kwargs):
+    if inside(model) is not None:
+        refuse_method(peft_config)
+    return original(model, adapter_name, peft_config, *args, **kwargs)
+
+
+def refuse_method(config) -> None:
+    """Raises for methods that cannot work with a memory."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning:
+        raise NotImplementedError(
+            f"{kind} puts virtual tokens in front of the text, which have no ids for the memory to read. Adapt layers "
+            "instead (LoRA, IA3, ...)."
+        )
+    if kind in REFUSED:
+        raise NotImplementedError(f"{kind} does not work with a memory: {REFUSED[kind]}. Use LoRA, IA3, ....")
+    if getattr(config, "layer_replication", None):
+        raise NotImplementedError(
+            "layer_replication copies decoder layers, and the memory is made for those that there are: replicate the "
+            "donor's layers, save it, and graft that."
+        )
+
+
+def name_from_the_root(config, model) -> None:
+    """Lets patterns that were written for the donor find its layers where they are now, under `backbone.`."""
+    names = [name for name, _ in model.named_modules()]
+    donors = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field, None)
+        if not isinstance(pattern, str) or pattern.lower() == "all-linear":
+            continue
+        if not matches(pattern, names) and matches(pattern, donors):
+            setattr(config, field, rf"backbone\.(?:{pattern})")
+
+
+def matches(pattern: str, names: list[str]) -> bool:
+    """Whether a pattern is the whole of any name."""
+    return any(re.fullmatch(pattern, name) for name in names)
+
+
+def refuse_memory(tuner, config, model) -> None:
+    """Raises ValueError for settings that would copy, wrap or adapt parts of the memory other than its projections."""
+    modules = [name for name, _ in model.named_modules() if f"{name}.".startswith(MEMORY_PREFIX)]
+    weights = [name for name, _ in model.named_parameters() if name.startswith(MEMORY_PREFIX)]
+    tokens = getattr(config, "trainable_token_indices", None)
+    asked = {
+        "modules_to_save": (list(getattr(config, "modules_to_save", None) or []), modules),
+        "trainable_token_indices": (list(tokens) if isinstance(tokens, dict) else [], modules),
+        "target_parameters": (list(getattr(config, "target_parameters", None) or []), weights),
+    }
+    for field, (wanted, names) in asked.items():
+        found = next((name for name in names for end in wanted if name.endswith(end)), None)
+        if found is not None:
+            raise ValueError(
+                f"{field}={wanted} reaches the memory ({found}), where PEFT would copy whole tables: leave it out, and "
+                "train the memory itself: model.train_mode('memory+lora')."
+            )
+    if getattr(config, "target_modules", None) is None or str(config.target_modules).lower() == "all-linear":
+        return
+    found = [name for name in modules if tuner._check_target_module_exists(config, name)]
+    others = [name for name in found if name.rpartition(".")[2] != PROJECTION]
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if others or (found and kind != "LORA"):
+        raise ValueError(
+            f"target_modules={config.target_modules} of {kind} reaches the memory ({(others or found)[0]}): only its "
+            f"projections ({PROJECTION!r}) can be adapted, by LoRA; model.train_mode('memory+lora') trains all of it."
+        )
+    if found:
+        config._register_custom_module({Projection: lora_for_projections()})
+
+
+@functools.cache
+def lora_for_projections() -> type:
+    """PEFT's LoRA for linear layers, for the memory's projection, which is none."""
+    linear = importlib.import_module("peft.tuners.lora.layer").Linear
+
+    class ProjectionLora(linear):
+        def __init__(self, base_layer, adapter_name, **kwargs):
+            plain = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
+            plain.out_features, plain.in_features = plain.weight.shape
+            super().__init__(base_layer, adapter_name, **kwargs)
+
+    return ProjectionLora
+
+
+def save_pretrained(original, model, *args, **kwargs):
+    engram = inside(model)
+    given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+    folder = Path(given["save_directory"])
+    if engram is None or not given.get("is_main_process", True) or folder.is_file():
+        return original(model, *args, **kwargs)
+    adapters = given.get("selected_adapters") or list(model.peft_config)
+    folders = [folder if name == "default" else folder / name for name in adapters if name in model.peft_config]
+    with memory_beside(engram, folders):
+        return original(model, *args, **kwargs)
+
+
+def from_pretrained(original, cls, model, model_id, adapter_name="default", *args, **kwargs):
+    engram = inside(model)
+    if engram is None:
+        return original(cls, model, model_id, adapter_name, *args, **kwargs)
+    # Here and not in `load_adapter`, so that a memory that does not fit is refused before adapters are put in.
+    take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
+    engram.pack_taken = adapter_name
+    try:
+        with quiet_about_packs():
+            return original(cls, model, model_id, adapter_name, *args, **kwargs)
+    finally:
+        engram.__dict__.pop("pack_taken", None)
+
+
+def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
+    engram = inside(model)
+    if engram is None:
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    known = adapter_name in model.peft_config
+    if engram.__dict__.pop("pack_taken", None) != adapter_name:  # not by `from_pretrained`
+        take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
+    signature = inspect.signature(original)
+    given = signature.bind(model, model_id, adapter_name, *args, **kwargs).arguments
+    if "key_mapping" in signature.parameters and not given.get("key_mapping"):
+        kwargs["key_mapping"] = donors_names(engram)
+    with quiet_about_packs():
+        result = original(model, model_id, adapter_name, *args, **kwargs)
+    if result is not None and result.missing_keys and result.unexpected_keys:
+        if not known:
+            model.delete_adapter(adapter_name)
+        raise other_layers(model_id, result.missing_keys, result.unexpected_keys)
+    return result
+
+
+def donors_names(engram) -> dict[str, str]:
+    """How the names of a donor's adapter become those of the model, in PEFT's own words."""
+    tops = "|".join(re.escape(name) for name, _ in engram.backbone.named_children())
+    return {rf"^({tops})\.": r"backbone.\1."}
+
+
+def zero_grad(original, model, set_to_none: bool = True):
+    original(model, set_to_none)
+    engram = inside(model)
+    if engram is not None:  # tables that are away are no parameters
+        for _, part in engram.memory.named_host_parts():
+            part.grad = None

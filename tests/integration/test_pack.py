@@ -1,0 +1,273 @@
+"""Memory packs: base and pack give the trained memory bit for bit, wherever its tables are; a pack holds changed rows
+and nothing else; one that is damaged, of another memory or of another base is refused and changes nothing.
+
+Run: pytest tests/integration/test_pack.py
+"""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from engram_transformers import EngramFormatError, load_memory_pack, save_memory_pack
+from engram_transformers import pack_engram as packs
+from engram_transformers.overlay_engram import part_shape, write_part
+from engram_transformers.pack_engram import PACK_NAME, dense_weights, named_parts, read_pack_header
+
+from ..conftest import examples
+from ..tiny import engram_on
+from .backbones import HEADS
+from .placed import loaded
+
+
+PLACES = ("device", "cpu", "disk")
+
+
+@torch.no_grad()
+def change(model, seed: int = 0, rows: int = 5) -> dict[str, torch.Tensor]:
+    """Stands for training: other values in some rows of every part and in the dense weights. The state afterwards."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in named_parts(model).values():
+        height, width = part_shape(part)
+        chosen = torch.randperm(height, generator=generator)[:rows].sort().values
+        write_part(part, chosen, torch.randn(rows, width, generator=generator))
+    for weight in dense_weights(model).values():
+        weight.add_(torch.randn(weight.shape, generator=generator))
+    return state(model)
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("to", PLACES)
+@pytest.mark.parametrize("place", PLACES)
+def test_base_and_pack_are_the_trained_memory(place, to, saved, tmp_path):
+    trained = loaded(saved, place)
+    expected = change(trained)
+    assert not same(expected, state(loaded(saved))), "control: something was changed"
+    path = save_memory_pack(trained, tmp_path / "pack")
+    assert path == tmp_path / "pack" / PACK_NAME
+    model = loaded(saved, to)
+    change(model, seed=1, rows=9)  # what is in it is undone, also in rows that the pack does not name
+    assert load_memory_pack(model, path) is model
+    assert model.memory.placement == to
+    assert same(state(model), expected)
+
+
+def test_a_pack_holds_changed_rows_and_is_the_same_file_wherever_the_tables_are(saved, tmp_path):
+    held = {}
+    for place in PLACES:
+        model = loaded(saved, place)
+        change(model)
+        name, part = next(iter(named_parts(model).items()))
+        write_part(part, torch.tensor([0]), packs.read_part(loaded_part(saved, name), torch.tensor([0])))  # as it was
+        held[place] = contents(save_memory_pack(model, tmp_path / f"{place}.safetensors"))
+        header = read_pack_header(tmp_path / f"{place}.safetensors")
+        assert all(4 <= count <= 5 for count in header.rows.values())
+        assert header.base == str(saved.resolve())
+        assert (tmp_path / f"{place}.safetensors").stat().st_size < 40_000
+    for place in ("cpu", "disk"):
+        assert same(held[place][0], held["device"][0]) and held[place][1] == held["device"][1]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing half-written is left"
+
+
+def loaded_part(saved, name):
+    return named_parts(loaded(saved))[name]
+
+
+def contents(path) -> tuple[dict, dict]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - no mapping
+
+
+@examples(10)
+@given(seed=st.integers(0, 2**16), rows=st.integers(0, 30), parts=st.integers(1, 3))
+def test_any_rows_of_any_parts_come_back(seed, rows, parts, tmp_path_factory, tiny_engram):
+    folder = tmp_path_factory.mktemp("pack")
+    tiny_engram(trained=True, engram_table_parts=parts, engram_table_dtype="bfloat16").save_pretrained(folder / "graft")
+    model = loaded(folder / "graft", "disk")
+    expected = change(model, seed, rows)
+    save_memory_pack(model, folder)
+    assert same(state(load_memory_pack(loaded(folder / "graft", "disk"), folder)), expected)
+    assert same(state(load_memory_pack(loaded(folder / "graft"), folder)), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_folder_with_a_pack_alone_loads_as_base_and_pack(place, saved, tmp_path):
+    model = loaded(saved, "disk").train_mode("tables")
+    expected = change(model)
+    save_memory_pack(model, tmp_path)
+    model.config.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement=place)
+    assert same(state(again), expected)
+    assert (again.memory.placement, again.config.engram_train_mode) == (place, "tables")
+    held = {**dict(again.named_parameters()), **named_parts(again)}
+    assert {name for name, part in held.items() if part.requires_grad} == set(named_parts(again))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement="none")
+    assert plain.runs_as_donor
+
+
+def test_a_base_that_is_gone_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "graft")
+    model = loaded(tmp_path / "graft")
+    expected = change(model)
+    save_memory_pack(model, tmp_path / "pack")
+    model.config.save_pretrained(tmp_path / "pack")
+    (tmp_path / "graft").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"graft', which is not there.*load_memory_pack"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
+    moved = loaded(tmp_path / "elsewhere")
+    assert same(state(load_memory_pack(moved, tmp_path / "pack")), expected), "the digest counts, not the path"
+
+
+def test_a_memory_that_was_saved_since_is_its_own_base(saved, tmp_path):
+    model = loaded(saved, "disk")
+    change(model)
+    model.save_pretrained(tmp_path / "saved")
+    model = loaded(tmp_path / "saved", "disk")
+    expected = change(model, seed=2)
+    save_memory_pack(model, tmp_path / "pack")
+    assert same(state(load_memory_pack(loaded(tmp_path / "saved"), tmp_path / "pack")), expected)
+    with pytest.raises(EngramFormatError, match=r"has other rows or weights.*Load the pack's base"):
+        load_memory_pack(loaded(saved), tmp_path / "pack", base=saved)
+
+
+def test_a_pack_of_another_memory_is_refused(saved, tiny_engram, tmp_path):
+    other = tiny_engram(trained=True, engram_seed=5)
+    other.save_pretrained(tmp_path / "other")
+    save_memory_pack(other, tmp_path / "pack")
+    model = loaded(saved)
+    before = state(model)
+    with pytest.raises(EngramFormatError, match=r"another memory: its engram_hash_sha256.*Load the checkpoint"):
+        load_memory_pack(model, tmp_path / "pack")
+    assert same(state(model), before)
+
+
+def test_what_has_no_base_or_no_tables_has_no_pack(saved, tiny_engram, tiny_donor, tmp_path):
+    with pytest.raises(ValueError, match="came from no checkpoint"):
+        save_memory_pack(tiny_engram(), tmp_path)
+    with pytest.raises(ValueError, match="was not loaded"):
+        save_memory_pack(loaded(saved, "none"), tmp_path)
+    with pytest.raises(TypeError, match="LlamaForCausalLM has no memory"):
+        save_memory_pack(tiny_donor(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        load_memory_pack(loaded(saved), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(path, change_tensors=None, **metadata):
+    """A pack with other contents, well formed as a safetensors file."""
+    tensors, held = contents(path)
+    if change_tensors is not None:
+        change_tensors(tensors)
+    save_file(tensors, path, {**held, **metadata})
+
+
+NAME = "memory.tables.1.order2.0"
+DAMAGES = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "damaged"),
+    "no safetensors": (lambda path: path.write_bytes(b"no file of ours, and long enough"), "no complete safetensors"),
+    "no pack": (lambda path: rewritten(path, kind="something"), "no memory pack of version 1"),
+    "of a later version": (lambda path: rewritten(path, version="2"), r"version '2'.*upgrade"),
+    "digests that are no JSON": (lambda path: rewritten(path, digests="{"), "damaged header"),
+    "of another base": (lambda path: rewritten(path, base_sha256="0" * 64), "has other rows or weights"),
+    "rows too high": (
+        lambda path: rewritten(path, lambda held: held[f"{NAME}.rows"].add_(10**6)),
+        "not ascending and unique within",
+    ),
+    "rows below zero": (
+        lambda path: rewritten(path, lambda held: held[f"{NAME}.rows"].sub_(10**6)),
+        "not ascending and unique within",
+    ),
+    "rows twice": (
+        lambda path: rewritten(path, lambda held: held[f"{NAME}.rows"].fill_(1)),
+        "not ascending and unique within",
+    ),
+    "rows without values": (lambda path: rewritten(path, lambda held: held.pop(f"{NAME}.values")), "values' as noth"),
+    "values without rows": (lambda path: rewritten(path, lambda held: held.pop(f"{NAME}.rows")), "damaged"),
+    "fewer values": (
+        lambda path: rewritten(path, lambda held: held.update({f"{NAME}.values": held[f"{NAME}.values"][1:].clone()})),
+        "other sizes, or is damaged",
+    ),
+    "values in another type": (
+        lambda path: rewritten(path, lambda held: held.update({f"{NAME}.values": held[f"{NAME}.values"].half()})),
+        "other sizes, or is damaged",
+    ),
+    "no dense weights": (
+        lambda path: rewritten(path, lambda held: held.pop("memory.layers.1.key_value.weight")),
+        "key_value.weight' as nothing",
+    ),
+    "a tensor too many": (
+        lambda path: rewritten(path, lambda held: held.update({"memory.tables.9.order2.0.rows": torch.zeros(1)})),
+        "needs no such tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_pack_is_refused_and_changes_nothing(damage, place, saved, tmp_path):
+    model = loaded(saved, place)
+    change(model)
+    path = save_memory_pack(model, tmp_path)
+    harm, message = DAMAGES[damage]
+    harm(path)
+    model = loaded(saved, place)
+    before = change(model, seed=3)
+    with pytest.raises(EngramFormatError, match=message):
+        load_memory_pack(model, path)
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize("fails", ["save_file", "fsync", "replace"])
+def test_a_full_disk_leaves_the_pack_that_was_there(fails, saved, tmp_path, monkeypatch):
+    model = loaded(saved)
+    expected = change(model)
+    path = save_memory_pack(model, tmp_path)
+    kept = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    change(model, seed=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(packs if fails == "save_file" else packs.os, fails, full)
+        with pytest.raises(OSError, match="No space left"):
+            save_memory_pack(model, tmp_path)
+    assert path.read_bytes() == kept
+    assert [entry.name for entry in tmp_path.iterdir()] == [PACK_NAME], "nothing half-written is left"
+    assert same(state(load_memory_pack(loaded(saved), tmp_path)), expected)
+
+
+def test_a_pack_says_where_it_comes_from(saved, tmp_path):
+    model = loaded(saved)
+    change(model)
+    path = save_memory_pack(model, tmp_path / "mine.safetensors", note="what I read", tokens=12)
+    header = read_pack_header(path)
+    assert (header.provenance["note"], header.provenance["tokens"]) == ("what I read", 12)
+    assert header.provenance["torch"] == torch.__version__
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["digests"]) == header.digests
+
+
+def test_models_of_one_sort_and_other_rows_have_other_digests(saved, tmp_path):
+    one = loaded(saved)
+    other = engram_on(LlamaConfig(**HEADS), (1, 2))
+    with torch.no_grad():
+        other.memory.tables["1"].order2[0][0] += 1  # the first row is among those that the digest looks at
+    other.save_pretrained(tmp_path / "other")
+    digests = {packs.base_digest(m.config, m.checkpoint_tables, list(named_parts(m))) for m in (one, other)}
+    assert len(digests) == 2

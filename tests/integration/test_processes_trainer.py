@@ -1,0 +1,168 @@
+"""EngramTrainer in two processes: the same training wherever tables are, one writer, bit-equal resuming, evaluation.
+
+The control is EngramTrainer in one process with the doubled batch.
+Run: pytest tests/integration/test_processes_trainer.py
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engram_transformers import EngramForCausalLM
+from engram_transformers.training import shard_tables
+
+from .launched import dataset, trainer
+from .process_models import assert_close, assert_same, small_model, texts, weights
+from .ranks import Ranks
+
+
+CLOSE = 1e-5  # weights after three steps at 40 times the learning rate, whose tables' gradients differ by 1e-8
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory):
+    """A folder with the small model."""
+    folder = tmp_path_factory.mktemp("graft")
+    small_model().save_pretrained(folder)
+    return str(folder)
+
+
+def run(folder: str, graft: str, placement: str, batch: int, resume=None, **changes):
+    """Weights and log of a run."""
+    model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement)
+    held = trainer(batch, folder, model=model, **changes)
+    if changes.get("train_memory"):
+        model.train_mode("memory")
+    held.train(resume_from_checkpoint=resume)
+    return weights(model), held.state.log_history
+
+
+@pytest.mark.parametrize("placement", ["device", "cpu", "disk"])
+def test_two_processes_train_as_one_wherever_tables_are(pair, graft, tmp_path, placement):
+    alone, log = run(str(tmp_path / "alone"), graft, placement, 4)
+    (first, first_log), (second, _) = pair.run(run, str(tmp_path / "two"), graft, placement, 2)
+    assert_same(first, second)
+    assert_close(first, alone, CLOSE)
+    losses, norms = ([entry[name] for entry in log if name in entry] for name in ("loss", "grad_norm"))
+    assert [entry["loss"] for entry in first_log if "loss" in entry] == pytest.approx(losses, abs=1e-4)
+    assert [entry["grad_norm"] for entry in first_log if "grad_norm" in entry] == pytest.approx(norms, rel=1e-4)
+    start = weights(small_model())
+    assert all(not torch.equal(alone[name], start[name]) for name in start if ".tables." in name), "control"
+
+
+def run_memory(folder: str, graft: str, placement: str, resume: str | None, steps: int):
+    """A run of the memory alone that saves, evaluates, and takes the best at the end."""
+    model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement)
+    held = trainer(
+        2,
+        folder,
+        model=model,
+        max_steps=steps,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=2,
+        evaluated=dataset(6),
+        data=dataset(48),
+    )
+    model.train_mode("memory")
+    held.optimizer = None
+    held.train(resume_from_checkpoint=resume)
+    return weights(model), [entry["eval_loss"] for entry in held.state.log_history if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize("placement", ["device", "cpu", "disk"])
+def test_resuming_in_two_processes_is_bit_equal(pair, graft, tmp_path, placement):
+    folder = tmp_path / "run"
+    (whole, losses), (same, same_losses) = pair.run(run_memory, str(folder), graft, placement, None, 4)
+    assert_same(whole, same)
+    assert losses == same_losses, "every process is told the mean over all of them"
+    checkpoint = folder / "checkpoint-2"
+    assert {path.name for path in checkpoint.iterdir()} >= {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"}
+    again = pair.run(run_memory, str(tmp_path / "again"), graft, placement, str(checkpoint), 4)
+    for resumed, _ in again:
+        assert_same(resumed, whole)
+    halfway, _ = pair.run(run_memory, str(tmp_path / "half"), graft, placement, None, 2)[0]
+    assert any(not torch.equal(halfway[name], whole[name]) for name in whole), (
+        "control: the steps after it changed something"
+    )
+
+
+def evaluate(graft: str) -> float:
+    # Two whole batches of 8: over several processes Trainer counts the loss of a shorter one as much.
+    held = trainer(2, "unused", model=EngramForCausalLM.from_pretrained(graft), evaluated=dataset(16))
+    return held.evaluate()["eval_loss"]
+
+
+def test_an_evaluation_over_two_processes_is_that_of_one(pair, graft, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert pair.run(evaluate_in, str(tmp_path), graft) == [pytest.approx(evaluate(graft), abs=1e-5)] * 2
+
+
+def evaluate_in(folder: str, graft: str) -> float:
+    import os
+
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        return evaluate(graft)
+    finally:
+        os.chdir(before)
+
+
+def run_apart(folder: str, graft: str) -> None:
+    """A run whose ranks are told other folders, so that it is seen who writes what."""
+    run_memory(f"{folder}/rank{dist.get_rank()}", graft, "device", None, 2)
+
+
+def test_one_process_writes_checkpoints(pair, graft, tmp_path):
+    pair.run(run_apart, str(tmp_path), graft)
+    written = {path.name for path in (tmp_path / "rank0" / "checkpoint-2").iterdir()}
+    assert written > {"trainer_state.json", "optimizer.pt", "rng_state_0.pth"}
+    others = {path.name for path in (tmp_path / "rank1").rglob("*") if path.is_file()}
+    assert others <= {"rng_state_1.pth"}
+
+
+def train_sharded(folder: str, graft: str) -> str:
+    model = shard_tables(EngramForCausalLM.from_pretrained(graft, engram_placement="disk"))
+    with pytest.raises(ValueError) as error:
+        trainer(2, folder, model=model)
+    return str(error.value)
+
+
+def test_tables_sharded_by_row_are_refused(pair, graft, tmp_path):
+    assert all("save_sharded" in said for said in pair.run(train_sharded, str(tmp_path), graft))
+
+
+def accumulated(graft: str) -> list[int]:
+    """Rows that a part in a file has a gradient for at each step; DDP's own zero_grad does not reach them."""
+    model = EngramForCausalLM.from_pretrained(graft, engram_placement="disk")
+    held = trainer(2, "unused", model=model, data=[{"input_ids": t, "labels": t} for t in texts(3, 24)])
+    seen, step = [], held.training_step
+    part = model.memory.named_host_parts()[0][1]
+
+    def counting(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        if held.accelerator.sync_gradients:
+            seen.append(len(part.grad.rows))
+        return loss
+
+    held.training_step = counting
+    held.train()
+    return seen
+
+
+def test_gradients_of_tables_on_disk_are_dropped_after_each_step(pair, graft):
+    first, second = pair.run(accumulated, graft)
+    assert first == second
+    assert len(first) == 3
+    most = max(first)
+    assert most < 4 * 2 * texts().shape[1] * 2, "no more rows than a step's tokens can read with two heads"
+    assert first != sorted(first) or first[2] < 2 * first[0]

@@ -1,0 +1,264 @@
+"""Checkpoints of EngramTrainer: a run that trains the memory alone saves what changed, goes on bit for bit wherever the
+tables are, also after it was killed in the middle of a save; the best one comes back; another memory's is refused.
+
+Run: pytest tests/integration/test_trainer_checkpoints.py
+"""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from engram_transformers import EngramFormatError, EngramTrainer
+from engram_transformers.pack_engram import PACK_NAME, read_pack_header
+from engram_transformers.training import EngramTrainingArguments
+from engram_transformers.training.trainer import last_whole_checkpoint
+
+from .placed import loaded
+
+
+PLACES = ("device", "cpu", "disk")
+STEPS = 6
+
+
+def texts() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 300, (24, 20), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": text, "labels": text} for text in ids]
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return texts()
+
+
+def arguments(folder, **changes) -> EngramTrainingArguments:
+    settings = {
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return EngramTrainingArguments(str(folder), **{**settings, **changes})
+
+
+def train(model, dataset, folder, resume=None, callbacks=(), **changes) -> EngramTrainer:
+    trainer = EngramTrainer(
+        model, arguments(folder, **changes), train_dataset=dataset, eval_dataset=dataset[:4], callbacks=list(callbacks)
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.fixture(scope="module")
+def run(saved, dataset, tmp_path_factory) -> tuple[Path, dict]:
+    """Folder of a whole run with the tables among the parameters, and the state that it ended with."""
+    folder = tmp_path_factory.mktemp("run")
+    model = loaded(saved)
+    train(model, dataset, folder)
+    return folder, state(model)
+
+
+def test_a_checkpoint_holds_what_changed_and_names_its_graft(run, saved):
+    folder, ended = run
+    checkpoint = folder / f"checkpoint-{STEPS}"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert PACK_NAME in names and "config.json" in names
+    assert not [name for name in names if name.endswith(".safetensors") and name != PACK_NAME]
+    header = read_pack_header(checkpoint)
+    assert header.base == str(saved.resolve())
+    changed = {name for name, tensor in loaded(saved).state_dict().items() if not torch.equal(tensor, ended[name])}
+    assert set(header.rows) == {name for name in changed if ".tables." in name}
+    for name, count in header.rows.items():
+        assert count == int((loaded(saved).state_dict()[name] != ended[name]).any(1).sum())
+    assert same(state(AutoModelForCausalLM.from_pretrained(checkpoint)), ended)
+    assert not [name for name in changed if name.startswith("backbone.")]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_goes_on_bit_for_bit(place, run, saved, dataset, tmp_path):
+    folder, ended = run
+    whole = loaded(saved, place)
+    train(whole, dataset, tmp_path / "whole", save_strategy="no")
+    assert same(state(whole), ended), "control: training does the same wherever the tables are"
+    model = loaded(saved, place)
+    trainer = train(model, dataset, tmp_path / "again", resume=str(folder / "checkpoint-2"))
+    assert model.memory.placement == place
+    assert trainer.state.log_history[-1]["step"] == STEPS
+    assert same(state(model), ended)
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_a_run_that_trains_everything_goes_on_bit_for_bit(place, saved, dataset, tmp_path):
+    model = loaded(saved).train_mode("all")
+    train(model, dataset, tmp_path / "run")
+    ended = state(model)
+    before = loaded(saved).state_dict()
+    assert not torch.equal(ended["backbone.lm_head.weight"], before["backbone.lm_head.weight"]), "control"
+    again = loaded(saved, place).train_mode("all")
+    train(again, dataset, tmp_path / "again", resume=str(tmp_path / "run" / "checkpoint-4"))
+    assert same(state(again), ended)
+    assert same(state(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{STEPS}")), ended)
+
+
+@pytest.mark.parametrize("mode", ["memory", "all"])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_best_checkpoint_comes_back(place, mode, saved, dataset, tmp_path):
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_evaluate(self, args, state_, control, metrics, **kwargs):
+            kept[metrics["eval_loss"]] = state(model)
+
+    model = loaded(saved, place).train_mode(mode)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    # A rate that makes it worse from some step on; whichever is best must come back.
+    settings |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
+    train(model, dataset, tmp_path, callbacks=[Keep()], **settings)
+    assert len(kept) == 3
+    assert same(state(model), kept[max(kept)])
+    assert not same(kept[max(kept)], kept[min(kept)]), "control: the last one would be another"
+
+
+def test_arguments_reach_the_optimizer(saved, dataset, tmp_path):
+    model = loaded(saved)
+    settings = {"table_lr_multiplier": 7.0, "table_optimizer": "adagrad", "anchor": 0.01, "weight_decay": 0.1}
+    trainer = train(model, dataset, tmp_path, save_strategy="no", lr_scheduler_type="constant", **settings)
+    groups = {group["name"]: group for group in trainer.optimizer.param_groups}
+    assert groups["tables"]["lr"] == pytest.approx(7e-2) and groups["projections"]["lr"] == 1e-2
+    assert (groups["tables"]["anchor"], groups["tables"]["weight_decay"]) == (0.01, 0.0)
+    assert groups["projections"]["weight_decay"] == 0.1
+    assert groups["tables"]["table_optimizer"] == "adagrad"
+
+
+def test_the_memory_alone_is_trained_unless_told_otherwise(saved, dataset, tmp_path, caplog):
+    model = loaded(saved)
+    train(model, dataset, tmp_path, save_strategy="no", max_steps=1)
+    assert "training the memory alone" in caplog.text
+    assert model.config.engram_train_mode == "memory"
+    caplog.clear()
+    train(model.train_mode("tables"), dataset, tmp_path, save_strategy="no", max_steps=1)
+    assert "training the memory alone" not in caplog.text and model.config.engram_train_mode == "tables"
+
+
+# Interrupted saves.
+
+
+CHILD = """
+import os, sys, torch
+from tests.integration.test_trainer_checkpoints import EngramTrainer, loaded, texts, train
+from engram_transformers.training import trainer as training
+
+saved, folder, place, name = sys.argv[1:]
+holder = training if place == "module" else EngramTrainer
+real, seen = getattr(holder, name), []
+
+def die(*args, **kwargs):
+    seen.append(1)
+    if len(seen) == 2:
+        os._exit(7)
+    return real(*args, **kwargs)
+
+setattr(holder, name, die)
+torch.set_num_threads(1)
+train(loaded(saved), texts(), folder)
+"""
+KILLED_IN = {
+    "pack": ("module", "save_memory_pack"),
+    "optimizer": ("class", "_save_optimizer_and_scheduler"),
+    "random states": ("class", "_save_rng_state"),
+}
+
+
+def interrupt(saved, folder, killed_in: str) -> None:
+    """A run in a process of its own that dies in the middle of its second checkpoint."""
+    command = [sys.executable, "-c", CHILD, str(saved), str(folder), *KILLED_IN[killed_in]]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
+    assert done.returncode == 7, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("killed_in", ["pack", "optimizer", "random states"])
+def test_a_run_killed_in_a_save_goes_on_from_the_last_whole_checkpoint(
+    killed_in, run, saved, dataset, tmp_path, caplog
+):
+    interrupt(saved, tmp_path, killed_in)
+    there = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert there == ["checkpoint-2", "checkpoint-4"]
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-4' was not written to its end" in caplog.text
+    with pytest.raises(ValueError, match=r"checkpoint-4' is no whole checkpoint.*last whole one"):
+        train(loaded(saved), dataset, tmp_path, resume=str(tmp_path / "checkpoint-4"))
+    model = loaded(saved)
+    train(model, dataset, tmp_path, resume=True)
+    assert same(state(model), run[1])
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{STEPS}")
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_whole(run, saved, dataset, tmp_path, monkeypatch):
+    shutil.copytree(run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngramTrainer, "_save_rng_state", full)
+        with pytest.raises(OSError, match="No space left"):
+            train(loaded(saved), dataset, tmp_path, resume=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    model = loaded(saved)
+    train(model, dataset, tmp_path, resume=True)
+    assert same(state(model), run[1])
+
+
+def test_a_checkpoint_that_is_saved_again_counts_as_half_written_until_it_is_whole(run, saved, dataset, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    interrupt(saved, tmp_path / "run", "random states")
+    assert last_whole_checkpoint(tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{STEPS}")
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")
+    assert last_whole_checkpoint(tmp_path / "run") == str(checkpoint), (
+        "checkpoint-4 was written anew, and not to its end"
+    )
+
+
+def test_no_whole_checkpoint_is_an_error(saved, dataset, tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        train(loaded(saved), dataset, tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_memory_is_refused(run, tiny_engram, dataset, tmp_path):
+    tiny_engram(trained=True, engram_seed=9).save_pretrained(tmp_path / "other")
+    model = loaded(tmp_path / "other")
+    before = state(model)
+    with pytest.raises(EngramFormatError, match="another memory"):
+        train(model, dataset, tmp_path, resume=str(run[0] / "checkpoint-2"))
+    assert same(state(model), before)
+
+
+def test_a_memory_without_a_file_is_saved_whole(tiny_engram, dataset, tmp_path):
+    model = tiny_engram(trained=True)
+    train(model, dataset, tmp_path)
+    checkpoint = tmp_path / f"checkpoint-{STEPS}"
+    assert not (checkpoint / PACK_NAME).exists()
+    assert same(state(loaded(checkpoint)), state(model))
+    assert json.loads((checkpoint / "config.json").read_text())["engram_train_mode"] == "memory"
