@@ -29,6 +29,7 @@ REQUIRED = [
     "rich>=13",
     "matplotlib>=3.8",
 ]
+TRL = ["trl>=1.16"]  # brings datasets
 TESTED = {
     "python": "3.11.7",
     "torch": "2.13.0",
@@ -38,6 +39,7 @@ TESTED = {
     "huggingface_hub": "2.4.0",
     "peft": "0.21.2",
     "numpy": "2.4.6",
+    "trl": "1.16.0",
 }
 
 ROOT = Path(__file__).parent
@@ -57,6 +59,7 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "demo": ["gguf>=0.17"],
+        "trl": TRL,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -64,6 +67,7 @@ setup(
             "ruff==0.17.6",
             "torchao>=0.18",
             "bitsandbytes>=0.50; sys_platform == 'linux'",
+            *TRL,
         ],
         "foreign": ["pytest>=8", "pytest-timeout>=2.3", "parameterized>=0.9"],
     },

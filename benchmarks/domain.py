@@ -36,7 +36,7 @@ MEMORY = {
     "engram_initializer_range": 0.02,
     "engram_value_initializer_range": 0.1,
 }
-LEARNT = Recipe(memory=MEMORY, table_lr=0.05, dense_lr=2e-3, passes=2)
+LEARNT = Recipe(memory=MEMORY, table_lr=0.1, dense_lr=2e-3, passes=1)
 LORA_RATES = (2e-4, 5e-4, 1e-3)
 DOSES = (5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
 

@@ -42,7 +42,8 @@ class Recipe:
         length (`int`): tokens in a sequence.
         warmup (`float`): share of the steps with a rising rate; it falls to 0 in a line after that.
         beta2 (`float`): Adam's decay of the second moments.
-        table_eps (`float`): Adam's epsilon of the tables.
+        table_optimizer (`str`): "adam", "adagrad" or "sinkhorn".
+        table_eps (`float`): its epsilon.
         clip (`float`): largest global norm of a gradient.
         bf16 (`bool`): train under autocast to bfloat16.
     """
@@ -57,6 +58,7 @@ class Recipe:
     length: int = 256
     warmup: float = 0.05
     beta2: float = 0.99
+    table_optimizer: str = "adam"
     table_eps: float = 1e-8
     clip: float = 1.0
     bf16: bool = True
@@ -82,10 +84,10 @@ def build(donor: Path, recipe: Recipe, seed: int) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(donor)
         return model.requires_grad_(False) if lora is None else get_peft_model(model, lora)
     model = EngramForCausalLM.from_donor(str(donor), **recipe.memory)
-    model.backbone.requires_grad_(False)
-    if lora is not None:
-        inject_adapter_in_model(lora, model.backbone)
-    return model
+    if lora is None:
+        return model.train_mode("memory")
+    inject_adapter_in_model(lora, model.backbone)
+    return model.train_mode("memory+lora")
 
 
 def optimizer_for(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -94,8 +96,13 @@ def optimizer_for(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimiz
     if recipe.memory is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=recipe.lora_lr, betas=betas, weight_decay=0.0)
-    multiplier = recipe.table_lr / recipe.dense_lr
-    optimizer = engram_optimizer(model, lr=recipe.dense_lr, table_lr_multiplier=multiplier, betas=betas)
+    optimizer = engram_optimizer(
+        model,
+        lr=recipe.dense_lr,
+        table_lr_multiplier=recipe.table_lr / recipe.dense_lr,
+        betas=betas,
+        table_optimizer=recipe.table_optimizer,
+    )
     for group in optimizer.param_groups:
         if group["name"] == "tables":
             group["eps"] = recipe.table_eps

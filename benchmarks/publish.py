@@ -15,10 +15,11 @@ from .sections import SECTIONS
 from .training_sections import comparable, domain, training
 
 
-PAGE = ROOT / "docs" / "performance.md"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "performance.md"
 
 # A page that people write, with figures between a pair of marks for each of these benchmarks.
-TRAINING_PAGE = ROOT / "docs" / "training.md"
+TRAINING_PAGE = DOCS / "training.md"
 FIGURES = ("training", "domain")
 FIRST, LAST = "<!-- results of {name}: made by `python -m benchmarks.publish` -->", "<!-- end of results of {name} -->"
 
@@ -100,11 +101,12 @@ def measured_by(result: dict, lines: list[dict] | None = None) -> str:
     )
 
 
-def publish(results: Path = RESULTS, target: Path = PAGE, training_page: Path = TRAINING_PAGE) -> list[str]:
-    """Writes both pages; the names of benchmarks without a result."""
+def publish(results: Path = RESULTS, docs: Path = DOCS) -> list[str]:
+    """Writes both pages, the second if it is there; the names of benchmarks without a result."""
     text, missing = page(results)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8")
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / PAGE.name).write_text(text, encoding="utf-8")
+    training_page = docs / TRAINING_PAGE.name
     if training_page.is_file():
         text, also = with_figures(training_page.read_text(encoding="utf-8"), results)
         training_page.write_text(text, encoding="utf-8")
@@ -116,11 +118,10 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--training-page", type=Path, default=TRAINING_PAGE)
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     asked = parser.parse_args(argv)
-    missing = publish(asked.results, asked.page, asked.training_page)
-    print(asked.page)
+    missing = publish(asked.results, asked.docs)
+    print(asked.docs)
     if missing:
         print(f"no result yet of: {', '.join(missing)}", file=sys.stderr)
 

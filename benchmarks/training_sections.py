@@ -89,7 +89,8 @@ def peer_text(found: dict) -> str:
         f"{spread_text(theirs['seconds'])} seconds a step, {spread_text(over)} times ours in the same rounds "
         f"({spread_text(ours['seconds'])}); {verdict('peer', over['median'])}. It holds "
         f"{gigabyte(theirs['peak_anonymous'])} GB of private memory at most and {gigabyte(theirs['state_bytes'])} GB "
-        f"of optimizer state, where ours are {gigabyte(ours['peak_anonymous'])} and {gigabyte(ours['state_bytes'])} GB."
+        f"of optimizer state, where ours are {gigabyte(ours['peak_anonymous'])} and {gigabyte(ours['state_bytes'])} "
+        f"GB; its first update takes {number(found['first_step']['more'] / 2**20)} MiB."
     )
 
 
@@ -153,7 +154,9 @@ def comparable(lines: list[dict]) -> list[dict]:
             same_shape = memory is None or {k: v for k, v in memory.items() if k != "engram_hash_scheme"} == shape
             if not same_shape or any(recipe[name] != last["recipe"][name] for name in ALIKE):
                 continue
-        kept[f"{recipe} {sizes['seed']}"] = line
+        key = f"{recipe} {sizes['seed']}"
+        kept.pop(key, None)  # so that the order is that of the lines that stay
+        kept[key] = line
     return list(kept.values())
 
 

@@ -81,11 +81,11 @@ def memory(job: dict, adapter: bool = False):
     from engram_transformers.training import engram_optimizer
 
     model = AutoModelForCausalLM.from_pretrained(job["graft"], dtype=torch.float32, engram_placement=job["placement"])
-    model.backbone.requires_grad_(False)
     if adapter:
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(lora_config(job), model.backbone)
+    model.train_mode("memory+lora" if adapter else "memory")
     return model, engram_optimizer(model, lr=LEARNING_RATE)
 
 

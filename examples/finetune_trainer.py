@@ -62,7 +62,8 @@ def main() -> None:
     )
     trainer = EngramTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
-    trainer.save_model()  # weights and the tokenizer
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
 
     model = AutoModelForCausalLM.from_pretrained(args.out)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

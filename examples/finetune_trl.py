@@ -1,7 +1,7 @@
 """Teaches a model with TRL's SFTTrainer: LoRA in the backbone and the memory, in one run.
 
-Shows what a memory adds to a script of TRL: the mixin, and the word that says what is trained. Documents are packed into
-full rows, and n-grams stop at their borders. What is saved is the adapter with the memory's changes, not the model.
+Shows what a memory adds to a script of TRL: the mixin, and the word that says what is trained. Documents are packed
+into full rows, and n-grams stop at their borders. What is saved is the adapter and the memory's changes, not the model.
 
 Run: pip install "engram-transformers[trl]" && python -m examples.finetune_trl --text notes.txt --max-steps 60
 """
@@ -10,6 +10,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,50 +35,44 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a Hub model")
     parser.add_argument("--text", default=WORDNET, help="a text a line, or JSON lines")
-    parser.add_argument("--out", default="runs/finetune_trl")
+    parser.add_argument("--out", type=Path, default=Path("runs/finetune_trl"))
     parser.add_argument("--rows", type=int, default=50_000, help="rows of each of the memory's 32 heads")
     parser.add_argument("--max-steps", type=int, default=10)
-    parser.add_argument("--length", type=int, default=256, help="tokens that documents are packed into")
     return parser.parse_args()
 
 
 def main() -> None:
-    args, out = arguments(), Path(arguments().out)
-    base = out / "graft"
+    args = arguments()
+    base, adapter = args.out / "graft", args.out / "adapter"
     if not base.exists():
         graft(args.model, base, engram_vocab_size=args.rows, engram_head_dim=48)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
-
     settings = MemorySFTConfig(
-        str(out / "trainer"),
+        str(args.out / "trainer"),
         max_steps=args.max_steps,
         packing=True,
-        max_length=args.length,
+        max_length=256,
         per_device_train_batch_size=4,
-        learning_rate=5e-4,  # LoRA's and the projections'
+        learning_rate=5e-4,  # of LoRA and of the projections
         table_lr_multiplier=100.0,
-        logging_steps=1,
         save_strategy="no",
         report_to=[],
+        use_cpu=not torch.cuda.is_available(),  # TRL wants to be told
     )
     trainer = MemorySFTTrainer(
-        model,
+        AutoModelForCausalLM.from_pretrained(base),
         settings,
         train_dataset=Dataset.from_dict({"text": read_texts(args.text)}),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(r=16, lora_alpha=32),
         train_mode="memory+lora",
     )
-    trainer.train()
-    trainer.save_model(str(out / "adapter"))
+    loss = trainer.train().training_loss
+    trainer.save_model(str(adapter))
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    print(f"loss of the first step {losses[0]:.3f}, of the last {losses[-1]:.3f}")
-    for path in sorted((out / "adapter").glob("*.safetensors")):
-        print(f"{path.name}: {path.stat().st_size:,} bytes")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter")
-    kept = all((loaded.state_dict()[name] == value).all() for name, value in trainer.model.state_dict().items())
-    print(f"loaded again: {'every weight is the same' if kept else 'weights differ'}")
+    files = [f"{path.name} ({path.stat().st_size:,} bytes)" for path in sorted(adapter.glob("*.safetensors"))]
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).state_dict()
+    same = all(torch.equal(loaded[name], value) for name, value in trainer.model.state_dict().items())
+    print(f"mean loss {loss:.3f}; saved {', '.join(files)}; the same when loaded again: {same}")
 
 
 if __name__ == "__main__":

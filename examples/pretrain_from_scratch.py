@@ -17,6 +17,9 @@ from engram_transformers.training import EngramTrainingArguments
 from .texts import WORDNET, read_texts, windows
 
 
+HELD_OUT = 64  # sequences
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a Hub model")
@@ -26,15 +29,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--max-steps", type=int, default=60)
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
-    parser.add_argument("--lr", type=float, default=2e-3)
     return parser.parse_args()
 
 
 def main() -> None:
     args = arguments()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    dataset = windows(tokenizer, read_texts(args.text), args.length)
-    held_out, train = dataset[: len(dataset) // 20 + 1], dataset[len(dataset) // 20 + 1 :]
+    data = windows(tokenizer, read_texts(args.text), args.length)
+    data = {"train_dataset": data[HELD_OUT:], "eval_dataset": data[:HELD_OUT]}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
@@ -53,13 +55,11 @@ def main() -> None:
     settings = {
         "max_steps": args.max_steps,
         "per_device_train_batch_size": 8,
-        "learning_rate": args.lr,
+        "learning_rate": 2e-3,
         "weight_decay": 0.1,  # of matrices; never of tables
-        "warmup_steps": args.max_steps // 10,
         "save_strategy": "no",
         "report_to": [],
     }
-    data = {"train_dataset": train, "eval_dataset": held_out}
     five_times = EngramTrainingArguments(args.out, table_lr_multiplier=5.0, **settings)
     trainers = {
         "without memory": Trainer(plain, TrainingArguments(args.out, **settings), **data),

@@ -9,7 +9,7 @@ Source: Transformers 5.23, `generation/utils.py` and `cache_utils.py`.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,8 +19,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 SEED = 0
 
-# One-bit changes of the embeddings that are tried to measure rounding.
-PERTURBATIONS = 4
+# One-bit changes of the embeddings that are tried to measure rounding, once for each text. Of 12 seeds one measured up
+# to 1.9 times as much as another (8 texts, a tiny Llama); with 4 changes it was 3.1 times.
+PERTURBATIONS = 16
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Subject:
         pad_token_id (`int`): fills up batches.
         has_memory (`bool`): whether it takes Engram's arguments.
         assistant (`PreTrainedModel`): another model with the same vocabulary.
+        roundings (`dict[tuple[int, ...], float]`, *optional*): what was measured, by text; see `rounding`.
     """
 
     model: PreTrainedModel
@@ -57,6 +59,7 @@ class Subject:
     pad_token_id: int
     has_memory: bool
     assistant: PreTrainedModel
+    roundings: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     @cached_property
     def greedy(self) -> list[Reading]:
@@ -76,6 +79,13 @@ class Subject:
 
         Never more than half of the digits of the largest logit: a difference beyond that has another cause.
         """
+        known = tuple(text.tolist())
+        if known not in self.roundings:
+            self.roundings[known] = self.measure_rounding(text)
+        return self.roundings[known]
+
+    def measure_rounding(self, text: torch.Tensor) -> float:
+        """`rounding`, by reading the text many times."""
         inputs = {"engram_input_ids": text[None]} if self.has_memory else {}
         inputs["use_cache"] = False
         embeds = self.model.get_input_embeddings()(text[None])  # (1, length, hidden)

@@ -223,9 +223,9 @@ class NgramHasher(nn.Module):
             return self.all_rows(classes, history, segments)
         device = self.token_map.device
         given = (input_ids, alive, history, segments)
-        input_ids, alive, history, segments = (
+        input_ids, alive, history, segments = [
             tensor if tensor is None or tensor.device == device else tensor.to(device) for tensor in given
-        )
+        ]
         classes = self.compress(input_ids, alive)
         return classes, self.all_rows(classes, history, segments)
 

@@ -54,13 +54,11 @@ def set_train_mode(model, word: str, adapters_must_be_there: bool = True) -> Non
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters of the active adapters that PEFT has put into a model."""
-    if "peft" not in sys.modules:
+    tuners, others = (sys.modules.get(name) for name in ("peft.tuners.tuners_utils", "peft.utils.other"))
+    if tuners is None or others is None:  # nothing of PEFT's can be in a model
         return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     for module in model.modules():
-        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if not isinstance(module, (tuners.BaseTunerLayer, others.AuxiliaryTrainingWrapper)):
             continue
         for name in module.adapter_layer_names:
             held = attrgetter(name)(module) if hasattr(module, name.split(".")[0]) else {}

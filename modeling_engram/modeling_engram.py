@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .adapters_engram import unwrapped_donor
 from .configuration_engram import EngramConfig
 from .donor_engram import engram_config, load_donor
 from .pretrained_engram import EngramPreTrainedModel
@@ -156,7 +157,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         >>> model = EngramForCausalLM.from_donor("runs/donor", engram_layer_ids=[1, 10], engram_vocab_size=200_000)
         ```"""
         engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
-        donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
+        donor, tokenizer = load_donor(unwrapped_donor(donor), tokenizer, trust_remote_code=trust_remote_code, **kwargs)
         config, token_map = engram_config(donor.config, tokenizer, engram_layer_ids=engram_layer_ids, **engram)
         model = cls(config, backbone=donor, token_map=token_map)
         model.generation_config = donor.generation_config

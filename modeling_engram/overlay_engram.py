@@ -12,42 +12,9 @@ import copy
 import torch
 from torch import nn
 
+from .index_engram import RowIndex
 from .rows_engram import FilePart, FileRows, check_range
 from .table_engram import part_of
-
-
-class RowIndex:
-    """Which place each of some rows has, in the order in which they came.
-
-    Args:
-        device (`torch.device`, *optional*): where the table is.
-    """
-
-    def __init__(self, device: torch.device | None = None):
-        self.rows = torch.empty(0, dtype=torch.int64, device=device)  # (known,), ascending
-        self.places = torch.empty(0, dtype=torch.int64, device=device)  # (known,)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def find(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Places of rows `(rows,)`, and which of them are known; an unknown row's place means nothing."""
-        if not len(self):
-            return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-        near = torch.searchsorted(self.rows, rows).clamp_(max=len(self) - 1)
-        return self.places[near], self.rows[near] == rows
-
-    def slots(self, rows: torch.Tensor) -> torch.Tensor:
-        """Places of rows `(rows,)`, ascending and unique; those that are new come after all others."""
-        places, known = self.find(rows)
-        fresh = rows[~known]
-        if len(fresh):
-            count = len(self)
-            added = torch.arange(count, count + len(fresh), device=rows.device)
-            places[~known] = added
-            self.rows, order = torch.cat([self.rows, fresh]).sort()
-            self.places = torch.cat([self.places, added])[order]
-        return places
 
 
 class ChangedRows:
@@ -71,7 +38,7 @@ class ChangedRows:
         if not bool(known.any()):
             return self.stored.read(rows)
         values = self.values.new_empty(len(rows), self.values.shape[1])  # (reads, width)
-        values[known] = self.values[places[known]]
+        values[known] = self.values.index_select(0, places[known])
         values[~known] = self.stored.read(rows[~known])
         return values
 
@@ -79,13 +46,21 @@ class ChangedRows:
         """Changes rows `(rows,)`, ascending and unique, to `values`."""
         check_range(rows, self.part.shape[0])
         places = self.index.slots(rows)
-        if len(self.index) > len(self.values):
-            # Exactly what is needed at first, then by halves, so that growth costs little in all.
-            room = max(len(self.index), len(self.values) * 3 // 2)
+        self.reserve(len(self.index))
+        self.values.index_copy_(0, places, values.to(self.values.dtype))
+
+    def expect(self, rows: torch.Tensor) -> None:
+        """Makes room for rows `(rows,)` that will be written, piece by piece."""
+        _, known = self.index.find(rows)
+        self.reserve(len(self.index) + int((~known).sum()))
+
+    def reserve(self, count: int) -> None:
+        """Makes room for so many changed rows: exactly so many at first, then by halves, which costs little in all."""
+        if count > len(self.values):
+            room = max(count, len(self.values) * 3 // 2)
             grown = self.values.new_empty(room, self.values.shape[1])  # (capacity, width)
             grown[: len(self.values)] = self.values
             self.values = grown
-        self.values[places] = values.to(self.values.dtype)
 
     def clear(self) -> None:
         """Forgets all changes."""
@@ -141,7 +116,7 @@ class RowOverlay(FileRows):
             if len(changes):
                 places, known = changes.index.find(rows - number * height)
                 known &= place == number
-                values[known] = changes.values[places[known]]
+                values[known] = changes.values.index_select(0, places[known])
                 over |= known
         return over
 
@@ -197,7 +172,7 @@ def part_shape(part: torch.Tensor) -> tuple[int, int]:
 def read_part(part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rows `(rows,)` of a part, wherever it is: `(rows, width)`, a copy in the table's type."""
     changes = getattr(part, "changes", None)
-    return part.detach()[rows] if changes is None else changes.read(rows)
+    return part.detach().index_select(0, rows) if changes is None else changes.read(rows)
 
 
 @torch.no_grad()
@@ -205,6 +180,13 @@ def write_part(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> 
     """Writes `values` `(rows, width)` to rows `(rows,)` of a part, ascending and unique, wherever it is."""
     changes = getattr(part, "changes", None)
     if changes is None:
-        part.detach()[rows] = values.to(part.dtype)
+        part.detach().index_copy_(0, rows, values.to(part.dtype))
     else:
         changes.write(rows, values)
+
+
+def expect_writes(part: torch.Tensor, rows: torch.Tensor) -> None:
+    """Makes room where rows `(rows,)` of a part will be written, so that it is made once."""
+    changes = getattr(part, "changes", None)
+    if changes is not None:
+        changes.expect(rows)

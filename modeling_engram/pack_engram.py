@@ -25,7 +25,7 @@ from .configuration_engram import EngramFormatError
 from .overlay_engram import part_shape, read_part, write_part
 from .placement_engram import named_orders
 from .rows_engram import CheckpointTables, FilePart, FileRows
-from .shards_engram import DTYPE_NAMES, SAVING_PREFIX, read_header
+from .shards_engram import DTYPE_NAMES, read_header
 
 
 PACK_NAME = "memory_pack.safetensors"
@@ -110,7 +110,9 @@ def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
     }
     path = pack_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{SAVING_PREFIX}{os.getpid()}-{path.name}")
+    for stale in path.parent.glob(f".part-*-{path.name}"):
+        stale.unlink()  # from a process that was killed in the middle of a save
+    draft = path.with_name(f".part-{os.getpid()}-{path.name}")
     try:
         save_file(tensors, draft, metadata)
         with open(draft, "rb") as file:
@@ -222,7 +224,12 @@ def named_parts(model) -> dict[str, torch.Tensor]:
 
 def dense_weights(model) -> dict[str, torch.Tensor]:
     """The memory's weights that are no tables, by their state-dict names."""
-    return {f"{LAYERS_PREFIX}{name}": weight for name, weight in model.memory.layers.named_parameters()}
+    # PEFT puts a projection's own weight under another name when it puts an adapter beside it.
+    return {
+        f"{LAYERS_PREFIX}{name.replace('.base_layer.', '.')}": weight
+        for name, weight in model.memory.layers.named_parameters()
+        if ".lora_" not in name
+    }
 
 
 def base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, str]:

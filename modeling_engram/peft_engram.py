@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -40,7 +41,6 @@ PROJECTION = "key_value"
 REFUSED = {
     "XLORA": "it runs every text twice and mixes adapters of one model each",
     "SHADOW": "its second network runs beside the backbone and has no memory",
-    "ADAPTION_PROMPT": "it replaces attention by the backbone's type, which PEFT does not see",
 }
 
 
@@ -131,6 +131,8 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
     refuse_method(config)
     name_from_the_root(config, model)
     refuse_memory(tuner, config, model)
+    if model._tied_weights_keys is None:
+        model._tied_weights_keys = {}  # PEFT then asks the backbone, which layers are tied to its embeddings
     first = not any(hasattr(module, "adapter_layer_names") for module in model.modules())
     result = original(tuner, model, adapter_name, *args, **kwargs)
     if first:  # PEFT has frozen the model's parameters, and tables that are away are none
@@ -221,7 +223,9 @@ def lora_for_projections() -> type:
         def __init__(self, base_layer, adapter_name, **kwargs):
             plain = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
             plain.out_features, plain.in_features = plain.weight.shape
-            super().__init__(base_layer, adapter_name, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Unsupported layer type")  # it computes what nn.Linear does
+                super().__init__(base_layer, adapter_name, **kwargs)
 
     return ProjectionLora
 

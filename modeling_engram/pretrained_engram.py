@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from .adapters_engram import EngramAdapterMixin
 from .cache_engram import refuse_engram_history
 from .checkpoint_engram import EngramCheckpointMixin
 from .compression_engram import check_token_map
@@ -27,6 +28,7 @@ from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .memory_engram import EngramMemory, MemoryReads, insert_memory, layer_device
 from .mode_engram import set_train_mode
+from .peft_engram import meet_peft
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -55,7 +57,7 @@ BACKBONES_TRAITS = (
 )
 
 
-class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
+class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTrainedModel):
     """What both Engram models share: the memory, its insertion, and loading and saving it with the backbone."""
 
     config_class = EngramConfig
@@ -100,6 +102,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         if not on_meta():
             check_constants(self.memory.hashing.constants, config)
             config.engram_hash_sha256 = self.memory.hashing.constants.sha256()
+        meet_peft(self)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -281,6 +284,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         place_tables(tables, placement, files, devices, elsewhere=folder is not None, **settings)
         self.checkpoint_tables = files
         logger.info(self.describe_placement())
+        self.bring_due_memory()
         return self
 
     def tables_of(self, folder: Path) -> CheckpointTables:

@@ -1,8 +1,8 @@
-"""Memory shards: the files of a checkpoint, written whole or not at all and checked before they are mapped.
+"""Memory shards: the files of a checkpoint, written in one piece and checked before they are mapped.
 
 Promises: a file that this module wrote is an ordinary safetensors file; zeros in it take no disk (a sparse file); a
 truncated, missing or misshapen shard is named with what to do; an index entry can only name a plain file of the folder.
-A save goes to a temporary folder first, and the index, without which nothing loads, is moved last. Never unpickles.
+Never unpickles.
 Source: docs/format.md; the safetensors format (8 bytes of length, JSON header, data).
 """
 
@@ -10,36 +10,27 @@ import json
 import math
 import os
 import re
-import shutil
 import struct
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .configuration_engram import EngramFormatError
+from .saves_engram import INDEX_NAME, INDEX_NAMES, SINGLE_NAME, finish_saves
+from .saves_engram import MEMORY_STEM as MEMORY_STEM  # names of files belong to the format
+from .saves_engram import MODEL_STEM as MODEL_STEM
+from .saves_engram import SAVING_PREFIX as SAVING_PREFIX
+from .saves_engram import WITHOUT_TABLES_NAME as WITHOUT_TABLES_NAME
+from .saves_engram import whole_save as whole_save
 
-
-INDEX_NAME = "model.safetensors.index.json"
-# The same without the tables: what is loaded when they stay in their files. Its file names count from the checkpoint's
-# folder. In a folder of its own, because accelerate refuses a folder with two indexes.
-WITHOUT_TABLES_NAME = "without_tables/model.safetensors.index.json"
-INDEX_NAMES = (INDEX_NAME, WITHOUT_TABLES_NAME)
-SINGLE_NAME = "model.safetensors"
-MODEL_STEM = "model"
-MEMORY_STEM = "engram-memory"
 
 # A file larger than RAM and swap together cannot be mapped (safetensors maps privately), so tables are cut for laptops.
 MAX_MEMORY_SHARD_SIZE = "8GB"
 
 # Zeros are looked for, and left out of the file, in blocks of this many bytes.
 ZERO_BLOCK = 1 << 20
-
-WEIGHT_FILE = re.compile(rf"{SINGLE_NAME}|({MODEL_STEM}|{MEMORY_STEM})-\d{{5}}-of-\d{{5}}\.safetensors")
-SAVING_PREFIX = ".saving-"
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -178,7 +169,7 @@ def write_shards(
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int, tables: Collection[str] = ()) -> None:
     """Writes the ordinary Transformers index over all files, and the one that leaves out `tables`."""
     rest = {name: file_name for name, file_name in weight_map.items() if name not in tables}
-    for file_name, held in ((INDEX_NAME, weight_map), (WITHOUT_TABLES_NAME, rest)):
+    for file_name, held in zip(INDEX_NAMES, (weight_map, rest), strict=True):
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(held.items()))}
         (folder / file_name).parent.mkdir(exist_ok=True)
         (folder / file_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -276,6 +267,7 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str]:
         `FileNotFoundError`: if there is no index, or a `model.safetensors` that would be read in its stead.
         [`EngramFormatError`]: if it is no index, or names anything but a plain safetensors file of the folder.
     """
+    finish_saves(folder)
     path = folder / name
     if (folder / SINGLE_NAME).exists():
         raise EngramFormatError(
@@ -340,37 +332,3 @@ def check_folder(
                 f"{list(shape)}: the shard was made with other sizes or another seed. Load the config.json that was "
                 "saved beside it, or graft again."
             )
-
-
-@contextmanager
-def whole_save(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files replace a checkpoint's when the block ends well, and vanish when it does not.
-
-    Args:
-        folder (`Path`): the checkpoint's folder, made if needed.
-
-    Yields:
-        `Path`: an empty folder on the same file system.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(f"{SAVING_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)  # from a process that was killed in the middle of a save
-    draft = Path(tempfile.mkdtemp(prefix=SAVING_PREFIX, dir=folder))
-    try:
-        yield draft
-        publish(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def publish(draft: Path, folder: Path) -> None:
-    """Moves a finished save into place. Without its indexes a folder does not load, so they go first and come last."""
-    fresh = {str(path.relative_to(draft)) for path in draft.rglob("*") if path.is_file()}
-    for name in INDEX_NAMES:
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if WEIGHT_FILE.fullmatch(path.name) and path.name not in fresh:
-            path.unlink()
-    for name in sorted(fresh, key=lambda name: (name in INDEX_NAMES, name)):
-        (folder / name).parent.mkdir(exist_ok=True)
-        os.replace(draft / name, folder / name)

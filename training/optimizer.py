@@ -14,8 +14,8 @@ from torch.optim import AdamW
 from transformers.utils import logging
 
 from ..gradient_engram import RowGradient
-from ..overlay_engram import part_shape, read_part, write_part
-from .processes import refuse_unexchanged
+from ..overlay_engram import expect_writes, part_shape, read_part, write_part
+from .processes import agreed, refuse_unexchanged
 from .restoring import check_state
 from .rounding import rounded
 from .rows import RowState
@@ -105,6 +105,7 @@ class EngramOptimizer(AdamW):
         state, generator = self.row_states[part], self.generator(rows.device)
         known = len(state)
         slots = state.slots(rows)
+        expect_writes(part, rows)
         directions = RULES[group["table_optimizer"]].directions(state, slots, gradient.row_values, group, generator)
         for piece, direction in directions:
             stored = read_part(part, rows[piece])  # (piece, width), a copy
@@ -145,34 +146,31 @@ class EngramOptimizer(AdamW):
         return held
 
     def all_finite(self, held: list) -> bool:
-        """Whether no gradient has NaN or inf; counts and says it if one has."""
-        if not held:
-            return True
+        """Whether the norms of all gradients are finite; counts and says it if one is not."""
         values = [gradient.row_values if isinstance(gradient, RowGradient) else gradient for _, _, gradient in held]
         norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]  # cheaper than isfinite
         norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]  # of sharded weights
-        if self.agree(bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())):
+        together = torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.zeros(0)
+        finite = together.isfinite().tolist()
+        if self.agree(all(finite)):
             return True
-        # A norm may be inf where all values are finite.
         broken = [
             f"{self.called(parameter)} (group {group.get('name', 'without name')!r})"
-            for (group, parameter, _), value, norm in zip(held, values, norms, strict=True)
-            if not bool(norm.isfinite()) and not bool(value.isfinite().all())
+            for (group, parameter, _), fine in zip(held, finite, strict=True)
+            if not fine
         ]
-        if self.agree(not broken):
-            return True
         self.skipped_steps += 1
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         logger.warning(
-            f"NaN or inf in the gradient of {', '.join(broken[:3]) or 'another process'}{more}: this step is left out "
-            f"and nothing has changed ({self.skipped_steps} skipped so far). If it happens again and again, lower the "
-            "learning rate or look at the loss."
+            f"NaN, inf or more than float32 can square in the gradient of {', '.join(broken[:3]) or 'another process'}"
+            f"{more}: this step is left out and nothing has changed ({self.skipped_steps} skipped so far). If it "
+            "happens again and again, lower the learning rate or look at the loss."
         )
         return False
 
     def agree(self, finite: bool) -> bool:
-        """What all processes do where one of them found `finite`; several processes put their own here."""
-        return finite
+        """What all processes do where one of them found `finite`."""
+        return agreed(finite, (part for group in self.row_groups() for part in group["params"]))
 
     def called(self, parameter: torch.Tensor) -> str:
         """What messages call a parameter."""
@@ -270,9 +268,6 @@ class EngramOptimizer(AdamW):
             self.generators = {}
             for kind, held in numbers.items():
                 self.generator(torch.device(kind)).set_state(held)
-
-
-EngramAdamW = EngramOptimizer  # its name until 0.1
 
 
 def engram_optimizer(

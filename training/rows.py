@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..index_engram import RowIndex
 from .rounding import rounded
-from .row_index import RowIndex
 
 
 # Values that are worked on at once: a few MiB in all that stay in the cache, instead of several times the gradient.

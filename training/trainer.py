@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transformers.utils import logging
 
 from ..checkpoint_engram import ADAPTER_NAME
 from ..gradient_engram import row_gradient
+from ..mode_engram import adapter_parameters
 from ..pack_engram import PACK_NAME, load_memory_pack, save_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
@@ -73,8 +75,10 @@ class EngramTrainerMixin:
             )
         word = train_mode or self.engram.config.engram_train_mode
         if word is None and self.optimizer is None:
-            word = "memory"
-            logger.warning("training the memory alone; train_mode='all' trains the backbone too.")
+            adapted = next(adapter_parameters(self.engram), None) is not None
+            word = "memory+lora" if adapted else "memory"
+            what = "the memory and its adapters" if adapted else "the memory"
+            logger.warning(f"training {what} alone (train_mode={word!r}).")
         if word is not None:
             self.engram.train_mode(word)
 
@@ -98,6 +102,14 @@ class EngramTrainerMixin:
             )
         return self.optimizer
 
+    def _wrap_model(self, model, training=True, dataloader=None):
+        left_out = self.engram._ddp_params_and_buffers_to_ignore
+        dense = any(p.requires_grad for name, p in self.model.named_parameters() if name not in left_out)
+        if training and self.args.world_size > 1 and not dense:  # DDP refuses a model of which it has nothing to train
+            prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.accelerator.prepare_model = prepare
+        return super()._wrap_model(model, training, dataloader)
+
     def training_step(self, model, *args, **kwargs):
         for _, part in self.engram.memory.named_host_parts():  # DDP's zero_grad knows its own parameters alone
             if row_gradient(part) is not None and part.grad.applied:
@@ -109,11 +121,13 @@ class EngramTrainerMixin:
 
     def _clip_grad_norm(self, model):
         # Tables in host memory or in files are no parameters of the model.
+        self.accelerator.unscale_gradients(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(dict(learnable(self.model)).values(), self.args.max_grad_norm)
 
     def _get_grad_norm(self, model, grad_norm=None):
         if grad_norm is not None:
             return grad_norm
+        self.accelerator.unscale_gradients(self.optimizer)
         return torch.nn.utils.get_total_norm([p.grad for _, p in learnable(self.model) if p.grad is not None])
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

@@ -46,13 +46,6 @@ EXPLAINED: dict[str, Reason] = {
         "because they are mapped from the file.",
         (V4,),
     ),
-    "test_training_gradient_checkpointing*": Reason(
-        "failed",
-        r"memory\.tables\.\d\.order\d\.0 in EngramForCausalLM has no gradient!",
-        "XXX"(
-            "EngramLlamaForCausalLMTest",
-        ),
-    ),
     # Where the tests look for something that lies elsewhere.
     "test_moe_models_record_router_logits": Reason(
         "skipped",

@@ -255,13 +255,13 @@ def test_the_commit_is_dirty_only_where_something_else_than_results_was_changed(
 
 def test_publishing_twice_gives_the_same_page_and_names_what_is_missing(tmp_path, capsys):
     target = tmp_path / "docs" / "performance.md"
-    publish.main(["--results", str(tmp_path / "results"), "--page", str(target)])
+    publish.main(["--results", str(tmp_path / "results"), "--docs", str(target.parent)])
     first = target.read_bytes()
     said = capsys.readouterr().err
     for name in sections.SECTIONS:
         assert name in said
         assert f"Not measured yet: `python -m benchmarks.{name}`" in first.decode()
-    publish.main(["--results", str(tmp_path / "results"), "--page", str(target)])
+    publish.main(["--results", str(tmp_path / "results"), "--docs", str(target.parent)])
     assert target.read_bytes() == first
 
 
@@ -405,13 +405,13 @@ def test_the_page_cache_is_warm_after_reading_and_cold_after_dropping(tmp_path):
 
 
 def names_of_benchmarks() -> set[str]:
-    """Modules that append a result: they hand their own name to `run`."""
-    return {path.stem for path in MODULES if f'run("{path.stem}", measure' in path.read_text(encoding="utf-8")}
+    """Modules that append a result: they hand their own name to `run` or `record.line`."""
+    adds = ('run("{}", measure', 'record.line("{}"')
+    return {path.stem for path in MODULES if any(a.format(path.stem) in path.read_text("utf-8") for a in adds)}
 
 
 def test_every_benchmark_has_a_section_and_every_section_a_benchmark():
-    assert names_of_benchmarks() == set(sections.SECTIONS)
-    assert {*every.QUICK, "big"} == set(sections.SECTIONS)
+    assert names_of_benchmarks() == {*sections.SECTIONS, *publish.FIGURES} == {*every.QUICK, "big", "domain"}
     with pytest.raises(SystemExit):
         every.main(["big"])  # by `make bench-long` only
 

@@ -31,6 +31,8 @@ FLOORS = {
     "constants_engram": 3,
     "hashing_engram": 4,
     "gradient_engram": 4,
+    "index_engram": 4,
+    "saves_engram": 4,
     "table_engram": 5,
     "shards_engram": 5,
     "rows_engram": 6,
@@ -48,14 +50,16 @@ FLOORS = {
     "quantised_engram": 10,
     "checkpoint_engram": 11,
     "donor_engram": 11,
-    "pretrained_engram": 12,
-    "modeling_engram": 13,
-    "": 14,  # `engram_transformers` itself, what users import
-    "training": 15,
-    "conversion": 15,
-    "inspection": 15,
-    "model_cards": 15,
-    "conversion.cli": 16,
+    "adapters_engram": 11,
+    "peft_engram": 12,
+    "pretrained_engram": 13,
+    "modeling_engram": 14,
+    "": 15,  # `engram_transformers` itself, what users import
+    "training": 16,
+    "conversion": 16,
+    "inspection": 16,
+    "model_cards": 16,
+    "conversion.cli": 17,
 }
 
 # Upward imports that are wanted: (module, imported module).

@@ -31,6 +31,8 @@ EXPORTS = [
     "TokenCompressor",
     "attach_memory_offload",
     "detach_memory_offload",
+    "load_memory_pack",
+    "save_memory_pack",
 ]
 # Big, and needed by training, conversion or reports only.
 NOT_FOR_INFERENCE = {"matplotlib", "typer", "rich", "gguf", "peft", "accelerate", "datasets", "pandas", "hypothesis"}

@@ -38,7 +38,7 @@ def loop(batch_size: int) -> tuple[dict, list[float]]:
         with accelerator.accumulate(trained):
             accelerator.backward(loss_of(trained, batch["input_ids"]))
             if accelerator.sync_gradients:
-                exchange_row_gradients(trained)
+                exchange_row_gradients(optimizer)
                 norms.append(float(accelerator.clip_grad_norm_(trained.parameters(), MAX_NORM)))
             optimizer.step()
             optimizer.zero_grad()
@@ -46,7 +46,7 @@ def loop(batch_size: int) -> tuple[dict, list[float]]:
 
 
 def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
-    """A trainer of everything, on the same texts in every process."""
+    """A trainer, of everything if no `train_mode` is given, on the same texts in every process."""
     settings = {
         "max_steps": STEPS,
         "gradient_accumulation_steps": PIECES,
@@ -64,8 +64,9 @@ def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
     model = changes.pop("model", None) or small_model()
     data = changes.pop("data", None) or dataset()
     evaluated = changes.pop("evaluated", None)
+    word = changes.pop("train_mode", "all")
     arguments = TrainingArguments(folder, **{**settings, **changes})
-    return EngramTrainer(model, arguments, train_dataset=data, eval_dataset=evaluated, train_mode="all")
+    return EngramTrainer(model, arguments, train_dataset=data, eval_dataset=evaluated, train_mode=word)
 
 
 if __name__ == "__main__":

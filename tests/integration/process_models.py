@@ -11,9 +11,9 @@ from ..tiny import engram_on
 TEXTS, LENGTH = 4, 16
 
 
-def small_model(layers: tuple[int, ...] = (0, 1)):
-    """The same filled memory on a Llama of two layers in every process; in training mode."""
-    config = LlamaConfig(
+def small_config() -> LlamaConfig:
+    """A Llama of two layers for the golden tokenizer."""
+    return LlamaConfig(
         vocab_size=4104,
         hidden_size=16,
         intermediate_size=32,
@@ -25,7 +25,11 @@ def small_model(layers: tuple[int, ...] = (0, 1)):
         eos_token_id=1,
         pad_token_id=2,
     )
-    return engram_on(config, layers).train()
+
+
+def small_model():
+    """The same filled memory on the same backbone in every process; in training mode."""
+    return engram_on(small_config()).train()
 
 
 def texts(step: int = 0, count: int = TEXTS) -> torch.Tensor:

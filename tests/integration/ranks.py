@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 
 # Seconds after which a rank that does not answer is stuck, and after which one ends in any case.
-PATIENCE, LIFE = 60, 300
+PATIENCE, LIFE = 120, 900
 
 
 class Ranks:
@@ -29,13 +29,16 @@ class Ranks:
     """
 
     def __init__(self, count: int):
+        self.count, self.processes, self.lines = count, [], []
+
+    def start(self) -> None:
+        """Starts the processes."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "transformers", "engram_transformers.training", "tests.tiny"])
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self.processes, self.lines = [], []
-        for rank in range(count):
+        for rank in range(self.count):
             line, theirs = context.Pipe()
-            process = context.Process(target=work, args=(theirs, rank, count, self.folder.name), daemon=True)
+            process = context.Process(target=work, args=(theirs, rank, self.count, self.folder.name), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -45,8 +48,10 @@ class Ranks:
         """What `function(*arguments)`, a function of a module, returns on every rank.
 
         Raises:
-            `RuntimeError`: with the first traceback, if a rank raised or did not answer; no rank is left then.
+            `RuntimeError`: with the first traceback, if a rank raised or did not answer; the next work is for new ones.
         """
+        if not self.lines:
+            self.start()
         for line in self.lines:
             line.send((function, arguments))
         answers, waiting, end = {}, list(self.lines), time.monotonic() + PATIENCE
@@ -67,14 +72,18 @@ class Ranks:
         if problem is not None:
             self.end()
             raise RuntimeError(problem)
-        return [answers[rank] for rank in range(len(self.lines))]
+        return [answers[rank] for rank in range(self.count)]
 
     def end(self) -> None:
         """Ends all ranks."""
         for process in self.processes:
             process.kill()
             process.join()
-        self.folder.cleanup()
+        for line in self.lines:
+            line.close()
+        if self.lines:
+            self.folder.cleanup()
+        self.processes, self.lines = [], []
 
     def __enter__(self) -> "Ranks":
         return self

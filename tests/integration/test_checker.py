@@ -12,6 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from engram_transformers import pretrained_engram
 from engram_transformers.cache_engram import EngramCacheLayer
 from engram_transformers.inspection import check_generation, generation
+from engram_transformers.inspection.ways import PERTURBATIONS, Subject
 from engram_transformers.memory_engram import EngramMemory
 from engram_transformers.modeling_engram import EngramForCausalLM
 
@@ -140,3 +141,18 @@ def test_the_report_prints_as_a_table(tiny_engram):
     text = str(report)
     assert all(word in text for word in ("greedy", "largest logit difference", "tokens equal", "NotImplementedError"))
     assert report.summary() == "2 exact, 1 refused"
+
+
+@torch.no_grad()
+def test_rounding_is_measured_by_many_changes_and_once_for_each_text(tiny_donor, monkeypatch):
+    donor, passes = tiny_donor(), []
+    forward = donor.forward
+    monkeypatch.setattr(donor, "forward", lambda *given, **more: passes.append(1) or forward(*given, **more))
+    subject = Subject(donor, [], 1, pad_token_id=2, has_memory=False, assistant=donor)
+    text, other = torch.arange(5, 25), torch.arange(6, 26)
+    measured = subject.rounding(text)
+    assert 0 < measured < 1e-2  # of logits of size 1
+    assert len(passes) == 1 + PERTURBATIONS
+    assert subject.rounding(text.clone()) == measured and len(passes) == 1 + PERTURBATIONS
+    assert subject.rounding(other) != measured and len(passes) == 2 * (1 + PERTURBATIONS)
+    assert PERTURBATIONS >= 16  # with 4, another seed measured 3 times as much

@@ -130,6 +130,7 @@ def test_all_linear_leaves_the_memory_out(tiny_donor, tiny_engram):
     assert len(ours) == 4 * 7, "control: all seven linear maps of all four layers"
 
 
+@pytest.mark.filterwarnings("error:Unsupported layer type")
 def test_projections_of_the_memory_are_adapted_when_asked_for(tiny_engram):
     model = adapted(tiny_engram(trained=True), config=lora(target_modules=["key_value", "q_proj"]))
     names = model.targeted_module_names

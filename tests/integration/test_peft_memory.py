@@ -122,6 +122,16 @@ def test_a_memory_is_saved_where_it_changed_or_learns(place, saved, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(loaded(saved, place), tmp_path / "changed")), logits(model))
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_one_changed_row_is_enough(place, saved, tmp_path):
+    model = adapted(loaded(saved, place))
+    name, part = next(iter(named_parts(model.get_base_model()).items()))
+    rows = torch.tensor([part_shape(part)[0] - 1])
+    write_part(part, rows, read_part(part, rows) + 1)
+    model.save_pretrained(tmp_path)
+    assert read_pack_header(tmp_path).rows == {name: 1}
+
+
 def test_one_changed_dense_weight_is_enough(saved, tmp_path):
     model = adapted(loaded(saved))
     with torch.no_grad():

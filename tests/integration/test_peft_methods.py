@@ -8,7 +8,7 @@ Run: pytest tests/integration/test_peft_methods.py
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from .adapted import adapted, ids, logits, lora, near, stir
@@ -222,7 +222,7 @@ def test_refusals_hold_for_a_second_adapter_and_for_models_that_carry_adapters_t
 def test_adapters_of_several_methods_mix(tiny_donor, tiny_engram):
     def mixed(model):
         model = get_peft_model(model, lora(), mixed=True)
-        model.add_adapter("second", IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+        model.add_adapter("second", LoHaConfig(r=4))
         model.set_adapter(["default", "second"])
         return stir(stir(model.eval()), 1, "second")
 

@@ -37,6 +37,12 @@ def pair():
 
 
 @pytest.fixture(scope="module")
+def trio():
+    with Ranks(3) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
 def graft(tmp_path_factory):
     """A folder with the small model."""
     folder = tmp_path_factory.mktemp("graft")
@@ -180,6 +186,23 @@ def test_an_exchange_gives_every_rank_the_mean_over_ranks_of_all_rows(pair, give
             assert exchanged
 
 
+def exchange_of_three() -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's own values for the same rows, whose sum depends on the order of additions; and what comes out."""
+    values = 1000 ** torch.rand(50, 4, generator=torch.Generator().manual_seed(dist.get_rank()))
+    part = torch.nn.Parameter(torch.zeros(50, 4))
+    part.grad = RowGradient(part, torch.arange(50), values.clone())
+    exchange_row_gradients(SimpleNamespace(param_groups=[{"rows": True, "params": [part]}]))
+    return values, part.grad.row_values
+
+
+def test_sums_are_made_in_the_order_of_the_ranks_on_every_rank(trio):
+    (a, first), (b, second), (c, third) = trio.run(exchange_of_three)
+    assert torch.equal(first, (a + b + c) / 3)
+    assert torch.equal(second, first)
+    assert torch.equal(third, first)
+    assert not torch.equal((b + c + a) / 3, first), "control: another order has other sums"
+
+
 def exchange_after(change: str) -> str:
     """The error of an exchange on ranks that are not alike."""
     model, rank = small_model(), dist.get_rank()
@@ -266,6 +289,31 @@ def test_fully_sharded_ranks_with_whole_tables_train_as_one_process(pair):
     assert min(norms) > MAX_NORM, "control: gradients were clipped"
 
 
+def train_apart() -> tuple[dict, dict]:
+    """Each rank trains on texts of its own; its weights, and those that it gets without any exchange."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    rank, results = dist.get_rank(), []
+    for exchange in (True, False):
+        model = small_model()
+        optimizer = engram_optimizer(model)
+        loss_of(model, texts(rank)).backward()
+        if exchange:
+            exchange_row_gradients(optimizer, group=groups[rank])
+        else:
+            for part in table_parts(model):
+                part.grad.exchanged = True
+        optimizer.step()
+        results.append(weights(model))
+    return tuple(results)
+
+
+def test_processes_that_train_apart_exchange_with_themselves(pair):
+    (first, alone), (second, also_alone) = pair.run(train_apart)
+    assert_same(first, alone)
+    assert_same(second, also_alone)
+    assert any(not torch.equal(first[name], second[name]) for name in first), "control: they trained on other texts"
+
+
 def shard_tables_as_well() -> str:
     from torch.distributed.fsdp import fully_shard
 
@@ -277,6 +325,24 @@ def shard_tables_as_well() -> str:
 
 def test_tables_that_fsdp_has_cut_up_are_refused(pair):
     assert all("shard_backbone" in said and "ignored_params" in said for said in pair.run(shard_tables_as_well))
+
+
+def fail_on_one_rank() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("on purpose")
+    dist.barrier()
+
+
+def test_ranks_end_with_the_first_that_fails_and_new_ones_take_over():
+    with Ranks(2) as ranks:
+        assert ranks.run(dist.get_rank) == [0, 1]
+        before = ranks.processes[:]
+        with pytest.raises(RuntimeError, match="(?s)rank 1: .*on purpose"):
+            ranks.run(fail_on_one_rank)
+        assert not any(process.is_alive() for process in before)
+        assert ranks.run(dist.get_rank) == [0, 1]
+        after = ranks.processes[:]
+    assert not any(process.is_alive() for process in after)
 
 
 def test_one_process_without_a_group_needs_nothing():

@@ -4,6 +4,7 @@ The control is one process with the whole table.
 Run: pytest tests/integration/test_processes_sharded.py
 """
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -190,22 +191,44 @@ def test_training_saving_and_loading_equal_one_process(trio, graft, tmp_path):
         assert torch.equal(logits, expected[rank])
 
 
-def optimizer_states(graft: str) -> list[tuple[int, int]]:
-    """Rows with a state and rows held, for each part."""
-    model = shard_tables(EngramForCausalLM.from_pretrained(graft, engram_placement="disk").train())
-    optimizer = engram_optimizer(model)
-    loss_of(model, texts(dist.get_rank())).backward()
-    optimizer.step()
-    state = optimizer.state_dict()["state"]
-    return [
-        (int(state[index]["rows"].max()), len(state[index]["rows"]), len(part))
+def resumed(graft: str, folder: str) -> tuple[bool, bool, list[tuple[int, int, int]]]:
+    """Whether two steps equal a step, a save, a new model with the rank's optimizer state, and a step; and whether they
+    do without the state. Last row, rows with a state, and rows held, for each part."""
+
+    def fresh(path, state=None):
+        model = shard_tables(EngramForCausalLM.from_pretrained(path, engram_placement="disk").train())
+        optimizer = engram_optimizer(model.train_mode("memory"))
+        if state is not None:
+            optimizer.load_state_dict(state)
+        return model, optimizer
+
+    def step(model, optimizer, number):
+        loss_of(model, texts(3 * number + dist.get_rank())).backward()
+        for parameter in model.memory.layers.parameters():
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    model, optimizer = fresh(graft)
+    step(model, optimizer, 0)
+    save_sharded(model, folder)
+    state = copy.deepcopy(optimizer.state_dict())
+    whole = step(model, optimizer, 1)
+    held = [
+        (int(state["state"][index]["rows"].max()), len(state["state"][index]["rows"]), len(part))
         for index, part in optimizer.numbered()
         if isinstance(part, RankPart)
     ]
+    equal = all(map(torch.equal, step(*fresh(folder, state), 1), whole))
+    without = all(map(torch.equal, step(*fresh(folder), 1), whole))
+    return equal, without, held
 
 
-def test_a_ranks_optimizer_knows_its_own_rows_alone(trio, graft):
-    for parts in trio.run(optimizer_states, graft):
+def test_a_rank_resumes_bit_for_bit_with_a_state_of_its_own_rows(trio, graft, tmp_path):
+    for equal, without, parts in trio.run(resumed, graft, str(tmp_path / "saved")):
+        assert equal
+        assert not without, "control: the state matters"
         assert len(parts) == 4
         for last, touched, held in parts:
             assert last < held

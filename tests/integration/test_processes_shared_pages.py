@@ -4,12 +4,12 @@ Read from the kernel's own account of this process' pages (`/proc/self/smaps`, L
 Run: pytest tests/integration/test_processes_shared_pages.py
 """
 
+import gc
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.shards_engram import MEMORY_STEM
@@ -17,12 +17,11 @@ from engram_transformers.training import engram_optimizer, exchange_row_gradient
 from engram_transformers.training.processes import table_parts
 
 from ..tiny import GOLDEN, fill_memory
-from .process_models import loss_of, own_texts, small_model, texts
+from .process_models import loss_of, own_texts, small_config, texts
 from .ranks import Ranks
 
 
 PAGE = 4096
-MIB = 1 << 20
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no account of pages on this system")
 
@@ -39,7 +38,8 @@ def graft(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graft")
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
     sizes = {"engram_vocab_size": 50_000, "engram_n_heads": 2, "engram_head_dim": 16}
-    model = EngramForCausalLM.from_donor(small_model().backbone, tokenizer, [0, 1], **sizes)
+    donor = AutoModelForCausalLM.from_config(small_config())
+    model = EngramForCausalLM.from_donor(donor, tokenizer, [0, 1], **sizes)
     fill_memory(model).save_pretrained(folder)
     return str(folder)
 
@@ -58,6 +58,7 @@ def mapped_pages(field: str) -> int:
 
 def pages_after_reading(graft: str, placement: str, copied: bool) -> tuple[int, int, int]:
     """Bytes of the tables, and of this process' pages of them: all, and its share of those that several have."""
+    gc.collect()  # what an earlier test mapped
     model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement)
     parts = table_parts(model)
     if copied:
@@ -73,7 +74,7 @@ def pages_after_reading(graft: str, placement: str, copied: bool) -> tuple[int, 
 @pytest.mark.parametrize("placement", ["cpu", "device"])
 def test_two_processes_hold_a_table_once(pair, graft, placement):
     for nbytes, all_pages, share in pair.run(pages_after_reading, graft, placement, False):
-        assert nbytes > 25 * MIB
+        assert nbytes > 25_000_000
         assert all_pages >= nbytes, "every page was read"
         assert share == pytest.approx(all_pages / 2, rel=0.05)
 
@@ -85,6 +86,7 @@ def test_control_of_pages_that_are_written_each_has_its_own(pair, graft):
 
 def pages_after_a_step(graft: str, placement: str) -> tuple[int, int, int, int]:
     """Rows that a step touched; private bytes of the mapping after it; bytes of rows that are kept beside it."""
+    gc.collect()  # what an earlier test mapped
     model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement).train_mode("tables").train()
     optimizer = engram_optimizer(model)
     loss_of(model, own_texts(0, dist.get_rank(), 2)).backward()

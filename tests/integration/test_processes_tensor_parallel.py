@@ -1,4 +1,4 @@
-"""A backbone over tensor-parallel ranks, as Transformers' `tp_plan="auto"` makes it: the memory adds what it always adds.
+"""A backbone over tensor-parallel ranks (Transformers' `tp_plan="auto"`): the memory adds what it adds in one process.
 
 The control is one process; another is the plain backbone over the same ranks.
 Run: pytest tests/integration/test_processes_tensor_parallel.py

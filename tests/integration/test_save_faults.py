@@ -1,7 +1,7 @@
 """Saves of a memory whose rows are read from files or host memory: byte for byte the original's, also over those files.
 
-Proves that a save that fails (a full disk, Ctrl-C, a file that cannot be moved) leaves the loaded model reading right
-rows, and a folder that is what it was or refuses to load.
+Proves that a save that fails (a full disk, Ctrl-C, a file that cannot be moved, a process that is killed) leaves the
+loaded model reading right rows, and a folder that holds the old checkpoint or the new one, whole.
 
 Run: pytest tests/integration/test_save_faults.py
 """
@@ -14,10 +14,13 @@ import signal
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramFormatError, shards_engram
 from engram_transformers.offload_engram import rows_hook
+from engram_transformers.saves_engram import SAVING_PREFIX
 
+from ..deaths import dies_at, operations
 from ..faults import Child, ctrl_c_heard, logits, placed_at, plain, shard_of
 from ..tiny import fill_memory
 
@@ -129,11 +132,36 @@ def test_a_save_that_fails_while_files_are_moved_leaves_the_model_right(
         model.save_pretrained(folder)
     monkeypatch.undo()
     assert torch.equal(logits(model, ids), expected)
-    with pytest.raises(FileNotFoundError, match="a save was interrupted"):  # half of two saves is never loaded
-        placed_at(placement, folder)
+    assert len(list(folder.glob(f"{SAVING_PREFIX}*"))) == (moves > 0)  # the first one says that the draft is complete
+    assert torch.equal(logits(placed_at(placement, folder), ids), expected)
+    assert torch.equal(logits(model, ids), expected)  # also when another process has finished the moves
     model.save_pretrained(folder)
+    assert not list(folder.glob(f"{SAVING_PREFIX}*"))
     assert torch.equal(logits(model, ids), expected)
     assert torch.equal(logits(placed_at(placement, folder), ids), expected)
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_model_or_the_new_one(folder, ids, expected, tmp_path):
+    other = fill_memory(placed_at("device", folder), seed=1)
+    changed = logits(other, ids)
+    assert not torch.equal(changed, expected)
+    other.save_pretrained(tmp_path / "new")
+    states = {"old": contents(folder), "new": contents(tmp_path / "new")}
+    most = operations(lambda: other.save_pretrained(tmp_path / "counted"))
+    found = []
+    for place in [0, most // 2, *range(most - 60, most + 6, 6)]:
+        again = tmp_path / str(place)
+        shutil.copytree(folder, again)
+        dies_at(place, lambda again=again: other.save_pretrained(again))
+        model = AutoModelForCausalLM.from_pretrained(again)
+        found.append("new" if torch.equal(logits(model, ids), changed) else "old")
+        assert found[-1] == "new" or torch.equal(logits(model, ids), expected)
+        files = {name: data for name, data in contents(again).items() if not name.startswith(SAVING_PREFIX)}
+        assert files == states[found[-1]], place
+        model.save_pretrained(again)
+        assert not list(again.glob(f"{SAVING_PREFIX}*"))
+    assert found[0] == "old" and found[-1] == "new" and found == sorted(found, reverse=True)
+    assert found.count("new") > 2
 
 
 def test_other_rows_that_are_saved_over_the_own_files_are_not_the_models(folder, ids, expected, original):

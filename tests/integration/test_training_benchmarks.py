@@ -5,6 +5,7 @@ Nothing is asserted of a time. Not run here: engram-peft's side, which pip has t
 Run: pytest tests/integration/test_training_benchmarks.py
 """
 
+import dataclasses
 import gzip
 import json
 
@@ -152,6 +153,7 @@ def test_all_ways_read_the_same_sequences_in_the_same_order(donor, texts, tiny_t
 
 def test_each_kind_of_weight_learns_at_its_own_rate(donor):
     recipe = Recipe(memory=MEMORY, table_lr=0.3, dense_lr=0.1, lora_lr=0.02, table_eps=1e-5, beta2=0.9)
+    recipe = dataclasses.replace(recipe, table_optimizer="adagrad")
     optimizer = domain_train.optimizer_for(domain_train.build(donor, recipe, 0), recipe)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: round(group["lr"], 9) for name, group in groups.items()} == {
@@ -161,6 +163,7 @@ def test_each_kind_of_weight_learns_at_its_own_rate(donor):
         "backbone": 0.02,
     }
     assert groups["tables"]["eps"] == 1e-5 and groups["projections"]["eps"] != 1e-5
+    assert groups["tables"]["table_optimizer"] == "adagrad"
     assert all(group["betas"] == (0.9, 0.9) for group in groups.values())
 
 

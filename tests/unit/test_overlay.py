@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.overlay_engram import RowIndex, RowOverlay, part_shape, read_part, write_part
+from engram_transformers.index_engram import RowIndex
+from engram_transformers.overlay_engram import RowOverlay, expect_writes, part_shape, read_part, write_part
 from engram_transformers.rows_engram import ShardFile, file_part
 from engram_transformers.shards_engram import read_header, write_shard
 
@@ -79,7 +80,11 @@ def test_places_are_those_of_first_sight(visits):
 
 def test_the_first_write_takes_no_more_memory_than_its_rows(tmp_path):
     overlay, _ = stored(tmp_path, [100])
-    write_part(overlay.learning[0], torch.arange(0, 60, 2), torch.ones(30, WIDTH))
+    rows = torch.arange(0, 60, 2)
+    expect_writes(overlay.learning[0], rows)
+    assert overlay.changed == 0
+    for piece in rows.split(7):
+        write_part(overlay.learning[0], piece, torch.ones(len(piece), WIDTH))
     assert overlay.changes[0].values.shape == (30, WIDTH)
 
 

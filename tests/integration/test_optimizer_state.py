@@ -1,0 +1,125 @@
+"""The state of the one optimizer: restored whole, or refused whole with an error that says what to do.
+
+Proves that for each kind of damage, for states of another model, of an older version or of other settings, and that
+nothing has changed then; that the undamaged state is taken.
+
+Run: pytest tests/integration/test_optimizer_state.py
+"""
+
+import copy
+
+import pytest
+import torch
+
+from engram_transformers.gradient_engram import row_gradient
+from engram_transformers.training import engram_optimizer
+
+from .stepping import backward, equal, four_batches, run
+
+
+@pytest.fixture
+def batches():
+    """Four batches of two texts."""
+    return four_batches()
+
+
+@pytest.fixture
+def memory(tiny_engram):
+    """Factory of a filled model whose memory alone learns."""
+
+    def make(**fields):
+        model = tiny_engram(trained=True, **fields)
+        model.train_mode("memory")
+        return model
+
+    return make
+
+
+def first_rows(state):
+    return next(entry for entry in state["state"].values() if "rows" in entry)
+
+
+def dense_entry(state):
+    return next(entry for entry in state["state"].values() if "rows" not in entry)
+
+
+def tables_group(state):
+    return next(group for group in state["param_groups"] if group["name"] == "tables")
+
+
+DAMAGES = {
+    "unsorted": (lambda s: first_rows(s).update(rows=first_rows(s)["rows"].flip(0)), "ascending, each once.*damaged"),
+    "twice": (lambda s: first_rows(s)["rows"].__setitem__(1, first_rows(s)["rows"][0]), "ascending, each once"),
+    "beyond": (lambda s: first_rows(s)["rows"].__setitem__(-1, 10**9), "from 0 to"),
+    "negative": (lambda s: first_rows(s)["rows"].__setitem__(0, -1), "from 0 to"),
+    "fractions": (lambda s: first_rows(s).update(rows=first_rows(s)["rows"].float()), "must be int64"),
+    "height": (lambda s: first_rows(s).update(height=77), "part of 77 rows, this one has .*another model"),
+    "width": (lambda s: first_rows(s).update(exp_avg=torch.zeros(3, 9)), r"exp_avg has shape \(3, 9\).*needed is"),
+    "type": (lambda s: first_rows(s).update(step=first_rows(s)["step"].float()), "step has shape .*torch.int32"),
+    "older": (lambda s: first_rows(s).pop("height"), "needed is exp_avg, .*another version"),
+    "part": (lambda s: first_rows(s).pop("exp_avg_sq"), "needed is exp_avg, exp_avg_sq"),
+    "old group": (lambda s: tables_group(s).pop("table_optimizer"), r"table_optimizer=nothing \(an older version\)"),
+    "rule": (lambda s: tables_group(s).update(table_optimizer="adagrad"), "table_optimizer='adagrad', this.*'adam'"),
+    "precision": (lambda s: tables_group(s).update(table_state_dtype="bfloat16"), "table_state_dtype='bfloat16'"),
+    "anchor": (lambda s: tables_group(s).update(anchor=0.5), "anchor=0.5, this optimizer has 0.0"),
+    "no numbers": (lambda s: s.pop("engram"), 'rows and no "engram"'),
+    "dense shape": (lambda s: dense_entry(s).update(exp_avg=torch.zeros(7)), r"shape \(7,\), needed is.*another model"),
+    "dense kind": (lambda s: dense_entry(s).pop("exp_avg_sq"), "made by another optimizer"),
+    "number": (lambda s: s["state"].update({99: {}}), r"entries \[99\], which none of its groups holds"),
+    "groups": (lambda s: s["param_groups"].pop(), "another choice of what is trained"),
+    "name": (lambda s: tables_group(s).update(name="rows"), r"parameter groups rows \(4\).*has tables \(4\)"),
+    "nothing": (lambda s: s.clear(), "no optimizer state"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_state_that_does_not_fit_is_refused_whole(damage, memory, batches):
+    model = memory()
+    optimizer = engram_optimizer(model)
+    run(model, optimizer, batches[:1])
+    good, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    run(model, optimizer, batches[1:2])
+    now = copy.deepcopy(optimizer.state_dict())
+    spoil, message = DAMAGES[damage]
+    spoil(other)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other)
+    assert equal(optimizer.state_dict(), now)
+    optimizer.load_state_dict(good)
+    assert equal(optimizer.state_dict(), good), "control: the undamaged one is taken"
+
+
+@pytest.mark.parametrize("fields", [{"engram_vocab_size": 300}, {"engram_head_dim": 8}])
+def test_the_state_of_another_model_is_refused(fields, memory, batches):
+    model, other = memory(), memory(**fields)
+    optimizer = engram_optimizer(other)
+    run(other, optimizer, batches[:1])
+    with pytest.raises(ValueError, match="belongs to another model"):
+        engram_optimizer(model).load_state_dict(optimizer.state_dict())
+
+
+def test_a_loaded_state_is_no_part_of_the_dict_it_came_from(memory, batches):
+    model = memory()
+    optimizer = engram_optimizer(model)
+    run(model, optimizer, batches[:1])
+    state = optimizer.state_dict()
+    rows = {index: copy.deepcopy(entry) for index, entry in state["state"].items() if "rows" in entry}
+    twin = engram_optimizer(model)
+    twin.load_state_dict(state)
+    run(model, twin, batches[:1])  # the rows of before: nothing grows, and numbers are written in place
+    assert all(equal(state["state"][index], entry) for index, entry in rows.items())
+    assert len(rows) == 4
+
+
+def test_a_selection_of_rows_travels_with_the_state(memory, batches):
+    model = memory()
+    optimizer = engram_optimizer(model)
+    part = optimizer.row_groups()[0]["params"][0]
+    part.selected = torch.tensor([2, 7])
+    state = optimizer.state_dict()
+    part.selected = None
+    optimizer.load_state_dict(state)
+    assert part.selected.tolist() == [2, 7] and not optimizer.row_states
+    backward(model, batches[0])
+    gradient = row_gradient(part)
+    assert gradient is None or set(gradient.rows.tolist()) <= {2, 7}
