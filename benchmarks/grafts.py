@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from engram_transformers.conversion import graft
 from engram_transformers.memory_engram import MEMORY_PREFIX
-from engram_transformers.shards_engram import MEMORY_STEM, read_header
+from engram_transformers.saves_engram import MEMORY_STEM
+from engram_transformers.shards_engram import read_header
 
 
 TABLES = f"{MEMORY_PREFIX}tables."

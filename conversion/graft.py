@@ -27,12 +27,9 @@ from ..donor_engram import engram_config, load_donor
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..placement_engram import TABLES_PREFIX
+from ..saves_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME
 from ..shards_engram import (
-    INDEX_NAME,
     MAX_MEMORY_SHARD_SIZE,
-    MEMORY_STEM,
-    MODEL_STEM,
-    SINGLE_NAME,
     ZeroTensor,
     parse_size,
     read_header,

@@ -32,21 +32,16 @@ from .placement_engram import (
 )
 from .quantised_engram import only_state, quantization_in_graft
 from .rows_engram import CheckpointTables
+from .saves_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME, WITHOUT_TABLES_NAME, whole_save
 from .shards_engram import (
     DTYPE_NAMES,
-    INDEX_NAME,
     MAX_MEMORY_SHARD_SIZE,
-    MEMORY_STEM,
-    MODEL_STEM,
-    SINGLE_NAME,
-    WITHOUT_TABLES_NAME,
     check_folder,
     parse_size,
     read_header,
     read_index,
     shard_name,
     total_size,
-    whole_save,
     write_index,
     write_shards,
 )

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from .configuration_engram import EngramFormatError
-from .saves_engram import INDEX_NAME, INDEX_NAMES, SINGLE_NAME, finish_saves
-from .saves_engram import MEMORY_STEM as MEMORY_STEM  # names of files belong to the format
-from .saves_engram import MODEL_STEM as MODEL_STEM
-from .saves_engram import SAVING_PREFIX as SAVING_PREFIX
-from .saves_engram import WITHOUT_TABLES_NAME as WITHOUT_TABLES_NAME
-from .saves_engram import whole_save as whole_save
+from .saves_engram import (
+    INDEX_NAME,
+    INDEX_NAMES,
+    SINGLE_NAME,
+    finish_saves,
+)
 
 
 # A file larger than RAM and swap together cannot be mapped (safetensors maps privately), so tables are cut for laptops.

@@ -30,7 +30,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engram_transformers.rows_engram import CheckpointTables, FileRows, HostRows
-from engram_transformers.shards_engram import MEMORY_STEM, ZeroTensor, write_index, write_shards
+from engram_transformers.saves_engram import MEMORY_STEM
+from engram_transformers.shards_engram import ZeroTensor, write_index, write_shards
 
 
 def random_table(rows: int, width: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:

@@ -26,7 +26,7 @@ from ..mode_engram import adapter_parameters
 from ..pack_engram import PACK_NAME, load_memory_pack, save_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
-from ..shards_engram import INDEX_NAME
+from ..saves_engram import INDEX_NAME, finish_saves
 from .optimizer import TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
 from .processes import RankPart, exchange_row_gradients
 
@@ -184,6 +184,7 @@ class EngramTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         folder = Path(resume_from_checkpoint)
+        finish_saves(folder)
         if (folder / ADAPTER_NAME).exists():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif (folder / PACK_NAME).exists():
@@ -195,6 +196,7 @@ class EngramTrainerMixin:
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
+        finish_saves(best)
         if (best / PACK_NAME).exists() and not (best / ADAPTER_NAME).exists():
             logger.info(f"Loading the best memory from {best} (score: {self.state.best_metric}).")
             load_memory_pack(self.engram, best)

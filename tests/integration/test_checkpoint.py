@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
 from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError
-from engram_transformers.shards_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
+from engram_transformers.saves_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 from engram_transformers import EngramFormatError
-from engram_transformers.shards_engram import INDEX_NAME
+from engram_transformers.saves_engram import INDEX_NAME
 
 from ..faults import (
     Child,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
-from engram_transformers.shards_engram import MEMORY_STEM
+from engram_transformers.saves_engram import MEMORY_STEM
 from engram_transformers.training import engram_optimizer, exchange_row_gradients
 from engram_transformers.training.processes import table_parts
 

@@ -33,7 +33,8 @@ from engram_transformers.rows_engram import (
     HostRows,
     ShardFile,
 )
-from engram_transformers.shards_engram import MEMORY_STEM, write_index, write_shards
+from engram_transformers.saves_engram import MEMORY_STEM
+from engram_transformers.shards_engram import write_index, write_shards
 
 from ..conftest import examples
 from ..faults import Child, absent, cut, disk, failing, mapped, open_files, random_table, same, short, soon, stored

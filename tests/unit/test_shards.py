@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from engram_transformers import EngramFormatError
+from engram_transformers.saves_engram import INDEX_NAME, SINGLE_NAME
 from engram_transformers.shards_engram import (
     DTYPE_NAMES,
-    INDEX_NAME,
     MAX_MEMORY_SHARD_SIZE,
-    SINGLE_NAME,
     ZERO_BLOCK,
     ZeroTensor,
     check_folder,
