@@ -5,8 +5,9 @@ of what was read (recall), on entries that were held out, and on two other kinds
 same memory with one row a head, trained in the same way (what it gains is not the table's), and the trained memory with
 its rows shuffled (what it keeps is not the rows'). LoRA has the best of three learning rates, by its held-out loss.
 
-A run takes 5 to 15 minutes and there are about twenty. Each adds a line when it is done, and a run whose settings, seed
-and commit have a line is not made again: start it as often as you like, or name some with --runs and --seeds.
+A run takes 5 to 15 minutes and there are about twenty. Each adds a line when it is done, and a run whose settings and
+seed have a line is not made again: start it as often as you like, or name some with --runs and --seeds. A line says the
+commit that it was made with; --again measures those of other commits anew.
 
 Run: python -m benchmarks.domain, or `make bench-long`
 """
@@ -43,7 +44,7 @@ DOSES = (5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1)
 # Fields of a recipe that say how long and how often; all ways have the same.
 PLAN = ("passes", "batch", "length", "warmup", "clip", "bf16", "beta2")
 
-# What makes a run the same as one that has a line, beside the commit. Names do not count: LoRA at its best rate is also
+# What makes a run the same as one that has a line. Names do not count: LoRA at its best rate is also
 # one of the three, and one of the doses is the memory's own.
 KNOWN_BY = ("donor", "tokens", "sample_tokens", "seed", "recipe")
 
@@ -58,6 +59,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     made.add_argument("--tokens", type=int, default=131_072, help="tokens that are read, in all passes together")
     made.add_argument("--sample", type=int, default=16_384, help="tokens of each measured sample")
+    made.add_argument("--again", action="store_true", help="also measure what was measured with another commit")
     made.add_argument("--texts", type=Path, help="where the texts are kept; in the work folder by default")
     made.add_argument("--memory", type=json.loads, default={}, help="fields of EngramConfig to change, as JSON")
     made.add_argument("--recipe", type=json.loads, default={}, help="fields of Recipe to change, as JSON")
@@ -136,7 +138,8 @@ class Runs:
         """The line of a run, which is made if it is not there."""
         sizes = self.sizes(name, seed, recipe)
         for line in record.results_of("domain", self.asked.results):
-            if line["commit"] == self.commit and all(line["sizes"][key] == sizes[key] for key in KNOWN_BY):
+            of_this = not self.asked.again or line["commit"] == self.commit
+            if of_this and all(line["sizes"][key] == sizes[key] for key in KNOWN_BY):
                 say(f"{name}, seed {seed}: there")
                 return line
         say(f"{name}, seed {seed}")

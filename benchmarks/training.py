@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from . import grafts, models
@@ -110,7 +111,8 @@ class Side:
         """Ends the process."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # of a question that was never read
+            self.process.stdin.close()
         self.process.stdout.close()
 
 

@@ -352,7 +352,7 @@ def choose_what_learns(model) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "engram_train_mode", None) or not hasattr(model, "train_mode"):
         return
-    if all(parameter.requires_grad for parameter in model.parameters()):
+    if all(parameter.requires_grad for _, parameter in learnable(model)):
         model.train_mode("memory")
         logger.warning(
             'every parameter required a gradient: the memory alone is trained now, as by model.train_mode("memory"). '

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..adapters_engram import inside
 from ..checkpoint_engram import ADAPTER_NAME
 from ..gradient_engram import row_gradient
 from ..mode_engram import adapter_parameters
@@ -85,7 +86,7 @@ class EngramTrainerMixin:
     @property
     def engram(self):
         """The model with the memory, out of what PEFT, DDP and compilers have put around it."""
-        return engram_in(self.model)
+        return inside(self.model)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -237,17 +238,9 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
 OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", "anchor")
 
 
-def engram_in(model):
-    """The model with a memory in what was put around it; None if there is none."""
-    while model is not None and not hasattr(type(model), "place_memory"):
-        inner = [getattr(model, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
-        model = next((found for found in inner if isinstance(found, torch.nn.Module)), None)
-    return model
-
-
 def check_model(model) -> None:
     """Raises TypeError for a model without memory, ValueError for one whose tables are not loaded."""
-    held = engram_in(model)
+    held = inside(model) if isinstance(model, torch.nn.Module) else None
     if held is None:
         raise TypeError(
             f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "

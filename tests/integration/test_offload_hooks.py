@@ -50,7 +50,8 @@ def snapshot(model) -> list:
     for name, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks)
         found.append((name, id(module.__dict__.get("_hf_hook")), *(list(hook) for hook in hooks)))
-        found.append((name, list(module._load_state_dict_pre_hooks), sorted(set(module.__dict__) - {"forward"})))
+        own = sorted(key for key in module.__dict__ if key != "forward" and not key.startswith("known_"))
+        found.append((name, list(module._load_state_dict_pre_hooks), own))
     return found
 
 

@@ -231,10 +231,12 @@ def test_the_domain_is_measured_once_and_its_page_has_every_way(asked, tmp_path,
     assert publish.with_figures(text, tmp_path / "results")[0] == text
 
 
-def test_a_run_of_another_commit_is_made_again(asked, tmp_path, monkeypatch):
+def test_a_run_of_another_commit_is_made_again_if_that_is_asked_for(asked, tmp_path, monkeypatch):
     domain.main([*asked, "--runs", "donor"])
     monkeypatch.setattr(record, "commit", lambda *folder: "another")
     domain.main([*asked, "--runs", "donor"])
+    assert len(record.results_of("domain", tmp_path / "results")) == 1
+    domain.main([*asked, "--runs", "donor", "--again"])
     commits = [line["commit"] for line in record.results_of("domain", tmp_path / "results")]
     assert len(commits) == 2 and commits[1] == "another" != commits[0]
 
