@@ -1,4 +1,5 @@
-"""What tests of placed and offloaded tables share: one filled memory, its checkpoint, and the device that counts."""
+"""What the tests of this folder share: a filled memory, its checkpoint and the device that counts; processes that work
+together and the graft that they load; a memory that learns."""
 
 import os
 import shutil
@@ -13,6 +14,9 @@ from ..faults import shard_of
 from ..tiny import engram_on
 from .backbones import HEADS
 from .placed import loaded
+from .process_models import small_model
+from .ranks import Ranks
+from .stepping import four_batches
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +51,41 @@ def folder(saved, tmp_path) -> Path:
     shutil.copytree(saved, tmp_path / "saved")
     os.utime(shard_of(tmp_path / "saved"), ns=(0, 0))
     return tmp_path / "saved"
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def trio():
+    with Ranks(3) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def graft(tmp_path_factory):
+    """A folder with the small model."""
+    folder = tmp_path_factory.mktemp("graft")
+    small_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def batches():
+    """Four batches of two texts."""
+    return four_batches()
+
+
+@pytest.fixture
+def memory(tiny_engram):
+    """Factory of a filled model whose memory alone learns."""
+
+    def make(**fields):
+        model = tiny_engram(trained=True, **fields)
+        model.train_mode("memory")
+        return model
+
+    return make

@@ -21,28 +21,10 @@ from engram_transformers.training import engram_optimizer
 from engram_transformers.training.optimizer import EngramOptimizer, group_of
 
 from .placed import loaded
-from .stepping import backward, equal, four_batches, rows_of, run
+from .stepping import backward, equal, rows_of, run
 
 
 PLACES = ["device", "cpu", "disk"]
-
-
-@pytest.fixture
-def batches():
-    """Four batches of two texts."""
-    return four_batches()
-
-
-@pytest.fixture
-def memory(tiny_engram):
-    """Factory of a filled model whose memory alone learns."""
-
-    def make(**fields):
-        model = tiny_engram(trained=True, **fields)
-        model.train_mode("memory")
-        return model
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -14,25 +14,7 @@ import torch
 from engram_transformers.gradient_engram import row_gradient
 from engram_transformers.training import engram_optimizer
 
-from .stepping import backward, equal, four_batches, run
-
-
-@pytest.fixture
-def batches():
-    """Four batches of two texts."""
-    return four_batches()
-
-
-@pytest.fixture
-def memory(tiny_engram):
-    """Factory of a filled model whose memory alone learns."""
-
-    def make(**fields):
-        model = tiny_engram(trained=True, **fields)
-        model.train_mode("memory")
-        return model
-
-    return make
+from .stepping import backward, equal, run
 
 
 def first_rows(state):

@@ -30,26 +30,6 @@ CLOSE = 1e-6
 STEPS, PIECES, MAX_NORM = 3, 2, 0.05
 
 
-@pytest.fixture(scope="module")
-def pair():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def trio():
-    with Ranks(3) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def graft(tmp_path_factory):
-    """A folder with the small model."""
-    folder = tmp_path_factory.mktemp("graft")
-    small_model().save_pretrained(folder)
-    return str(folder)
-
-
 def model_at(placement: str, graft: str):
     if placement == "device":
         return small_model()

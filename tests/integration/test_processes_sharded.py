@@ -23,25 +23,10 @@ from engram_transformers.training.sharded import RankRows, row_bounds, save_shar
 
 from ..conftest import examples
 from .process_models import assert_close, assert_same, loss_of, own_texts, small_model, texts, weights
-from .ranks import Ranks
 
 
 CLOSE = 1e-6  # sums of float32 in another order: the differences are about 1e-8
 STEPS, MAX_NORM = 3, 0.05
-
-
-@pytest.fixture(scope="module")
-def trio():
-    with Ranks(3) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def graft(tmp_path_factory):
-    """A folder with the small model."""
-    folder = tmp_path_factory.mktemp("graft")
-    small_model().save_pretrained(folder)
-    return str(folder)
 
 
 def group_of(ranks: int):

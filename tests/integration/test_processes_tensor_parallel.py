@@ -10,25 +10,10 @@ import torch
 from engram_transformers import EngramForCausalLM
 from engram_transformers.training import shard_tables
 
-from .process_models import small_model, texts
-from .ranks import Ranks
+from .process_models import texts
 
 
 CLOSE = 1e-5  # sums over two ranks: 2e-6 here, and 2e-6 for the plain backbone
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def graft(tmp_path_factory):
-    """A folder with the small model."""
-    folder = tmp_path_factory.mktemp("graft")
-    small_model().save_pretrained(folder)
-    return str(folder)
 
 
 @torch.no_grad()

@@ -14,24 +14,9 @@ from engram_transformers.training import trainer as training_trainer
 
 from .launched import PIECES, STEPS, dataset, trainer
 from .process_models import assert_close, assert_same, small_model, texts, weights
-from .ranks import Ranks
 
 
 CLOSE = 1e-5  # weights after three steps at 40 times the learning rate, whose tables' gradients differ by 1e-8
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def graft(tmp_path_factory):
-    """A folder with the small model."""
-    folder = tmp_path_factory.mktemp("graft")
-    small_model().save_pretrained(folder)
-    return str(folder)
 
 
 def run(folder: str, graft: str, placement: str, batch: int, word: str = "all"):
