@@ -15,7 +15,7 @@ from .record import ROOT
 
 
 # Minutes of measuring after which no further round begins; with making and filling tables, under half an hour in all.
-QUICK = {"decode": 5, "prefill": 5, "hash": 2, "placements": 3, "scale": 4, "hooks": 2, "peer": 3, "training": 8}
+QUICK = {"decode": 4, "prefill": 4, "hash": 2, "placements": 2, "scale": 3, "hooks": 2, "peer": 2, "training": 6}
 
 
 def run_all(names: list[str], further: list[str]) -> list[str]:

@@ -1,5 +1,5 @@
 """What the tests of this folder share: a filled memory, its checkpoint and the device that counts; processes that work
-together and the graft that they load; a memory that learns."""
+together and the graft that they load; a donor's folder; a memory that learns."""
 
 import os
 import shutil
@@ -71,6 +71,15 @@ def graft(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graft")
     small_model().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def donor(tmp_path, tiny_donor, tiny_tokenizer):
+    """The folder of a donor that knows no memory."""
+    folder = tmp_path / "donor"
+    tiny_donor().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

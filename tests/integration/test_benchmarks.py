@@ -34,15 +34,6 @@ from engram_transformers import NgramHasher
 
 
 @pytest.fixture
-def donor(tmp_path, tiny_donor, tiny_tokenizer):
-    """A donor's folder."""
-    folder = tmp_path / "donor"
-    tiny_donor().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def given(tmp_path, donor):
     """Arguments of a tiny run."""
     places = {"donor": donor, "work": tmp_path / "work", "results": tmp_path / "results"}

@@ -21,15 +21,6 @@ MEMORY = {"engram_layer_ids": [1, 2], "engram_vocab_size": 60, "engram_n_heads":
 SMALL = {"batch": 2, "length": 64}
 
 
-@pytest.fixture
-def donor(tmp_path, tiny_donor, tiny_tokenizer):
-    """A donor's folder."""
-    folder = tmp_path / "donor"
-    tiny_donor().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def digits(number: int) -> str:
     """A number as dictd's index writes it."""
     text = ""

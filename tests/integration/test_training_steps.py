@@ -19,15 +19,6 @@ BATCH, LENGTH = 2, 16
 
 
 @pytest.fixture
-def donor(tmp_path, tiny_donor, tiny_tokenizer):
-    """A donor's folder."""
-    folder = tmp_path / "donor"
-    tiny_donor().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def job(tmp_path, donor) -> dict:
     """What a process is told."""
     graft = grafts.filled_graft(donor, tmp_path / "graft", [1, 2], 50, 4, "float32")
