@@ -137,6 +137,10 @@ class EngramTrainerMixin:
             if resume_from_checkpoint is None:
                 raise ValueError(f"'{self.args.output_dir}' holds no whole checkpoint: train from the start.")
         elif isinstance(resume_from_checkpoint, (str, os.PathLike)) and not is_whole(Path(resume_from_checkpoint)):
+            if not Path(resume_from_checkpoint).is_dir():
+                raise FileNotFoundError(
+                    f"'{resume_from_checkpoint}' is no folder: name a checkpoint, or True for the last whole one."
+                )
             raise ValueError(
                 f"'{resume_from_checkpoint}' is no whole checkpoint (no readable {TRAINER_STATE_NAME}): its save was "
                 "interrupted. resume_from_checkpoint=True takes the last whole one."

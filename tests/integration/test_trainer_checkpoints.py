@@ -244,6 +244,8 @@ def test_no_whole_checkpoint_is_an_error(saved, dataset, tmp_path):
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{")
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         train(loaded(saved), dataset, tmp_path, resume=True)
+    with pytest.raises(FileNotFoundError, match="checkpoint-4' is no folder"):
+        train(loaded(saved), dataset, tmp_path, resume=str(tmp_path / "checkpoint-4"))
 
 
 def test_a_checkpoint_of_another_memory_is_refused(run, tiny_engram, dataset, tmp_path):
