@@ -50,8 +50,8 @@ EXPLAINED: dict[str, Reason] = {
         "failed",
         r"the gradient of a table has rows alone, and torch's own optimizers cannot train it",
         "The test measures the gradient of every parameter as a dense tensor and steps one of torch's optimizers. A "
-        "table's gradient has rows alone and says so; tests/integration/test_training.py compares rows with and without "
-        "checkpointing.",
+        "table's gradient has rows alone and says so; tests/integration/test_training.py compares rows with and "
+        "without checkpointing.",
         ("EngramLlamaForCausalLMTest", "EngramDeepseekV4ForCausalLMTest"),
     ),
     # Where the tests look for something that lies elsewhere.
