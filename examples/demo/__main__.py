@@ -19,10 +19,11 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.conversion import graft
+from engram_transformers.training import EngramTrainingArguments
 
 from .corpus import Corpus, load_corpus
 from .donor import fetch_donor
@@ -77,11 +78,12 @@ class Demo:
     def train(self, model: EngramForCausalLM, what: str) -> list[float]:
         """Trains a memory on the training windows; losses as Trainer logged them."""
         s = self.settings
-        args = TrainingArguments(
+        args = EngramTrainingArguments(
             str(self.out / "trainer"),
             num_train_epochs=s.passes,
             per_device_train_batch_size=s.batch,
             learning_rate=s.learning_rate,
+            table_lr_multiplier=s.table_lr_multiplier,
             lr_scheduler_type="linear",
             warmup_steps=s.warmup_steps,
             adam_beta2=s.adam_beta2,
@@ -98,7 +100,6 @@ class Demo:
             model,
             args,
             train_dataset=data,
-            table_lr_multiplier=s.table_lr_multiplier,
             callbacks=[ShowSteps(self.progress, what)],
         )
         trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
