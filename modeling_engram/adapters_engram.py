@@ -22,6 +22,7 @@ from transformers.utils import cached_file, logging
 
 from .memory_engram import EngramMemory
 from .pack_engram import (
+    ADAPTER_NAME,
     PACK_NAME,
     blocks_that_differ,
     changed_rows,
@@ -34,8 +35,6 @@ from .pack_engram import (
 
 
 logger = logging.get_logger(__name__)
-
-SETTINGS_NAME = "adapter_config.json"
 
 # Says in an adapter's settings that a memory belongs to it. A process that does not know this package gets PEFT's
 # warning about an unknown setting instead of silence.
@@ -182,7 +181,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     yield
     if travels:
         for folder in folders:
-            name_pack(folder / SETTINGS_NAME, model)
+            name_pack(folder / ADAPTER_NAME, model)
 
 
 def name_pack(path: Path, model: nn.Module) -> None:
@@ -202,7 +201,7 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     Raises:
         `FileNotFoundError`: if the adapter's settings say that there is one.
     """
-    settings = adapter_file(source, SETTINGS_NAME, **where)
+    settings = adapter_file(source, ADAPTER_NAME, **where)
     if settings is None:
         return None  # PEFT says what is missing
     named = PACK_KEY in json.loads(settings.read_text(encoding="utf-8"))
@@ -210,7 +209,7 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     if named and pack is None:
         raise FileNotFoundError(
             f"the adapter '{source}' was saved with a memory, and {PACK_NAME} is not there: copy it again, or take "
-            f"'{PACK_KEY}' out of its {SETTINGS_NAME} to load the adapter without."
+            f"'{PACK_KEY}' out of its {ADAPTER_NAME} to load the adapter without."
         )
     return pack
 

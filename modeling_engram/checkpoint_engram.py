@@ -20,7 +20,7 @@ from transformers.utils import cached_file, logging
 from .configuration_engram import EngramFormatError
 from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
 from .mode_engram import set_train_mode
-from .pack_engram import PACK_NAME, load_memory_pack, pack_path, read_pack_header
+from .pack_engram import ADAPTER_NAME, PACK_NAME, load_memory_pack, pack_path, read_pack_header
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -48,9 +48,6 @@ from .shards_engram import (
 
 
 logger = logging.get_logger(__name__)
-
-# PEFT's configuration of an adapter.
-ADAPTER_NAME = "adapter_config.json"
 
 # Arguments of `from_pretrained` that say where a checkpoint is.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")

@@ -111,6 +111,11 @@ class EngramMemory(nn.Module):
             for number, part in enumerate(order.source.learning)
         ]
 
+    def named_parts(self) -> dict[str, torch.Tensor]:
+        """What an optimizer holds for the parts of all tables by their state-dict names, wherever they are."""
+        resident = self.tables.named_parameters(prefix=TABLES_PREFIX.rstrip("."))
+        return {**dict(resident), **dict(self.named_host_parts())}
+
     def requires_grad_(self, requires_grad: bool = True) -> "EngramMemory":
         """As for any module, tables in host memory and in files included."""
         for _, part in self.named_host_parts():

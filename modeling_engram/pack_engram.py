@@ -29,6 +29,7 @@ from .shards_engram import DTYPE_NAMES, read_header
 
 
 PACK_NAME = "memory_pack.safetensors"
+ADAPTER_NAME = "adapter_config.json"  # PEFT's, of an adapter that a pack may lie beside
 KIND = "engram-memory-pack"
 VERSION = "1"
 
@@ -41,6 +42,7 @@ SAMPLED_ROWS = 64
 # Rows that are compared at once.
 BLOCK = 1 << 16
 
+# What of a configuration says that rows mean the same n-grams.
 DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
 
 
@@ -213,9 +215,8 @@ def check_loaded(model) -> None:
 
 def named_parts(model) -> dict[str, torch.Tensor]:
     """What stands for each part of the tables, by its state-dict name."""
-    found = dict(model.memory.named_host_parts())
+    found = model.memory.named_parts()
     for prefix, order in named_orders(model.memory.tables):
-        found.update({f"{prefix}{name}": part for name, part in order._parameters.items()})
         names = [f"{prefix}{number}" for number in range(len(order.heights))]
         if any(name not in found for name in names):  # offloaded by accelerate to files: they are not trained there
             raise ValueError(f"'{prefix}*' were offloaded by accelerate: model.place_memory('disk') first.")

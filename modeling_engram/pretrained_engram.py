@@ -28,6 +28,7 @@ from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .memory_engram import EngramMemory, MemoryReads, insert_memory, layer_device
 from .mode_engram import set_train_mode
+from .pack_engram import DIGESTS
 from .peft_engram import meet_peft
 from .placement_engram import (
     TABLES_PREFIX,
@@ -297,7 +298,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"'{folder}' holds no checkpoint (no config.json): name the folder of one.")
         stored = self.config_class.from_pretrained(folder)
-        for name in ("engram_hash_sha256", "engram_token_map_sha256"):
+        for name in DIGESTS:
             if getattr(stored, name) != getattr(self.config, name):
                 raise EngramFormatError(
                     f"'{folder}' holds another memory: its {name} is {str(getattr(stored, name))[:16]}..., the model's "

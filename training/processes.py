@@ -87,7 +87,7 @@ def table_parts(trained) -> list[torch.Tensor]:
     trained = getattr(trained, "module", trained)  # DDP's
     if hasattr(trained, "param_groups"):
         return [part for group in trained.param_groups if group.get("rows") for part in group["params"]]
-    return [*trained.memory.tables.parameters(), *(part for _, part in trained.memory.named_host_parts())]
+    return list(trained.memory.named_parts().values())
 
 
 def refuse_unexchanged(parts: Iterable[torch.Tensor]) -> None:

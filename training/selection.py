@@ -15,6 +15,7 @@ import torch
 
 from ..gradient_engram import are_among
 from ..overlay_engram import part_shape
+from ..pack_engram import DIGESTS
 from ..placement_engram import TABLES_PREFIX
 from ..reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from ..table_engram import part_of
@@ -22,9 +23,6 @@ from ..table_engram import part_of
 
 # Reads that are counted together: fewer would sort the same rows again and again.
 TOGETHER = 2**16
-
-# What of the configuration says that rows mean the same n-grams.
-DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
 
 
 @dataclass
@@ -104,7 +102,7 @@ class RowSelection:
             `ValueError`: if the rows are those of another memory, or the tables are not loaded.
         """
         self.check(model)
-        for name, part in named_parts(model.memory).items():
+        for name, part in model.memory.named_parts().items():
             part.selected = self.parts[name].rows.to(part.device)
         model.memory.row_selection = self
         return self
@@ -118,7 +116,7 @@ class RowSelection:
                     f"the selection was made for another memory: its {name} is {str(digest)[:16]}..., the model's "
                     f"{str(own)[:16]}.... Make one with select_rows for this model."
                 )
-        held = named_parts(model.memory)
+        held = model.memory.named_parts()
         if not held:
             raise ValueError("the memory's tables are not loaded: model.place_memory('cpu') or 'disk' loads them.")
         if held.keys() != self.parts.keys():
@@ -133,7 +131,7 @@ class RowSelection:
     @staticmethod
     def clear(model) -> None:
         """Lets all rows of a model's tables change again."""
-        for part in named_parts(model.memory).values():
+        for part in model.memory.named_parts().values():
             part.selected = None
         model.memory.row_selection = None
 
@@ -272,12 +270,6 @@ def in_parts(prefix: str, order, counts: RowCounts, general, chosen) -> Iterator
             f"{prefix}{number}",
             SelectedPart(rows, counts.counts[kept], general[kept], int(inside.sum()), reads),
         )
-
-
-def named_parts(memory) -> dict[str, torch.Tensor]:
-    """What an optimizer holds for the parts of a memory's tables, by state-dict name, wherever they are."""
-    resident = memory.tables.named_parameters(prefix=TABLES_PREFIX.rstrip("."))
-    return {**dict(resident), **dict(memory.named_host_parts())}
 
 
 @torch.no_grad()

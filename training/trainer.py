@@ -21,10 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters_engram import inside
-from ..checkpoint_engram import ADAPTER_NAME
 from ..gradient_engram import row_gradient
 from ..mode_engram import adapter_parameters
-from ..pack_engram import PACK_NAME, load_memory_pack, save_memory_pack
+from ..pack_engram import ADAPTER_NAME, PACK_NAME, load_memory_pack, save_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
 from ..saves_engram import INDEX_NAME, finish_saves

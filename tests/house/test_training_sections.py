@@ -179,7 +179,5 @@ def test_what_is_not_measured_is_said_and_a_page_without_marks_is_refused(tmp_pa
 
 
 def test_the_page_in_the_repository_has_the_figures_of_its_results():
-    if not publish.TRAINING_PAGE.is_file():
-        pytest.skip("docs/training.md is not there yet")
     text = publish.TRAINING_PAGE.read_text(encoding="utf-8")
     assert publish.with_figures(text, record.RESULTS)[0] == text, "run `python -m benchmarks.publish`"

@@ -18,18 +18,11 @@ from engram_transformers.training.processes import table_parts
 
 from ..tiny import GOLDEN, fill_memory
 from .process_models import loss_of, own_texts, small_config, texts
-from .ranks import Ranks
 
 
 PAGE = 4096
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no account of pages on this system")
-
-
-@pytest.fixture(scope="module")
-def pair():
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")
