@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from engram_transformers import EngramForCausalLM
 from engram_transformers.gradient_engram import RowGradient, row_gradient
 from engram_transformers.training import EngramTrainerMixin, EngramTrainingArguments, engram_optimizer, select_rows
-from engram_transformers.training.selection import named_parts
 
 from .test_generation import TOLERANCE
 
@@ -171,7 +170,7 @@ def test_a_graft_is_loaded_by_its_folder(texts, arguments, tiny_engram, tiny_tok
 
 
 def gradients(model) -> tuple[dict, dict]:
-    rows = {name: row_gradient(part) for name, part in named_parts(model.memory).items()}
+    rows = {name: row_gradient(part) for name, part in model.memory.named_parts().items()}
     dense = {name: p.grad for name, p in model.memory.layers.named_parameters() if p.grad is not None}
     return {name: gradient for name, gradient in rows.items() if gradient is not None}, dense
 
@@ -306,7 +305,7 @@ def test_a_run_is_resumed_bit_for_bit(texts, arguments, tiny_engram, tiny_tokeni
 def test_a_selection_of_rows_holds_in_sft(texts, arguments, tiny_engram, tiny_tokenizer):
     model = tiny_engram()
     selection = select_rows(model, TEXTS[:1], against=TEXTS[1:], tokenizer=tiny_tokenizer).apply(model)
-    before = {name: part.detach().clone() for name, part in named_parts(model.memory).items()}
+    before = {name: part.detach().clone() for name, part in model.memory.named_parts().items()}
     EngramSFTTrainer(
         model,
         arguments(max_length=64, packing=True),
@@ -315,6 +314,6 @@ def test_a_selection_of_rows_holds_in_sft(texts, arguments, tiny_engram, tiny_to
         peft_config=lora(),
         train_mode="memory+lora",
     ).train()
-    for name, part in named_parts(model.memory).items():
+    for name, part in model.memory.named_parts().items():
         touched = (part != before[name]).any(dim=1).nonzero().flatten()
         assert len(touched) > 0 and set(touched.tolist()) <= set(selection.rows[name].tolist())

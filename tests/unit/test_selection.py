@@ -19,7 +19,7 @@ from engram_transformers.gradient_engram import are_among, row_gradient
 from engram_transformers.hashing_engram import naive_hash_ids
 from engram_transformers.overlay_engram import part_shape, read_part
 from engram_transformers.training import EngramTrainer, engram_optimizer
-from engram_transformers.training.selection import RowCounts, RowSelection, named_parts, select_rows
+from engram_transformers.training.selection import RowCounts, RowSelection, select_rows
 
 
 NEW = [[5, 6, 7, 8, 5, 6], [9, 5, 6], [300, 301, 302, 303]]
@@ -227,7 +227,7 @@ def changed_rows(model, before: dict[str, torch.Tensor]) -> set[tuple[str, int]]
 def rows_of(model) -> dict[str, torch.Tensor]:
     return {
         name: read_part(part, torch.arange(part_shape(part)[0])).clone()
-        for name, part in named_parts(model.memory).items()
+        for name, part in model.memory.named_parts().items()
     }
 
 
@@ -277,7 +277,7 @@ def test_norms_count_only_rows_that_may_change(tiny_engram):
             selection.apply(model)
         ids = torch.tensor([NEW[0]])
         model(ids, labels=ids).loss.backward()
-        return selection, {name: row_gradient(part) for name, part in named_parts(model.memory).items()}
+        return selection, {name: row_gradient(part) for name, part in model.memory.named_parts().items()}
 
     selection, guarded = gradients(guard=True)
     _, free = gradients(guard=False)
@@ -294,7 +294,7 @@ def test_a_batch_that_reads_no_chosen_row_leaves_no_gradient(tiny_engram):
     select_rows(model, NEW[2:], against=[*NEW[:2], *GENERAL]).apply(model)
     ids = torch.tensor([GENERAL[0]])
     model(ids, labels=ids).loss.backward()
-    assert all(part.grad is None for part in named_parts(model.memory).values())
+    assert all(part.grad is None for part in model.memory.named_parts().values())
     optimizer = engram_optimizer(model)
     before = rows_of(model)
     optimizer.step()
@@ -312,7 +312,7 @@ def test_a_selection_survives_a_file_of_plain_tensors(tiny_engram):
     loaded = RowSelection.from_state_dict(torch.load(file, weights_only=True))
     assert_equal(loaded, selection)
     loaded.apply(model)
-    assert {name: part.selected.tolist() for name, part in named_parts(model.memory).items()} == {
+    assert {name: part.selected.tolist() for name, part in model.memory.named_parts().items()} == {
         name: rows.tolist() for name, rows in selection.rows.items()
     }
 
@@ -352,7 +352,7 @@ def test_a_resumed_optimizer_keeps_the_selection(tiny_engram):
     file.seek(0)
     fresh = tiny_engram()
     engram_optimizer(fresh).load_state_dict(torch.load(file, weights_only=True))
-    for name, part in named_parts(fresh.memory).items():
+    for name, part in fresh.memory.named_parts().items():
         assert torch.equal(part.selected, selection.rows[name])
 
 
@@ -361,7 +361,7 @@ def test_another_memorys_selection_is_refused(tiny_engram):
     selection = select_rows(other, NEW, against=GENERAL)
     with pytest.raises(ValueError, match="made for another memory: its engram_hash_sha256 is"):
         selection.apply(model)
-    assert all(getattr(part, "selected", None) is None for part in named_parts(model.memory).values())
+    assert all(getattr(part, "selected", None) is None for part in model.memory.named_parts().values())
     selection.apply(other)  # the control
 
 
@@ -374,7 +374,7 @@ def test_damaged_rows_are_refused_before_anything_is_applied(rows, why, tiny_eng
     list(selection.parts.values())[-1].rows = torch.tensor(rows)
     with pytest.raises(ValueError, match="must be unique, ascending and below"):
         selection.apply(model)
-    assert all(getattr(part, "selected", None) is None for part in named_parts(model.memory).values()), why
+    assert all(getattr(part, "selected", None) is None for part in model.memory.named_parts().values()), why
 
 
 def test_what_cannot_be_counted_is_refused(tiny_engram, tmp_path):
