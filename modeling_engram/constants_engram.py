@@ -147,14 +147,16 @@ def head_offsets(primes: torch.Tensor) -> torch.Tensor:
 
 
 class QuickRemainders:
-    """Remainders of many int64 by each head's rows, plus a first row, without a division. For CPUs.
+    """Remainders of many integers by each head's rows, plus a first row, without a division. For CPUs.
 
-    An integer x is h * 2**46 + l, with h from -2**17 to 2**17 - 1 and l from 0 to 2**46 - 1. With c the residue of
-    2**46 modulo p that lies nearest to 0, x / p and t = h * (c / p) + l / p have the same fraction, r / p for the
-    remainder r. In float64 t + 2**17 + 1 / (4 p) is worked out, above 0; its fraction times p, rounded to the nearest
-    integer, is r if t is off by less than 1 / (4 p). It is: h * (c / p) is at most 2**16, so that product, its
-    coefficient, the constant and two additions are off by less than 2**-33.6 together, and l / p, its coefficient and
-    its share of the additions by 2**-5 / p. Times p < 2**30 that is 0.11.
+    An integer x from 0 is h * 2**46 + l, with h below 2**17 and l below 2**46. With c the remainder of 2**46 by p,
+    x / p and t = h * (c / p) + l / p have the same fraction, r / p for the remainder r. In float64 h * (c / p) +
+    (l + 1 / 4) / p is worked out; its fraction times p is r + 1 / 4, and r when rounded to the nearest integer, if the
+    sum is off by less than 1 / (4 p). It is: the first product and its coefficient are off by 2**-37 each, the second
+    and its coefficient by 2**-7 / p each, their sum by 2**-36 + 2**-7 / p. Times p < 2**30 that is 0.055 together.
+
+    Each step is one elementwise operator: a product of matrices would do three of them at once, and wake the threads of
+    its library for a few microseconds of work (14 milliseconds where another process has the cores).
 
     Args:
         primes (`torch.LongTensor` of shape `(layers, orders, heads)`): rows of every head, below `MOST_QUICK_ROWS`.
@@ -162,38 +164,34 @@ class QuickRemainders:
     """
 
     def __init__(self, primes: torch.Tensor, starts: torch.Tensor):
-        exact = [[quotient_terms(p) for p in order] for order in primes.flatten(0, 1).tolist()]
-        terms = torch.tensor(exact, dtype=torch.float64, device=primes.device)  # (layers * orders, heads, 3)
-        self.coefficients, self.constants = terms[:, :, :2].contiguous(), terms[:, :, 2:].contiguous()
-        self.primes = primes.double()[..., None].unbind()
-        self.starts = (starts.double()[..., None] + FIRST_WHOLE).unbind()
+        of_high = [float(Fraction(2**CUT % p, p)) for p in primes.flatten().tolist()]
+        of_low = [float(Fraction(1, p)) for p in primes.flatten().tolist()]
+        terms = [torch.tensor(of, dtype=torch.float64, device=primes.device) for of in (of_high, of_low)]
+        terms = [term.view(primes.shape) for term in terms]  # (layers, orders, heads)
+        terms += [primes.double(), starts.double() + FIRST_WHOLE]
+        self.heads = primes.shape
+        self.layers = list(zip(*(term[..., None].unbind() for term in terms), strict=True))
 
-    def __call__(self, numbers: torch.Tensor) -> torch.Tensor:
+    def __call__(self, numbers: torch.Tensor) -> list[torch.Tensor]:
         """Of every number the remainder by every head of its layer and order, and the head's start.
 
         Args:
-            numbers (`torch.LongTensor` of shape `(layers, orders, numbers)`): any integers.
+            numbers (`torch.LongTensor` of shape `(layers, orders, numbers)`): integers from 0.
 
         Returns:
             `torch.LongTensor` of shape `(layers, orders, heads, numbers)`.
         """
-        layers, _, count = numbers.shape
-        numbers = numbers.flatten(0, 1)
-        halves = torch.stack([numbers >> CUT, numbers & (2**CUT - 1)], dim=1).double()  # (layers * orders, 2, numbers)
-        quotients = torch.baddbmm(self.constants, self.coefficients, halves)  # (layers * orders, heads, numbers)
-        quotients = quotients.view(layers, -1, self.coefficients.shape[1], count)  # (layers, orders, heads, numbers)
+        numbers = numbers[:, :, None]  # (layers, orders, 1, numbers)
+        highs, lows = (numbers >> CUT).double(), (numbers & (2**CUT - 1)).double().add_(0.25)
+        shape = (*self.heads, numbers.shape[-1])
+        made = torch.empty(shape, dtype=torch.float64, device=numbers.device)
         # Layer by layer, so that 2048 tokens and 16 heads are just few enough for torch not to wake its other threads.
-        for quotient, primes, starts in zip(quotients.unbind(), self.primes, self.starts, strict=True):
-            quotient.frac_().mul_(primes).add_(starts)  # rounded to integers by their size
-            quotient.view(torch.int64).bitwise_xor_(FIRST_WHOLE_BITS)
-        return quotients.view(torch.int64)
-
-
-def quotient_terms(prime: int) -> tuple[float, float, float]:
-    """What [`QuickRemainders`] multiplies the two halves with, and adds; each the nearest float64."""
-    residue = 2**CUT % prime
-    nearest = residue - prime if 2 * residue > prime else residue
-    return float(Fraction(nearest, prime)), float(Fraction(1, prime)), float(2**17 + Fraction(1, 4 * prime))
+        for rows, high, low, terms in zip(made.unbind(), highs.unbind(), lows.unbind(), self.layers, strict=True):
+            of_high, of_low, primes, starts = terms
+            torch.mul(high, of_high, out=rows).addcmul_(low, of_low)  # (orders, heads, numbers)
+            rows.frac_().mul_(primes).add_(starts)  # rounded to integers by their size
+            rows.view(torch.int64).bitwise_xor_(FIRST_WHOLE_BITS)
+        return made.view(torch.int64)
 
 
 def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:

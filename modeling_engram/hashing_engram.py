@@ -239,9 +239,10 @@ class NgramHasher(nn.Module):
             products = self.products(classes, history, segments)  # (layers, N, batch, length)
             many = classes.numel() * self.primes.numel() >= MANY
             if many and (remainders := self.quick_remainders()) is not None:
-                mixed = mix(products)  # (layers, orders, batch, length)
-                rows = remainders(mixed.flatten(2))  # (layers, orders, heads, batch * length)
-                return rows.view(*self.primes.shape, *classes.shape).permute(0, 3, 4, 1, 2)
+                mixed = mix(products).flatten(2)  # (layers, orders, batch * length)
+                if int(mixed.min()) >= 0:  # always, unless a resized vocabulary has classes that overflow
+                    rows = remainders(mixed)  # (layers, orders, heads, batch * length)
+                    return rows.view(*self.primes.shape, *classes.shape).permute(0, 3, 4, 1, 2)
         else:
             products = self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
         rows = self.hash_products(products)  # (layers, orders, heads, batch, length)

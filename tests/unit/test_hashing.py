@@ -51,6 +51,9 @@ def test_many_tokens_are_hashed_without_a_division_where_heads_are_small_enough(
     assert hasher(long).shape == (2, 1, 9, 2, 2) and not divided
     with pytest.raises(ZeroDivisionError):
         hasher(short)
+    hasher.resize(VOCABULARY + 300, compressed_vocab_size=40)
+    with pytest.raises(ZeroDivisionError):  # classes whose products leave int64, so that some are negative
+        hasher(hasher.compress(torch.arange(VOCABULARY, VOCABULARY + 300)[None]))
     monkeypatch.setattr(hashing_engram, "MOST_QUICK_ROWS", 11)
     with pytest.raises(ZeroDivisionError):
         make_hasher(3, 2)(long)
