@@ -214,6 +214,18 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     return pack
 
 
+def refuse_packs(source: str | os.PathLike) -> None:
+    """Raises ValueError if an adapter in a folder was saved with a memory, for a model that has none."""
+    settings = adapter_file(source, ADAPTER_NAME) if Path(source).is_dir() else None  # others: no request for each
+    known = {} if settings is None else json.loads(settings.read_text(encoding="utf-8"))
+    if PACK_KEY in known:
+        raise ValueError(
+            f"the adapter '{source}' was trained together with a memory, which this model has not: load it with "
+            f"AutoModelForCausalLM.from_pretrained('{source}'), or onto '{known.get('base_model_name_or_path')}'. To "
+            f"use the adapter without its memory, take '{PACK_KEY}' out of its {ADAPTER_NAME}."
+        )
+
+
 def adapter_file(source: str | os.PathLike, name: str, **where) -> Path | None:
     """A file of an adapter, downloaded if it is not here; None if there is none."""
     if Path(source).is_dir():

@@ -21,11 +21,12 @@ from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
+from .gradient_engram import ROWS_ALONE, with_row_gradients
 from .hashing_engram import NgramHasher, identity_map, is_at_hand, least
 from .layer_engram import EngramLayer
 from .offload_engram import rows_hook
 from .placement_engram import TABLES_PREFIX, named_orders
-from .table_engram import EngramTable
+from .table_engram import EngramTable, EngramTables
 
 
 # State-dict prefix that owns every tensor of the memory, and the parts of it that a configuration fixes.
@@ -38,7 +39,7 @@ class MemoryReads:
     """What one forward pass hands to its Engram layers.
 
     Args:
-        tables (`nn.ModuleDict`): [`EngramTable`] by layer.
+        tables ([`EngramTables`]): by layer.
         classes (`torch.LongTensor` of shape `(batch, length)`): of the pass's tokens; dead ones have a shut gate.
         rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
         cache ([`EngramCacheLayer`], *optional*): where histories go.
@@ -46,7 +47,7 @@ class MemoryReads:
         fetches (`dict[int, list[RowFetch]]`): rows that are on their way, by layer id.
     """
 
-    tables: nn.ModuleDict
+    tables: EngramTables
     classes: torch.Tensor
     rows: dict[int, torch.Tensor]
     cache: EngramCacheLayer | None
@@ -88,7 +89,7 @@ class EngramMemory(nn.Module):
         constants = derive_constants(config, token_map)
         self.hashing = NgramHasher(self.layer_ids, identity_map(config) if token_map is None else token_map, constants)
         dtype = getattr(torch, config.engram_table_dtype)
-        self.tables = nn.ModuleDict(
+        self.tables = EngramTables(
             {
                 str(layer): EngramTable(rows, config.engram_head_dim, config.engram_table_parts, dtype, hold_tables)
                 for layer, rows in zip(self.layer_ids, constants.order_rows(), strict=True)
@@ -118,9 +119,21 @@ class EngramMemory(nn.Module):
 
     def requires_grad_(self, requires_grad: bool = True) -> "EngramMemory":
         """As for any module, tables in host memory and in files included."""
-        for _, part in self.named_host_parts():
-            part.requires_grad_(requires_grad)
+        self.tables.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
+
+    def drop_host_gradients(self) -> None:
+        """Ends the gradients of tables that are no parameters of the model.
+
+        Raises:
+            `TypeError`: in training, if no optimizer of ours holds those tables: others never see them.
+        """
+        parts = [part for _, part in self.named_host_parts()]
+        unseen = any(not part.grad.applied and not hasattr(part, "optimized") for part in with_row_gradients(parts))
+        for part in parts:
+            part.grad = None
+        if unseen and self.training:
+            raise TypeError(f"a table in host memory or in files got a gradient that nothing applied: {ROWS_ALONE}")
 
     def names_without_ddp(self) -> list[str]:
         """State-dict names of what DDP leaves alone: rows are exchanged by themselves, hash constants never change."""

@@ -27,6 +27,7 @@ from .adapters_engram import (
     memory_beside,
     other_layers,
     quiet_about_packs,
+    refuse_packs,
     take_over_adapters,
     take_pack,
 )
@@ -245,6 +246,7 @@ def save_pretrained(original, model, *args, **kwargs):
 def from_pretrained(original, cls, model, model_id, adapter_name="default", *args, **kwargs):
     engram = inside(model)
     if engram is None:
+        refuse_packs(model_id)
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
     # Here and not in `load_adapter`, so that a memory that does not fit is refused before adapters are put in.
     take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
@@ -259,6 +261,7 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
 def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     engram = inside(model)
     if engram is None:
+        refuse_packs(model_id)
         return original(model, model_id, adapter_name, *args, **kwargs)
     known = adapter_name in model.peft_config
     if engram.__dict__.pop("pack_taken", None) != adapter_name:  # not by `from_pretrained`
@@ -285,6 +288,5 @@ def donors_names(engram) -> dict[str, str]:
 def zero_grad(original, model, set_to_none: bool = True):
     original(model, set_to_none)
     engram = inside(model)
-    if engram is not None:  # tables that are away are no parameters
-        for _, part in engram.memory.named_host_parts():
-            part.grad = None
+    if engram is not None:
+        engram.memory.drop_host_gradients()

@@ -21,7 +21,7 @@ from torch import nn
 from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
 from .overlay_engram import RowOverlay
 from .rows_engram import CheckpointTables, FileRows, HostRows, written_to
-from .table_engram import OrderRows
+from .table_engram import EngramTables, OrderRows
 
 
 PLACEMENTS = ("auto", "device", "cpu", "disk", "none")
@@ -136,7 +136,7 @@ def without_tables(device_map):
     return {name: place for name, place in device_map.items() if not f"{name}.".startswith(f"{prefix}.")}
 
 
-def named_orders(tables: nn.ModuleDict) -> list[tuple[str, OrderRows]]:
+def named_orders(tables: EngramTables) -> list[tuple[str, OrderRows]]:
     """What holds rows, with its state-dict prefix."""
     return [
         (f"{TABLES_PREFIX}{layer}.{name}.", order)
@@ -146,7 +146,7 @@ def named_orders(tables: nn.ModuleDict) -> list[tuple[str, OrderRows]]:
 
 
 def place_tables(
-    tables: nn.ModuleDict,
+    tables: EngramTables,
     placement: str,
     checkpoint: CheckpointTables | None,
     devices: Mapping[str, torch.device],
@@ -156,7 +156,7 @@ def place_tables(
     """Moves the rows of all tables.
 
     Args:
-        tables (`nn.ModuleDict`): [`EngramTable`] by layer.
+        tables ([`EngramTables`]): by layer.
         placement (`str`): where to, not "auto".
         checkpoint ([`CheckpointTables`], *optional*): files to read from or to map.
         devices (mapping of `str` to `torch.device`): where each layer computes.
@@ -228,7 +228,7 @@ def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | No
     return FileRows(parts)
 
 
-def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
+def reread_tables(tables: EngramTables, checkpoint: CheckpointTables) -> None:
     """Lets tables on disk be read from other files."""
     ready = [(order, stored_rows(prefix, order, checkpoint)) for prefix, order in named_orders(tables)]
     for order, rows in ready:
@@ -265,6 +265,6 @@ def empty(order: OrderRows) -> torch.device | None:
     return device
 
 
-def placed_bytes(tables: nn.ModuleDict) -> int:
+def placed_bytes(tables: EngramTables) -> int:
     """Bytes of all tables."""
     return sum(table.nbytes for table in tables.values())

@@ -342,16 +342,14 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         check_token_map(self.memory.hashing.token_map, tokenizer, self.config.engram_compressed_vocab_size)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As for any module, tables in host memory included."""
-        away = [part for _, part in self.memory.named_host_parts()]
-        if any(not part.grad.applied for part in with_row_gradients([*self.parameters(), *away])):
+        """As for any module, tables in host memory and in files included; see `EngramMemory.drop_host_gradients`."""
+        if any(not part.grad.applied for part in with_row_gradients(self.memory.named_parts().values())):
             logger.warning_once(
                 "The memory's row gradients were dropped without being applied: use EngramTrainer, or an optimizer "
                 "from engram_transformers.training.engram_optimizer(model)."
             )
         super().zero_grad(set_to_none)
-        for part in away:
-            part.grad = None
+        self.memory.drop_host_gradients()
 
     def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
         """As in Transformers, where its checkpointed layers keep hooks outside of what is run a second time.

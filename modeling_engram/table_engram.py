@@ -180,6 +180,12 @@ class OrderRows(nn.Module):
         """Bytes of all rows."""
         return sum(self.heights) * self.width * self.dtype.itemsize
 
+    def requires_grad_(self, requires_grad: bool = True) -> "OrderRows":
+        """As for any module, rows that are no parameters included."""
+        for part in getattr(self.source, "learning", ()):
+            part.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
     def forward(self, rows: torch.Tensor, brought: BroughtRows | None = None) -> torch.Tensor:
         """Reads rows of any shape.
 
@@ -259,6 +265,12 @@ class EngramTable(nn.Module):
         with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
 
+    def requires_grad_(self, requires_grad: bool = True) -> "EngramTable":
+        """As for any module, rows that are no parameters included."""
+        for order in self.orders():
+            order.requires_grad_(requires_grad)
+        return self
+
     def _apply(self, fn, recurse=True):
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor.new_empty(0))
@@ -272,4 +284,14 @@ class EngramTable(nn.Module):
         for name, part in self.named_parameters():
             if held[name] is not None:
                 add_row_gradient(part, held[name].rows.to(part.device), held[name].row_values.to(part.device))
+        return self
+
+
+class EngramTables(nn.ModuleDict):
+    """The tables of a memory by layer."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> "EngramTables":
+        """As for any module, rows that are no parameters included."""
+        for table in self.values():
+            table.requires_grad_(requires_grad)
         return self

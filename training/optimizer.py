@@ -8,6 +8,7 @@ Source: Engram (arXiv 2601.07372), section 4.1 and Table 5 (Adam, separate learn
 """
 
 import re
+import weakref
 
 import torch
 from torch.optim import AdamW
@@ -52,6 +53,9 @@ class EngramOptimizer(AdamW):
     `skipped_steps` counts steps that were left out because a gradient had NaN or inf.
     """
 
+    # A weak reference to the memory whose tables these are, from `engram_optimizer`; copies and pickles have none.
+    memory = None
+
     def __init__(
         self,
         params,
@@ -76,12 +80,13 @@ class EngramOptimizer(AdamW):
 
         Raises:
             `TypeError`: for a row gradient in a dense group, or a dense one in a row group.
-            `RuntimeError`: if row gradients were not exchanged between several processes.
+            `RuntimeError`: if row gradients were not exchanged between several processes, or tables were moved.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.refuse_moved()
         held = self.gradients()
         refuse_unexchanged(part for group in self.row_groups() for part in group["params"])
         if self.all_finite(held):
@@ -96,6 +101,18 @@ class EngramOptimizer(AdamW):
             if isinstance(gradient, RowGradient):
                 gradient.applied = True
         return loss
+
+    def refuse_moved(self) -> None:
+        """Raises RuntimeError if the model reads other tables than this optimizer holds: those would never learn."""
+        memory = None if self.memory is None else self.memory()
+        if memory is None:
+            return
+        read = {id(part) for part in memory.named_parts().values()}
+        if any(id(part) not in read for group in self.row_groups() for part in group["params"]):
+            raise RuntimeError(
+                "the tables were moved after this optimizer was made (model.place_memory, or an offload that was "
+                "attached or detached), and it would train rows that nobody reads: make the optimizer after that."
+            )
 
     def step_rows(self, group: dict, part: torch.Tensor, gradient: RowGradient) -> None:
         """Updates the rows of one part of a table."""
@@ -192,6 +209,9 @@ class EngramOptimizer(AdamW):
             if not 0 <= param_group["anchor"] < float("inf"):
                 raise ValueError(f"anchor={param_group['anchor']} must be 0 (off) or positive: a pull per unit of lr.")
         super().add_param_group(param_group)
+        if param_group.get("rows"):
+            for part in param_group["params"]:
+                part.optimized = True  # its gradients reach an optimizer: `EngramMemory.drop_host_gradients`
 
     def _init_group(self, group, *lists) -> bool:
         return False if group.get("rows") else super()._init_group(group, *lists)
@@ -307,7 +327,7 @@ def engram_optimizer(
         "backbone" (adapters included), as far as they have parameters.
 
     Raises:
-        `ValueError`: if nothing requires a gradient, or a setting is none of those named here.
+        `ValueError`: if nothing requires a gradient, a setting is none of those named here, or a rate is negative.
 
     Example:
 
@@ -319,6 +339,10 @@ def engram_optimizer(
     table_state_dtype = str(table_state_dtype).removeprefix("torch.")
     check_choice("table_optimizer", table_optimizer, RULES)
     check_choice("table_state_dtype", table_state_dtype, STATE_TYPES)
+    if not 0 <= table_lr_multiplier < float("inf"):
+        raise ValueError(
+            f"table_lr_multiplier={table_lr_multiplier} must be 0 or positive: tables learn at lr times it."
+        )
     choose_what_learns(model)
     selection = getattr(getattr(model, "memory", None), "row_selection", None)
     if selection is not None:  # parts are new objects after place_memory or a copy
@@ -344,6 +368,8 @@ def engram_optimizer(
         )
     optimizer = EngramOptimizer(wanted, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
     optimizer.names = names
+    if getattr(model, "memory", None) is not None:
+        optimizer.memory = weakref.ref(model.memory)
     return optimizer
 
 

@@ -304,6 +304,27 @@ def test_dense_groups_can_be_added(memory, batches):
     assert equal(again.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("to", ["device", "cpu", "disk"])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_optimizer_does_not_outlive_the_tables_that_it_was_made_for(place, to, placed, batches):
+    model = placed(place)
+    optimizer = engram_optimizer(model)
+    held = {id(part) for part in model.memory.named_parts().values()}
+    model.place_memory(to)
+    backward(model, batches[0])
+    before = rows_of(model)
+    if held == {id(part) for part in model.memory.named_parts().values()}:
+        optimizer.step()  # the same parts, elsewhere
+        assert not equal(rows_of(model), before)
+        return
+    assert place != to
+    with pytest.raises(RuntimeError, match=r"tables were moved after this optimizer was made .*place_memory"):
+        optimizer.step()
+    assert equal(rows_of(model), before)
+    engram_optimizer(model).step()  # control
+    assert not equal(rows_of(model), before)
+
+
 def test_settings_that_are_none_are_refused(memory):
     model = memory()
     with pytest.raises(ValueError, match="table_optimizer='lion' must be one of 'adam', 'adagrad', 'sinkhorn'"):
@@ -313,6 +334,9 @@ def test_settings_that_are_none_are_refused(memory):
     for anchor in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"anchor=.* must be 0 \(off\) or positive"):
             engram_optimizer(model, anchor=anchor)
+    for multiplier in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="table_lr_multiplier=.* must be 0 or positive"):
+            engram_optimizer(model, table_lr_multiplier=multiplier)
     for word in ("maximize", "amsgrad"):
         with pytest.raises(ValueError, match="neither maximize nor amsgrad"):
             EngramOptimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], word: True}])

@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, EngramFormatError
@@ -160,13 +160,28 @@ def test_what_belongs_together_is_told_to_processes_that_do_not_know_the_package
     folder, expected = trained
     with pytest.warns(UserWarning, match="engram_memory_pack"):
         PeftConfig.from_pretrained(folder)
-    donor = AutoModelForCausalLM.from_config(LlamaConfig(**HEADS))
-    with pytest.warns(UserWarning, match="engram_memory_pack"):
-        PeftModel.from_pretrained(donor, folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)
         assert torch.equal(logits(by_peft(saved, folder, "device")), expected)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
+def test_an_adapter_with_a_memory_is_refused_by_a_model_without_one(second, trained, tmp_path):
+    donor = AutoModelForCausalLM.from_config(LlamaConfig(**HEADS))
+    model = get_peft_model(donor, lora()) if second else donor
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def load(folder):
+        return model.load_adapter(folder, "second") if second else PeftModel.from_pretrained(model, folder)
+
+    with pytest.raises(ValueError, match=r"together with a memory, which this model has not: load it with AutoModel"):
+        load(trained[0])
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    donors = tmp_path / "adapter"
+    get_peft_model(AutoModelForCausalLM.from_config(LlamaConfig(**HEADS)), lora()).save_pretrained(donors)
+    load(donors)  # control: any other is loaded
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)

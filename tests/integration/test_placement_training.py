@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.conversion import graft
@@ -95,6 +95,32 @@ def test_frozen_tables_stay_frozen_wherever_they_go(place, frozen, saved, ids):
     optimizer = engram_optimizer(model)
     optimizer.step()
     assert not any(torch.equal(part, before[name]) for name, part in rows_of(model).items())
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(place, saved, dataset, tmp_path):
+    """On the device torch's optimizers refuse the gradient themselves; elsewhere they never see it."""
+    settings = {"max_steps": 2, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), **settings)
+
+    def plain(model, **more):
+        Trainer(model, args, train_dataset=dataset, **more).train()
+        return rows_of(model)
+
+    before = rows_of(load(saved))
+    with pytest.raises(TypeError, match=r"gradient that nothing applied: .* use EngramTrainer, or .*engram_optimizer"):
+        plain(load(saved, place))
+    model = load(saved, place)
+    trained = plain(model, optimizers=(engram_optimizer(model), None))
+    assert not any(torch.equal(part, before[name]) for name, part in trained.items())
+    model = load(saved, place)
+    model.memory.tables.requires_grad_(False)  # as the message says
+    assert all(torch.equal(part, before[name]) for name, part in plain(model).items())
+    model = load(saved, place).eval()  # who looks at gradients without training is left alone
+    model(input_ids=dataset[0]["input_ids"][None], labels=dataset[0]["labels"][None]).loss.backward()
+    assert all(part.grad is not None for _, part in model.memory.named_host_parts())
+    model.zero_grad()
+    assert all(part.grad is None for _, part in model.memory.named_host_parts())
 
 
 TABLE_BYTES = 200 << 20
