@@ -188,6 +188,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         `FileNotFoundError`: if it is not there.
         [`EngramFormatError`]: if it is no safetensors file, or shorter or longer than its header says.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder '{path.parent}' that could hold '{path.name}': give its path.")
     if not path.is_file():
         raise FileNotFoundError(
             f"'{path.name}' is missing from '{path.parent}': the checkpoint is incomplete. "

@@ -162,8 +162,10 @@ def test_what_has_no_base_or_no_tables_has_no_pack(saved, tiny_engram, tiny_dono
         save_memory_pack(loaded(saved, "none"), tmp_path)
     with pytest.raises(TypeError, match="LlamaForCausalLM has no memory"):
         save_memory_pack(tiny_donor(), tmp_path)
-    with pytest.raises(FileNotFoundError, match="missing"):
+    with pytest.raises(FileNotFoundError, match=r"'memory_pack.safetensors' is missing from"):
         load_memory_pack(loaded(saved), tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder 'me/pack' that could hold"):
+        load_memory_pack(loaded(saved), "me/pack")
     assert not list(tmp_path.iterdir())
 
 
