@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramFormatError, load_memory_pack, save_memory_pack
 from engram_transformers import pack_engram as packs
@@ -22,8 +22,6 @@ from engram_transformers.overlay_engram import part_shape, write_part
 from engram_transformers.pack_engram import PACK_NAME, dense_weights, named_parts, read_pack_header
 
 from ..conftest import examples
-from ..tiny import engram_on
-from .backbones import HEADS
 from .placed import loaded
 
 
@@ -265,11 +263,21 @@ def test_a_pack_says_where_it_comes_from(saved, tmp_path):
         assert json.loads(file.metadata()["digests"]) == header.digests
 
 
-def test_models_of_one_sort_and_other_rows_have_other_digests(saved, tmp_path):
-    one = loaded(saved)
-    other = engram_on(LlamaConfig(**HEADS), (1, 2))
+@pytest.mark.parametrize("row", ["changed by the pack", "another"])
+def test_a_base_that_differs_in_one_row_is_refused(row, saved, tmp_path, monkeypatch):
+    """Saved from the same graft with the same dense weights: what training of tables alone leaves."""
+    monkeypatch.setattr(packs, "SAMPLED_ROWS", 2)  # the first row and the last one
+    model = loaded(saved, "disk")
+    name, part = next(iter(named_parts(model).items()))
+    write_part(part, torch.tensor([7]), torch.ones(1, part_shape(part)[1]))
+    save_memory_pack(model, tmp_path / "pack")
+    other = loaded(saved)
     with torch.no_grad():
-        other.memory.tables["1"].order2[0][0] += 1  # the first row is among those that the digest looks at
+        named_parts(other)[name][7 if row == "changed by the pack" else 0] += 1
     other.save_pretrained(tmp_path / "other")
-    digests = {packs.base_digest(m.config, m.checkpoint_tables, list(named_parts(m))) for m in (one, other)}
-    assert len(digests) == 2
+    other = loaded(tmp_path / "other")
+    before = state(other)
+    with pytest.raises(EngramFormatError, match=r"has other rows or weights.*Load the pack's base"):
+        load_memory_pack(other, tmp_path / "pack", base=tmp_path / "other")
+    assert same(state(other), before)
+    load_memory_pack(loaded(saved), tmp_path / "pack")  # control
