@@ -301,30 +301,29 @@ class FileRows:
         """As `read`, for a few rows that are all in the page cache; None (and the kernel is told) if they are not."""
         if len(rows) > FEW_ROWS:
             return None
-        values = torch.empty(len(rows), self.width, dtype=self.dtype)
-        buffer, size = as_bytes(values), self.row_bytes
-        missed = False
-        check_range(rows, self.height)
-        places = self.places(rows)
-        for number, (file, offset) in enumerate(places):
+        numbers, size = rows.tolist(), self.row_bytes
+        if not numbers:
+            return torch.empty(0, self.width, dtype=self.dtype)
+        check_bounds(min(numbers), max(numbers), self.height)
+        held = bytearray(len(numbers) * size)
+        buffer, missed, files = memoryview(held), False, set()
+        for number, row in enumerate(numbers):
+            file, offset = self.place(row)
+            files.add(file)
             if missed:
                 file.expect(offset, size)
             elif not file.read_resident(buffer[number * size : (number + 1) * size], offset):
                 missed = True
                 file.expect(offset, size)
-        for file in {file for file, _ in places}:
+        for file in files:
             file.check()  # behind the reads: it may have changed among them
-        return None if missed else values
+        return None if missed else torch.frombuffer(held, dtype=self.dtype).view(len(numbers), self.width)
 
-    def places(self, rows: torch.Tensor) -> list[tuple[ShardFile, int]]:
-        """File and first byte of every row."""
-        height, parts, size = self.parts[0].shape[0], self.parts, self.row_bytes
-        if len(parts) == 1:
-            file, first = parts[0].file, parts[0].offset
-            return [(file, first + row * size) for row in rows.tolist()]
-        inside = part_of(rows, height, len(parts))
-        pairs = zip(inside.tolist(), (rows - inside * height).tolist(), strict=True)
-        return [(parts[part].file, parts[part].offset + row * size) for part, row in pairs]
+    def place(self, row: int) -> tuple[ShardFile, int]:
+        """File and first byte of a row."""
+        number = min(row // self.parts[0].shape[0], len(self.parts) - 1)
+        part = self.parts[number]
+        return part.file, part.offset + (row - number * self.parts[0].shape[0]) * self.row_bytes
 
     def read_runs(self, rows: torch.Tensor) -> torch.Tensor:
         """Reads ascending rows, neighbours by one call: `(rows, width)`."""
@@ -406,9 +405,13 @@ def written_to(mapped: torch.Tensor) -> bool:
 def check_range(rows: torch.Tensor, height: int) -> None:
     """Raises IndexError for rows that are not the table's: in a file others' bytes lie there."""
     if len(rows):
-        low, high = (int(bound) for bound in torch.aminmax(rows))
-        if low < 0 or high >= height:
-            raise IndexError(f"row {low if low < 0 else high} is outside the {height} rows of the table.")
+        check_bounds(*(int(bound) for bound in torch.aminmax(rows)), height)
+
+
+def check_bounds(low: int, high: int, height: int) -> None:
+    """`check_range` of the lowest and the highest row."""
+    if low < 0 or high >= height:
+        raise IndexError(f"row {low if low < 0 else high} is outside the {height} rows of the table.")
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
