@@ -77,7 +77,7 @@ def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
     LoRA's other rates and the dose curve have one seed; which rate is LoRA's best is known when they are through, so
     `both` and further seeds of LoRA take it from `best_rate`.
     """
-    learnt = dataclasses.replace(LEARNT, memory={**MEMORY, **asked.memory}, **asked.recipe)
+    learnt = memory_recipe(asked)
     plan = {name: getattr(learnt, name) for name in PLAN}
     first = asked.seeds[0]
     made: list[tuple[str, int, Recipe | None]] = [("donor", first, None)]
@@ -92,6 +92,11 @@ def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
     if unknown:
         raise ValueError(f"no run is called {', '.join(sorted(unknown))}: choose from {', '.join(sorted(known))}.")
     return [plan for plan in made if asked.runs is None or {plan[0], plan[0].split()[0]} & set(asked.runs)]
+
+
+def memory_recipe(asked: argparse.Namespace) -> Recipe:
+    """How the memory is trained."""
+    return dataclasses.replace(LEARNT, memory={**MEMORY, **asked.memory}, **asked.recipe)
 
 
 def rate_name(rate: float) -> str:
@@ -144,7 +149,8 @@ class Runs:
                 return line
         say(f"{name}, seed {seed}")
         begun = time.monotonic()
-        measured = self.measure(recipe, seed, shuffled=name == "memory")
+        # The control is of the memory's own runs, one of which is a dose as well.
+        measured = self.measure(recipe, seed, shuffled=recipe == memory_recipe(self.asked))
         line = record.line("domain", sizes, measured, self.asked.work, time.monotonic() - begun)
         record.append(line, self.asked.results)
         print(json.dumps(line, ensure_ascii=False), flush=True)
