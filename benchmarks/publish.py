@@ -1,4 +1,4 @@
-"""Makes docs/performance.md, and the figures of docs/training.md, from the last results of every benchmark.
+"""Makes docs/performance.md, and figures of docs/training.md and the README, from the last results of every benchmark.
 
 Promises: the same results give the same page, byte for byte; what has not been measured is named with the command that
 measures it. Never runs a benchmark and never invents a number.
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from .record import RESULTS, ROOT, results_of
 from .sections import SECTIONS
-from .training_sections import comparable, domain, training
+from .training_sections import comparable, domain, domain_in_short, training
 
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "performance.md"
 
-# A page that people write, with figures between a pair of marks for each of these benchmarks.
-TRAINING_PAGE = DOCS / "training.md"
-FIGURES = ("training", "domain")
+# Pages that people write, with figures of these benchmarks between a pair of marks for each.
+TRAINING_PAGE, README = DOCS / "training.md", ROOT / "README.md"
+FIGURES, IN_SHORT = ("training", "domain"), ("domain in short",)
 FIRST, LAST = "<!-- results of {name}: made by `python -m benchmarks.publish` -->", "<!-- end of results of {name} -->"
 
 HEAD = """# Performance
@@ -56,21 +56,23 @@ def page(results: Path) -> tuple[str, list[str]]:
 
 def figures(name: str, results: Path) -> str | None:
     """What stands between the marks of a benchmark; None without a result."""
-    found = results_of(name, results)
+    found = results_of(name.removesuffix(" in short"), results)
+    if name == "domain in short":
+        return domain_in_short(found) if comparable(found) else None
     if name == "domain":
         used = comparable(found)
         return f"{domain(found)}\n\n{measured_by(used[-1], used)}" if used else None
     return f"{training(found[-1])}\n\n{measured_by(found[-1])}" if found else None
 
 
-def with_figures(text: str, results: Path) -> tuple[str, list[str]]:
-    """A page with its figures put between their marks, and the names of benchmarks without a result.
+def with_figures(text: str, results: Path, names: tuple[str, ...] = FIGURES) -> tuple[str, list[str]]:
+    """A page with its figures put between their marks, and those that have no result.
 
     Raises:
         `ValueError`: if a mark is missing.
     """
     missing = []
-    for name in FIGURES:
+    for name in names:
         first, last = FIRST.format(name=name), LAST.format(name=name)
         before, begun, rest = text.partition(first)
         _, ended, after = rest.partition(last)
@@ -79,7 +81,7 @@ def with_figures(text: str, results: Path) -> tuple[str, list[str]]:
         inside = figures(name, results)
         if inside is None:
             missing.append(name)
-            inside = f"Not measured yet: `python -m benchmarks.{name}`."
+            inside = f"Not measured yet: `python -m benchmarks.{name.removesuffix(' in short')}`."
         text = f"{before}{first}\n{inside}\n{last}{after}"
     return text, missing
 
@@ -102,15 +104,15 @@ def measured_by(result: dict, lines: list[dict] | None = None) -> str:
 
 
 def publish(results: Path = RESULTS, docs: Path = DOCS) -> list[str]:
-    """Writes both pages, the second if it is there; the names of benchmarks without a result."""
+    """Writes the page, and the figures of those that are there; the names of benchmarks without a result."""
     text, missing = page(results)
     docs.mkdir(parents=True, exist_ok=True)
     (docs / PAGE.name).write_text(text, encoding="utf-8")
-    training_page = docs / TRAINING_PAGE.name
-    if training_page.is_file():
-        text, also = with_figures(training_page.read_text(encoding="utf-8"), results)
-        training_page.write_text(text, encoding="utf-8")
-        missing += also
+    for written, names in ((docs / TRAINING_PAGE.name, FIGURES), (docs.parent / README.name, IN_SHORT)):
+        if written.is_file():
+            text, also = with_figures(written.read_text(encoding="utf-8"), results, names)
+            written.write_text(text, encoding="utf-8")
+            missing += [name for name in also if name in FIGURES]
     return missing
 
 

@@ -172,29 +172,76 @@ def range_text(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.3f} to {max(values):.3f})"
 
 
+NOT_MEASURED = "Not measured yet: `python -m benchmarks.domain`."
+
+
+class DomainRuns:
+    """The runs of the domain that are put side by side.
+
+    Args:
+        lines (`list[dict]`): all lines of the domain.
+    """
+
+    def __init__(self, lines: list[dict]):
+        found = comparable(lines)
+        self.donor, memories, self.one_row, joined = (
+            [line for line in found if kind_of(line) == kind] for kind in ("donor", "memory", "one_row", "both")
+        )
+        self.recipe = self.one_row[-1]["sizes"]["recipe"] if self.one_row else None
+        self.memory = [line for line in memories if line["sizes"]["recipe"]["table_lr"] == self.recipe["table_lr"]]
+        self.doses = [line for line in memories if same_but_rate(line, self.recipe)]
+        self.rates = lora_rates(found)
+        # Of the rates at the seed that all have.
+        self.best = min(self.rates, key=lambda rate: losses(self.rates[rate])["held_out"][0]) if self.rates else None
+        self.lora = self.rates.get(self.best, [])
+        self.both = [line for line in joined if line["sizes"]["recipe"]["lora_lr"] == self.best]
+
+    def are_enough(self) -> bool:
+        """Whether there is a table to be made of them."""
+        return bool(self.donor and self.memory and self.one_row)
+
+
 def domain(lines: list[dict]) -> str:
     """Section of `domain`, from all its lines."""
-    found = comparable(lines)
-    kinds = {kind: [line for line in found if kind_of(line) == kind] for kind in ("donor", "memory", "one_row", "both")}
-    if not all(kinds[kind] for kind in ("donor", "memory", "one_row")):
-        return "Not measured yet: `python -m benchmarks.domain`."
-    recipe = kinds["one_row"][-1]["sizes"]["recipe"]
-    trained = [line for line in kinds["memory"] if line["sizes"]["recipe"]["table_lr"] == recipe["table_lr"]]
-    rates = lora_rates(found)
-    best = min(rates, key=lambda rate: mean(losses(rates[rate])["held_out"][:1])) if rates else None
-    with_lora = [line for line in kinds["both"] if line["sizes"]["recipe"]["lora_lr"] == best]
-    rows = [way_row("donor", kinds["donor"]), way_row("memory", trained)]
-    rows.append(way_row("control: its rows shuffled", trained, "loss_shuffled"))
-    rows.append(way_row("control: one row a head", kinds["one_row"]))
-    rows += [way_row(f"LoRA at {rate:g}", rates[rate]) for rate in sorted(rates)]
-    if with_lora:
-        rows.append(way_row(f"memory + LoRA at {best:g}", with_lora))
+    runs = DomainRuns(lines)
+    if not runs.are_enough():
+        return NOT_MEASURED
+    rows = [way_row("donor", runs.donor), way_row("memory", runs.memory)]
+    rows.append(way_row("control: its rows shuffled", runs.memory, "loss_shuffled"))
+    rows.append(way_row("control: one row a head", runs.one_row))
+    rows += [way_row(f"LoRA at {rate:g}", runs.rates[rate]) for rate in sorted(runs.rates)]
+    if runs.both:
+        rows.append(way_row(f"memory + LoRA at {runs.best:g}", runs.both))
     head = ["nats a token", "seeds", *SAMPLES.values(), "minutes"]
-    parts = [about(recipe, trained[0]), table(head, rows), says(kinds, trained, rates.get(best, []), with_lora)]
-    doses = [line for line in kinds["memory"] if same_but_rate(line, recipe)]
-    if len({line["sizes"]["recipe"]["table_lr"] for line in doses}) > 1:
-        parts += ["The dose: the learning rate of the table, all else the same.", dose_table(doses, kinds["donor"])]
+    parts = [about(runs.recipe, runs.memory[0]), table(head, rows), says(runs)]
+    if len({line["sizes"]["recipe"]["table_lr"] for line in runs.doses}) > 1:
+        parts += ["The dose: the learning rate of the table, all else the same.", dose_table(runs.doses, runs.donor)]
     return "\n\n".join(parts)
+
+
+def domain_in_short(lines: list[dict]) -> str:
+    """What the README says of `domain`, from all its lines."""
+    runs = DomainRuns(lines)
+    if not runs.are_enough():
+        return NOT_MEASURED
+    ways = {
+        "donor": runs.donor,
+        "memory": runs.memory,
+        "control: 1 row a head": runs.one_row,
+        "LoRA, rank 16": runs.lora,
+        "memory + LoRA": runs.both,
+    }
+    shown = {name: losses(found) for name, found in ways.items() if found}
+    rows = [[text, *(f"{mean(of[sample]):.3f}" for of in shown.values())] for sample, text in SAMPLES.items()]
+    seeds = [len(found) for name, found in ways.items() if found and name != "donor"]
+    of_seeds = f"{seeds[0]}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
+    tokens = runs.memory[0]["measured"]["trained"]["tokens"]
+    return (
+        f"{table(['nats a token', *shown], rows)}\n\n"
+        f"SmolLM2-135M, {tokens:,} tokens of a computing dictionary (FOLDOC) read once, backbone frozen, mean of "
+        f"{of_seeds} {'seed' if of_seeds == '1' else 'seeds'}; the FAQ and the Factbook were not read. "
+        "With every control, rate and spread: [docs/training.md](docs/training.md#what-a-memory-learns-of-a-domain)."
+    )
 
 
 def way_row(name: str, lines: list[dict], of: str = "loss") -> list[str]:
@@ -248,10 +295,10 @@ def about(recipe: dict, line: dict) -> str:
     )
 
 
-def says(kinds: dict[str, list[dict]], trained: list[dict], lora: list[dict], both: list[dict]) -> str:
+def says(runs: DomainRuns) -> str:
     """The four things that were to be shown."""
-    donor, memory, control = (losses(lines) for lines in (kinds["donor"], trained, kinds["one_row"]))
-    shuffled = losses(trained, "loss_shuffled")
+    donor, memory, control = (losses(lines) for lines in (runs.donor, runs.memory, runs.one_row))
+    shuffled = losses(runs.memory, "loss_shuffled")
     share = {name: mean(control[name]) - mean(memory[name]) for name in ("held_out", "recall")}
     harm = max(mean(memory[name]) - mean(donor[name]) for name in ("faq", "factbook"))
     reached = max(share["held_out"] / 0.1, share["recall"] / 0.3)
@@ -262,8 +309,8 @@ def says(kinds: dict[str, list[dict]], trained: list[dict], lora: list[dict], bo
         "worse.",
         f"- Harm of the memory on the worse of the two other domains: {harm:+.3f}; {verdict('harm', harm)}.",
     ]
-    if lora and both:
-        alone, joined = losses(lora), losses(both)
+    if runs.lora and runs.both:
+        alone, joined = losses(runs.lora), losses(runs.both)
         less = {name: mean(alone[name]) - mean(joined[name]) for name in ("held_out", "recall")}
         lines.append(
             f"- Memory + LoRA against LoRA alone at its best rate: {-less['held_out']:+.3f} on held-out entries, "

@@ -178,6 +178,17 @@ def test_what_is_not_measured_is_said_and_a_page_without_marks_is_refused(tmp_pa
         publish.with_figures(text.replace(publish.LAST.format(name="domain"), ""), tmp_path)
 
 
-def test_the_page_in_the_repository_has_the_figures_of_its_results():
-    text = publish.TRAINING_PAGE.read_text(encoding="utf-8")
-    assert publish.with_figures(text, record.RESULTS)[0] == text, "run `python -m benchmarks.publish`"
+@pytest.mark.parametrize("page", ["TRAINING_PAGE", "README"])
+def test_the_pages_in_the_repository_have_the_figures_of_their_results(page):
+    text = getattr(publish, page).read_text(encoding="utf-8")
+    names = publish.FIGURES if page == "TRAINING_PAGE" else publish.IN_SHORT
+    assert publish.with_figures(text, record.RESULTS, names)[0] == text, "run `python -m benchmarks.publish`"
+
+
+def test_the_readme_has_one_column_for_each_way():
+    text = training_sections.domain_in_short(all_runs())
+    assert "| nats a token | donor | memory | control: 1 row a head | LoRA, rank 16 | memory + LoRA |" in text
+    assert "| recall | 3.400 | 2.605 | 3.000 | 2.800 | 2.500 |" in text
+    assert "mean of 2 seeds" in text
+    assert "mean of 1 to 2 seeds" in training_sections.domain_in_short(all_runs()[:-2])
+    assert training_sections.domain_in_short([]) == domain([]) == training_sections.NOT_MEASURED
