@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from . import grafts, models
+from . import grafts, models, page_cache
 from .command import CannotMeasure, integers, limit_seconds, parser, run, say, start, whole_donor
 from .compare import interleave, ratios, spread
 from .peer import ENVIRONMENT_BYTES, environment
@@ -27,7 +27,14 @@ from .room import refuse_without_room, workplace
 from .text import real_ids
 
 
-WAYS = ("full", "lora", "memory", "both")
+# Way: a key of `training_side.WAYS`, and what its job has else than the others'.
+WAYS: dict[str, tuple[str, dict]] = {
+    "full": ("full", {}),
+    "lora": ("lora", {}),
+    "memory": ("memory", {}),
+    "memory on disk": ("memory", {"placement": "disk"}),
+    "both": ("both", {}),
+}
 HEADS_A_LAYER = 16
 PLACEMENTS = ("device", "cpu", "disk")
 
@@ -177,9 +184,10 @@ def take_turns(asked: argparse.Namespace, sides: dict[str, Side], parts: int = 4
 
 
 def compare_ways(asked: argparse.Namespace, job: dict, place: Path) -> dict:
-    """The whole donor, LoRA, memory, and both."""
+    """The whole donor, LoRA, memory with its table resident and on disk, and memory and LoRA."""
     say(f"steps: {', '.join(WAYS)}")
-    seconds, held = take_turns(asked, {way: Side(way, job, place) for way in WAYS})
+    sides = {way: Side(kind, {**job, **changes}, place) for way, (kind, changes) in WAYS.items()}
+    seconds, held = take_turns(asked, sides)
     return {
         way: {
             "seconds": spread(seconds[way]),
@@ -200,17 +208,22 @@ def peer(asked: argparse.Namespace, job: dict, place: Path) -> dict:
     except CannotMeasure as error:
         return {"missing": str(error)}
     say("steps: ours, engram-peft")
-    both = {"ours": Side("memory", job, place), "theirs": Side("theirs", job, place, python)}
-    seconds, held = take_turns(asked, both)
+    sides = {
+        "ours": Side("memory", job, place),
+        "ours on disk": Side("memory", {**job, "placement": "disk"}, place),
+        "theirs": Side("theirs", job, place, python),
+    }
+    seconds, held = take_turns(asked, sides)
     return {
         "first_step": first_step(job, place, "theirs", python),
         "theirs_over_ours": spread(ratios(seconds["theirs"], seconds["ours"])),
+        "theirs_over_ours_on_disk": spread(ratios(seconds["theirs"], seconds["ours on disk"])),
         "sides": {
             name: {
                 "seconds": spread(seconds[name]),
                 **{what: held[name][what] for what in ("peak_anonymous", "state_bytes")},
             }
-            for name in both
+            for name in sides
         },
     }
 
@@ -235,6 +248,8 @@ def compare_sizes(asked: argparse.Namespace, job: dict, place: Path) -> dict:
         rows = max(2, size // (HEADS_A_LAYER * len(asked.layers)))
         donor = Path(job["donor"])
         made[size] = grafts.filled_graft(donor, place / str(size), asked.layers, rows, asked.width, "float32")
+        # What was written fills the page cache, and the rows of a step would not stay in it; they are read before it.
+        page_cache.drop(grafts.memory_files(made[size]))
     say(f"steps: {', '.join(f'{size:,} rows' for size in made)}")
     jobs = {size: {**job, "graft": str(folder), "placement": "disk"} for size, folder in made.items()}
     seconds, held = take_turns(asked, {size: Side("memory", jobs[size], place) for size in made})

@@ -12,7 +12,13 @@ from .sections import number, spread_text, table
 
 
 SAMPLES = {"recall": "recall", "held_out": "held-out", "faq": "Anarchist FAQ", "factbook": "World Factbook"}
-WAYS = {"full": "all weights, AdamW", "lora": "LoRA", "memory": "memory", "both": "memory + LoRA"}
+WAYS = {
+    "full": "all weights, AdamW",
+    "lora": "LoRA",
+    "memory": "memory",
+    "memory on disk": "memory, its table on disk",
+    "both": "memory + LoRA",
+}
 
 # Fields of a recipe that runs must share to stand in one table, beside the sizes of the text.
 ALIKE = ("passes", "batch", "length", "warmup", "beta2", "clip", "bf16")
@@ -64,7 +70,7 @@ def ways_table(ways: dict[str, dict]) -> str:
     rows = []
     for way, entry in ways.items():
         times = [spread_text(entry["times_full"]), spread_text(entry["times_lora"])]
-        if way == "memory":
+        if way.startswith("memory"):
             times[0] += f"; {verdict('memory, of full', entry['times_full']['median'])}"
             times[1] += f"; {verdict('memory, of lora', entry['times_lora']['median'])}"
         held = [gigabyte(entry["peak_anonymous"]), gigabyte(entry["state_bytes"])]
@@ -83,11 +89,12 @@ def peer_text(found: dict) -> str:
     if "missing" in found:
         return f"engram-peft was not measured: {found['missing'].splitlines()[0]}"
     ours, theirs = found["sides"]["ours"], found["sides"]["theirs"]
-    over = found["theirs_over_ours"]
+    over, on_disk = found["theirs_over_ours"], found["theirs_over_ours_on_disk"]
     return (
         f"engram-peft 1.2.7 (its defaults, hc_mult 1, a table of the same size, its own optimizer, no clipping) takes "
         f"{spread_text(theirs['seconds'])} seconds a step, {spread_text(over)} times ours in the same rounds "
-        f"({spread_text(ours['seconds'])}); {verdict('peer', over['median'])}. It holds "
+        f"({spread_text(ours['seconds'])}); {verdict('peer', over['median'])}. With our table on disk it is "
+        f"{spread_text(on_disk)} times ours; {verdict('peer', on_disk['median'])}. It holds "
         f"{gigabyte(theirs['peak_anonymous'])} GB of private memory at most and {gigabyte(theirs['state_bytes'])} GB "
         f"of optimizer state, where ours are {gigabyte(ours['peak_anonymous'])} and {gigabyte(ours['state_bytes'])} "
         f"GB; its first update takes {number(found['first_step']['more'] / 2**20)} MiB."

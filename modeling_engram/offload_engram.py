@@ -14,7 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .fetch_engram import RowFetch
-from .rows_engram import HostRows
+from .overlay_engram import RowOverlay
+from .rows_engram import FEW_ROWS, HostRows
 from .table_engram import BroughtRows, OrderRows
 
 
@@ -135,6 +136,9 @@ class EngramRowsHook(ModelHook):
     def learning(self, brought: BroughtRows) -> BroughtRows:
         """Rows with the parts that their gradients go to, if they learn."""
         if torch.is_grad_enabled() and any(part.requires_grad for part in self.source.learning):
+            many = brought.places.numel() > FEW_ROWS  # their rows are unique and ascending
+            if many and isinstance(self.source, RowOverlay) and brought.values.is_cpu:
+                self.source.see(brought.rows, brought.values)
             return BroughtRows(brought.values, brought.places, brought.rows, self.source.learning)
         return brought
 

@@ -28,6 +28,7 @@ class ChangedRows:
         self.part, self.stored = part, FileRows([part])
         self.index = RowIndex()
         self.values = torch.empty(0, part.shape[1], dtype=part.dtype)  # (capacity, width)
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # rows that a pass has read, ascending, and values
 
     def __len__(self) -> int:
         return len(self.index)
@@ -36,11 +37,19 @@ class ChangedRows:
         """Rows `(reads,)` as they are now: `(reads, width)`."""
         places, known = self.index.find(rows)
         if not bool(known.any()):
-            return self.stored.read(rows)
+            return self.unchanged(rows)
         values = self.values.new_empty(len(rows), self.values.shape[1])  # (reads, width)
         values[known] = self.values.index_select(0, places[known])
-        values[~known] = self.stored.read(rows[~known])
+        values[~known] = self.unchanged(rows[~known])
         return values
+
+    def unchanged(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `(reads,)` that were never written, `(reads, width)`: a step's own rows are not read a second time."""
+        if self.seen is not None and len(self.seen[0]):
+            near = torch.searchsorted(self.seen[0], rows).clamp_(max=len(self.seen[0]) - 1)  # (reads,)
+            if torch.equal(self.seen[0][near], rows):
+                return self.seen[1][near]  # (reads, width)
+        return self.stored.read(rows)
 
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Changes rows `(rows,)`, ascending and unique, to `values`."""
@@ -64,7 +73,7 @@ class ChangedRows:
 
     def clear(self) -> None:
         """Forgets all changes."""
-        self.index, self.values = RowIndex(), self.values[:0].clone()
+        self.index, self.values, self.seen = RowIndex(), self.values[:0].clone(), None
 
     def named(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows `(changed,)`, ascending, and their values `(changed, width)`."""
@@ -106,6 +115,20 @@ class RowOverlay(FileRows):
         if values is not None and self.changed:
             self.lay_over(rows, values)
         return values
+
+    def see(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes note of what a pass that learns has read, until the next one: its optimizer will ask for it.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(rows,)`): ascending and unique.
+            values (`torch.Tensor` of shape `(rows, width)`): what they are.
+        """
+        height = self.parts[0].shape[0]
+        starts = torch.tensor([number * height for number in range(1, len(self.parts))])  # (parts - 1,)
+        bounds = [0, *torch.searchsorted(rows, starts).tolist(), len(rows)]
+        for number, changes in enumerate(self.changes):
+            own = slice(bounds[number], bounds[number + 1])
+            changes.seen = rows[own] - number * height, values[own]
 
     def lay_over(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Writes changed rows over `values` `(reads, width)`; which of them were, `(reads,)`."""

@@ -5,6 +5,7 @@ Run: pytest tests/integration/test_placement_training.py
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -121,6 +122,37 @@ def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(p
     assert all(part.grad is not None for _, part in model.memory.named_host_parts())
     model.zero_grad()
     assert all(part.grad is None for _, part in model.memory.named_host_parts())
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tiny_engram, tmp_path, monkeypatch):
+    tiny_engram(trained=True, engram_table_parts=parts).save_pretrained(tmp_path)
+    texts = torch.randint(3, 4104, (3, 4, 70), generator=torch.Generator().manual_seed(4))  # 560 reads of each order
+    reads, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *args: reads.append(1) or preadv(*args))
+
+    def steps(place: str, forget: bool = False) -> tuple[dict, int]:
+        model = load(tmp_path, place).train_mode("tables")
+        optimizer, counted = engram_optimizer(model, lr=1e-2, anchor=0.1), 0
+        for ids in texts:
+            for piece in ids.split(2):  # accumulated: the first piece's rows are seen no more
+                model(input_ids=piece, labels=piece).loss.backward()
+            for changes in (part.changes for _, part in model.memory.named_host_parts() if place == "disk" and forget):
+                changes.seen = None
+            reads.clear()
+            optimizer.step()
+            counted += len(reads)
+            optimizer.zero_grad()
+        return rows_of(model), counted
+
+    expected, _ = steps("device")
+    rows, some = steps("disk")
+    control, all_of_them = steps("disk", forget=True)
+    for name, part in expected.items():
+        assert torch.equal(rows[name], part) and torch.equal(control[name], part), name
+    texts = texts[:, :2]  # one pass a step
+    assert 0 == steps("disk")[1] < some <= all_of_them
+    assert steps("disk", forget=True)[1] > 0
 
 
 TABLE_BYTES = 200 << 20

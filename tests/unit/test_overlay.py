@@ -54,12 +54,24 @@ def test_rows_are_read_as_they_were_last_written(history, dtype, tmp_path):
             assert torch.equal(read_part(part, torch.arange(height)), expected[begin : begin + height])
         asked = torch.tensor(read, dtype=torch.int64)
         assert torch.equal(overlay.read(asked), expected[asked])
+        unique = asked.unique()
+        overlay.see(unique, expected[unique])  # as a pass does; what is written afterwards counts
         resident = overlay.read_resident(asked)
         assert resident is None or torch.equal(resident, expected[asked])
     assert torch.equal(torch.cat(overlay.tensors()), expected)
     assert overlay.changed == len({row for written, _ in steps for row in written})
     control = RowOverlay(overlay.parts)
     assert torch.equal(torch.cat(control.tensors()), whole), "the file is as it was"
+
+
+def test_what_a_pass_has_read_is_forgotten_with_the_changes(tmp_path):
+    overlay, whole = stored(tmp_path, [4, 5])
+    rows = torch.arange(2, 7)
+    write_part(overlay.learning[0], torch.tensor([3]), torch.ones(1, WIDTH))
+    overlay.see(rows, overlay.read(rows))
+    for changes in overlay.changes:
+        changes.clear()
+    assert torch.equal(read_part(overlay.learning[0], torch.tensor([2, 3])), whole[[2, 3]])
 
 
 @given(visits=st.lists(st.lists(st.integers(0, 40), max_size=12), max_size=8))
