@@ -214,9 +214,10 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     return pack
 
 
-def refuse_packs(source: str | os.PathLike) -> None:
+def refuse_packs(source: str | os.PathLike, **where) -> None:
     """Raises ValueError if an adapter in a folder was saved with a memory, for a model that has none."""
-    settings = adapter_file(source, ADAPTER_NAME) if Path(source).is_dir() else None  # others: no request for each
+    # Not of the Hub's: each adapter of every other model would cost a request.
+    settings = adapter_file(source, ADAPTER_NAME, **where) if Path(source).is_dir() else None
     known = {} if settings is None else json.loads(settings.read_text(encoding="utf-8"))
     if PACK_KEY in known:
         raise ValueError(

@@ -134,7 +134,7 @@ class EngramRowsHook(ModelHook):
         return RowFetch(self.source, ids, self.execution_device or device)
 
     def learning(self, brought: BroughtRows) -> BroughtRows:
-        """Rows with the parts that their gradients go to, if they learn."""
+        """Rows with the parts that their gradients go to, if they learn; an overlay keeps them for its optimizer."""
         if torch.is_grad_enabled() and any(part.requires_grad for part in self.source.learning):
             many = brought.places.numel() > FEW_ROWS  # their rows are unique and ascending
             if many and isinstance(self.source, RowOverlay) and brought.values.is_cpu:

@@ -246,7 +246,7 @@ def save_pretrained(original, model, *args, **kwargs):
 def from_pretrained(original, cls, model, model_id, adapter_name="default", *args, **kwargs):
     engram = inside(model)
     if engram is None:
-        refuse_packs(model_id)
+        refuse_packs(model_id, **kwargs)
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
     # Here and not in `load_adapter`, so that a memory that does not fit is refused before adapters are put in.
     take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
@@ -261,7 +261,7 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
 def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     engram = inside(model)
     if engram is None:
-        refuse_packs(model_id)
+        refuse_packs(model_id, **kwargs)
         return original(model, model_id, adapter_name, *args, **kwargs)
     known = adapter_name in model.peft_config
     if engram.__dict__.pop("pack_taken", None) != adapter_name:  # not by `from_pretrained`

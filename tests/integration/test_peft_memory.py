@@ -172,11 +172,14 @@ def test_an_adapter_with_a_memory_is_refused_by_a_model_without_one(second, trai
     model = get_peft_model(donor, lora()) if second else donor
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def load(folder):
-        return model.load_adapter(folder, "second") if second else PeftModel.from_pretrained(model, folder)
+    def load(folder, **where):
+        if second:
+            return model.load_adapter(folder, "second", **where)
+        return PeftModel.from_pretrained(model, folder, **where)
 
-    with pytest.raises(ValueError, match=r"together with a memory, which this model has not: load it with AutoModel"):
-        load(trained[0])
+    for folder, where in ((trained[0], {}), (trained[0].parent, {"subfolder": trained[0].name})):
+        with pytest.raises(ValueError, match=r"together with a memory, which this model has not: load it with AutoMod"):
+            load(folder, **where)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     donors = tmp_path / "adapter"
