@@ -254,7 +254,9 @@ def domain_in_short(lines: list[dict]) -> str:
 def way_row(name: str, lines: list[dict], of: str = "loss") -> list[str]:
     """A row of the table of ways."""
     measured = losses(lines, of)
-    minutes = [line["measured"]["trained"]["minutes"] for line in lines if "trained" in line["measured"]]
+    # A run with fewer threads had but a part of the machine.
+    whole = [line for line in lines if line["sizes"]["threads"] == line["machine"]["cores"]]
+    minutes = [line["measured"]["trained"]["minutes"] for line in whole if "trained" in line["measured"]]
     time = "" if of != "loss" or not minutes else number(mean(minutes), 2)
     return [name, str(len(lines)), *(range_text(measured[sample]) for sample in SAMPLES), time]
 
@@ -298,7 +300,8 @@ def about(recipe: dict, line: dict) -> str:
         f"frozen. Memory in layers {memory['engram_layer_ids']}, {memory['engram_n_heads']} heads of about "
         f"{memory['engram_vocab_size']:,} rows x {memory['engram_head_dim']} for each order up to "
         f"{memory['engram_max_ngram_size']}; table lr {recipe['table_lr']:g}, other weights {recipe['dense_lr']:g}. "
-        f"Shown is the mean of the seeds, in brackets the least and the greatest."
+        "Shown is the mean of the seeds, in brackets the least and the greatest; minutes are of training alone, in "
+        "runs that had all cores."
     )
 
 

@@ -247,6 +247,12 @@ class HostRows:
         self.check()
         return values
 
+    def own(self) -> None:
+        """Gives rows that lie in a mapped file memory of their own: whatever becomes of the file."""
+        for part in filter(is_mapped, self.parts):
+            part.data = part.detach().clone()
+        self.files = []
+
     def __deepcopy__(self, memo) -> "HostRows":
         return HostRows(copy.deepcopy(self.parts, memo))  # in memory, whatever becomes of the files
 
@@ -382,24 +388,40 @@ class Runs:
         return windows[self.starts].view(self.part.dtype)  # (rows, width)
 
 
+def mapping_of(tensor: torch.Tensor) -> tuple[int, dict[str, str]] | None:
+    """What the system says of the memory in which a tensor begins: the inode of the file that is mapped there (0 for
+    none), and its account of pages by name. None where the system does not say (other than Linux)."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    found = None
+    for line in lines:
+        head, *rest = line.split()
+        if not head.endswith(":"):  # "first-last permissions offset device inode path"
+            if found is not None:
+                return found
+            first, last = (int(bound, 16) for bound in head.split("-"))
+            if first <= tensor.data_ptr() < last:
+                found = int(rest[3]), {}
+        elif found is not None:
+            found[1][head[:-1]] = rest[0] if rest else ""
+    return found
+
+
 def written_to(mapped: torch.Tensor) -> bool:
     """Whether a mapping of a file holds anything that is not the file's; True where the system does not say.
 
     Its private pages tell, also of writes that torch does not count.
     """
-    address, inside = mapped.data_ptr(), False
-    try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-    except OSError:
-        return True
-    for line in lines:
-        head = line.split(None, 1)[0]
-        if "-" in head and not head.endswith(":"):
-            first, last = (int(bound, 16) for bound in head.split("-"))
-            inside = first <= address < last
-        elif inside and head in ("Private_Dirty:", "Swap:") and int(line.split()[1]):
-            return True
-    return False
+    mapping = mapping_of(mapped)
+    return mapping is None or any(int(mapping[1].get(field, 0)) for field in ("Private_Dirty", "Swap"))
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies in a mapped file; False where the system does not say."""
+    mapping = mapping_of(tensor) if tensor.is_cpu else None
+    return mapping is not None and mapping[0] != 0
 
 
 def check_range(rows: torch.Tensor, height: int) -> None:

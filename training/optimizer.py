@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from ..gradient_engram import RowGradient
 from ..overlay_engram import expect_writes, part_shape, read_part, write_part
-from .processes import agreed, refuse_unexchanged
+from ..placement_engram import own_rows
+from .processes import agreed, ranks_of, refuse_unexchanged
 from .restoring import check_state
 from .rounding import rounded
 from .rows import RowState
@@ -368,8 +369,11 @@ def engram_optimizer(
         )
     optimizer = EngramOptimizer(wanted, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
     optimizer.names = names
-    if getattr(model, "memory", None) is not None:
-        optimizer.memory = weakref.ref(model.memory)
+    memory = getattr(model, "memory", None)
+    if memory is not None:
+        optimizer.memory = weakref.ref(memory)
+        if ranks_of(None) == 1:  # several have a table's pages in common, until one writes them
+            own_rows(memory.tables)
     return optimizer
 
 

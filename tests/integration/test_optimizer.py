@@ -14,6 +14,7 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import get_scheduler
 
 from engram_transformers.gradient_engram import RowGradient
@@ -207,6 +208,7 @@ def test_copies_and_pickles_go_on_as_the_optimizer_does(memory, batches):
 def test_accelerate_takes_it(memory, batches):
     models = [memory(), memory()]
     run(models[0], engram_optimizer(models[0], lr=1e-3), batches)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one for the process, with an earlier Trainer's precision
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(models[1], engram_optimizer(models[1], lr=1e-3))
     for batch in batches:

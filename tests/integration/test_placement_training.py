@@ -1,9 +1,10 @@
 """A memory in host memory learns what it learns among the parameters, bit for bit: accumulated, clipped, checkpointed,
-resumed, frozen. It stays mapped from its file until it is trained, and then takes the pages that were written.
+resumed, frozen. It stays mapped from its file until an optimizer is made; a large one, until its rows are written.
 
 Run: pytest tests/integration/test_placement_training.py
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -157,9 +158,14 @@ def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tin
 
 TABLE_BYTES = 200 << 20
 CHILD = """
-import json, sys, torch, engram_transformers
+import hashlib, json, sys, torch, engram_transformers
 from transformers import AutoModelForCausalLM
+from engram_transformers import placement_engram
 from engram_transformers.training import engram_optimizer
+
+graft, place, copied_at_once = sys.argv[1:]
+if copied_at_once == "False":
+    placement_engram.COPIED_AT_ONCE = 0
 
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -167,39 +173,51 @@ def private():
 
 torch.set_num_threads(1)
 ids = torch.arange(3, 35)[None]
-donor = AutoModelForCausalLM.from_pretrained(sys.argv[1], engram_placement="none")
+donor = AutoModelForCausalLM.from_pretrained(graft, engram_placement="none")
 donor(input_ids=ids, labels=ids).loss.backward()  # what the first passes of a process cost
-seen = [private()]
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], engram_placement="cpu")
-parts = [part for _, part in model.memory.named_host_parts()]
-seen.append(private())
+seen = {"before": private()}
+model = AutoModelForCausalLM.from_pretrained(graft, engram_placement=place)
+parts = list(model.memory.named_parts().values())
+seen["loaded"] = private()
 model(input_ids=ids, labels=ids).loss.backward()
-seen.append(private())
-engram_optimizer(model).step()
-seen.append(private())
+seen["run"] = private()
+optimizer = engram_optimizer(model)
+seen["optimizer"] = private()
+optimizer.step()
+seen["stepped"] = private()
 touched = sum(int(part.detach().any(1).sum()) for part in parts)
 copied = [part.detach().clone() for part in parts]
-seen.append(private())
-print(json.dumps({"seen": seen, "touched": touched, "bytes": sum(part.nbytes for part in parts)}))
+seen["copied"] = private()
+digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in copied)).hexdigest()
+print(json.dumps({"seen": seen, "touched": touched, "bytes": sum(part.nbytes for part in parts), "digest": digest}))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="private memory is read from /proc")
-def test_a_table_is_mapped_until_it_is_trained_and_then_page_by_page(saved, tiny_donor, tiny_tokenizer, tmp_path):
+def test_a_table_is_mapped_until_an_optimizer_is_made_and_a_large_one_until_its_rows_are_written(
+    tiny_donor, tiny_tokenizer, tmp_path
+):
     tiny_donor().save_pretrained(tmp_path / "donor")
     tiny_tokenizer.save_pretrained(tmp_path / "donor")
     sizes = {"engram_n_heads": 2, "engram_head_dim": 16, "engram_vocab_size": TABLE_BYTES // (8 * 16 * 4)}
     graft(tmp_path / "donor", tmp_path / "graft", [1, 2], **sizes)
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "graft")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    before, loaded, run, stepped, copied = found["seen"]
+    found = {}
+    for place, at_once in itertools.product(("device", "cpu"), (True, False)):
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "graft"), place, str(at_once)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[place, at_once] = json.loads(done.stdout.splitlines()[-1])
+    assert len({of["digest"] for of in found.values()}) == 1
     megabyte = 1 << 20
-    assert found["bytes"] >= 0.9 * TABLE_BYTES
-    assert 100 < found["touched"] <= 32 * 2 * 2 * 2
-    assert run - before < 20 * megabyte, "nothing of the table was copied"
-    # Every row's own page, its moments, and as much again; 16 MB for whatever else a step makes.
-    assert stepped - run < found["touched"] * (4096 + 16 * 4 * 8) + 16 * megabyte
-    assert copied - stepped > 0.9 * found["bytes"], "control: a copy would be seen"
-    assert loaded - before < 20 * megabyte
+    for (_, at_once), of in found.items():
+        seen, nbytes, touched = of["seen"], of["bytes"], of["touched"]
+        assert nbytes >= 0.9 * TABLE_BYTES
+        assert 100 < touched <= 32 * 2 * 2 * 2
+        assert seen["loaded"] - seen["before"] < 20 * megabyte
+        assert seen["run"] - seen["before"] < 20 * megabyte, "nothing of the table was copied"
+        made = seen["optimizer"] - seen["run"]
+        assert made > 0.9 * nbytes if at_once else made < 20 * megabyte
+        # Moments, and as much again; a page for every row of a large table; 16 MB for whatever else a step makes.
+        pages = 0 if at_once else touched * 4096
+        assert seen["stepped"] - seen["optimizer"] < pages + touched * 16 * 4 * 8 + 16 * megabyte
+        assert seen["copied"] - seen["stepped"] > 0.9 * nbytes, "control: a copy would be seen"
