@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainingArguments
 
 from engram_transformers import EngramTrainer
-from engram_transformers.training import engram_optimizer, exchange_row_gradients
+from engram_transformers.training import EngramTrainingArguments, engram_optimizer, exchange_row_gradients
 
 from .process_models import LENGTH, loss_of, small_model, texts, weights
 
@@ -52,6 +51,7 @@ def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
         "gradient_accumulation_steps": PIECES,
         "per_device_train_batch_size": batch_size,
         "learning_rate": SETTINGS["lr"],
+        "table_lr_multiplier": SETTINGS["table_lr_multiplier"],
         "adam_epsilon": SETTINGS["eps"],
         "max_grad_norm": MAX_NORM,
         "lr_scheduler_type": "constant",
@@ -65,7 +65,7 @@ def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
     data = changes.pop("data", None) or dataset()
     evaluated = changes.pop("evaluated", None)
     word = changes.pop("train_mode", "all")
-    arguments = TrainingArguments(folder, **{**settings, **changes})
+    arguments = EngramTrainingArguments(folder, **{**settings, **changes})
     return EngramTrainer(model, arguments, train_dataset=data, eval_dataset=evaluated, train_mode=word)
 
 

@@ -66,7 +66,7 @@ def test_engram_trainer_equals_one_process(launched, tmp_path):
     alone.train()
     first, second = launched
     assert_same(first["trainer"], second["trainer"])
-    assert_close(first["trainer"], weights(alone.model), 1e-5)
+    assert_close(first["trainer"], weights(alone.model), CLOSE)
     losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
     assert first["losses"] == pytest.approx(losses, abs=1e-4)  # Trainer rounds to four places
     before = weights(small_model())
