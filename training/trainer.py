@@ -39,7 +39,7 @@ class EngramTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what a memory needs besides; see [`engram_optimizer`].
 
     Args:
-        table_lr_multiplier (`float`, *optional*, defaults to 40): times `learning_rate`, the learning rate of tables.
+        table_lr_multiplier (`float`, *optional*, defaults to 50): times `learning_rate`, the learning rate of tables.
         table_optimizer (`str`, *optional*, defaults to `"adam"`): "adam", "adagrad" or "sinkhorn".
         table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
         anchor (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.

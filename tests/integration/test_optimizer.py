@@ -131,7 +131,7 @@ def test_schedulers_move_all_rates_alike(memory, batches):
         run(model, optimizer, [batch])
         scheduler.step()
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        assert rates["tables"] == pytest.approx(40 * rates["projections"])
+        assert rates["tables"] == pytest.approx(50 * rates["projections"])
         seen.append(rates["projections"])
     assert seen[0] < seen[1] > seen[3] > 0
 
