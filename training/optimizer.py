@@ -27,8 +27,8 @@ from .rules import RULES
 logger = logging.get_logger(__name__)
 
 
-# Of five doses on SmolLM2 and FOLDOC the one with the lowest held-out loss (docs/training.md, "What a memory learns of a
-# domain"). The paper's 5 is for training from scratch and leaves a graft's table nearly empty.
+# Of five doses on SmolLM2 and FOLDOC the one with the lowest held-out loss (docs/training.md, "What a memory learns of
+# a domain"). The paper's 5 is for training from scratch and leaves a graft's table nearly empty.
 TABLE_LR_MULTIPLIER = 50.0
 STATE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What PEFT puts between a module's name and its weight when it wraps the module or keeps a trained copy of it.
