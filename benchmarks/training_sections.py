@@ -55,7 +55,8 @@ def training(result: dict) -> str:
     ]
     if measured["first_step"]:
         parts += [
-            "Private memory of the first update, in a fresh process whose allocator keeps nothing back:",
+            "Private memory of the first update, in a fresh process whose allocator keeps nothing back (a table on "
+            '"device" and "cpu" is copied out of its file before, when the optimizer is made):',
             first_step_table(measured["first_step"]),
         ]
     parts += [

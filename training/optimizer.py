@@ -391,10 +391,14 @@ def choose_what_learns(model) -> None:
 
 
 def learnable(model) -> list[tuple[str, torch.Tensor]]:
-    """A model's parameters by name, and what stands for those parts of its tables that are elsewhere."""
+    """A model's parameters by name, then the parts of its tables, or what stands for those that are elsewhere.
+
+    The order is the same wherever tables are, because a norm of all gradients depends on it in its last bit.
+    """
     memory = getattr(model, "memory", None)
-    away = [] if memory is None else memory.named_host_parts()
-    return [*model.named_parameters(), *away]
+    tables = {} if memory is None else memory.named_parts()
+    parts = set(tables.values())
+    return [*((name, own) for name, own in model.named_parameters() if own not in parts), *tables.items()]
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:

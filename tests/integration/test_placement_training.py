@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.conversion import graft
 from engram_transformers.training import engram_optimizer
+from engram_transformers.training.optimizer import learnable
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,13 @@ def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(p
     assert all(part.grad is None for _, part in model.memory.named_host_parts())
 
 
+def test_gradients_are_measured_in_the_same_order_wherever_tables_are(saved):
+    """Norms of many gradients are added up in their order: another one clips by another last bit."""
+    names = {place: [name for name, _ in learnable(load(saved, place))] for place in ("device", "cpu", "disk")}
+    assert names["device"] == names["cpu"] == names["disk"]
+    assert sorted(names["device"]) == sorted(name for name, _ in load(saved).named_parameters()), "nothing is left out"
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tiny_engram, tmp_path, monkeypatch):
     tiny_engram(trained=True, engram_table_parts=parts).save_pretrained(tmp_path)
@@ -162,6 +170,7 @@ import hashlib, json, sys, torch, engram_transformers
 from transformers import AutoModelForCausalLM
 from engram_transformers import placement_engram
 from engram_transformers.training import engram_optimizer
+from engram_transformers.training.optimizer import learnable
 
 graft, place, copied_at_once = sys.argv[1:]
 if copied_at_once == "False":
