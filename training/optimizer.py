@@ -391,14 +391,18 @@ def choose_what_learns(model) -> None:
 
 
 def learnable(model) -> list[tuple[str, torch.Tensor]]:
-    """A model's parameters by name, then the parts of its tables, or what stands for those that are elsewhere.
+    """A model's parameters by name, and what stands for those parts of its tables that are elsewhere.
 
-    The order is the same wherever tables are, because a norm of all gradients depends on it in its last bit.
+    The order is that of `model.named_parameters()` with the tables on the device, wherever they are: a norm of all
+    gradients depends on it in its last bit.
     """
-    memory = getattr(model, "memory", None)
-    tables = {} if memory is None else memory.named_parts()
-    parts = set(tables.values())
-    return [*((name, own) for name, own in model.named_parameters() if own not in parts), *tables.items()]
+    memory, named = getattr(model, "memory", None), list(model.named_parameters())
+    away = [] if memory is None else memory.named_host_parts()
+    if not away:
+        return named
+    layers = set(memory.layers.parameters())  # the tables come before them
+    first = next((place for place, (_, own) in enumerate(named) if own in layers), len(named))
+    return [*named[:first], *away, *named[first:]]
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:

@@ -129,8 +129,8 @@ def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(p
 def test_gradients_are_measured_in_the_same_order_wherever_tables_are(saved):
     """Norms of many gradients are added up in their order: another one clips by another last bit."""
     names = {place: [name for name, _ in learnable(load(saved, place))] for place in ("device", "cpu", "disk")}
-    assert names["device"] == names["cpu"] == names["disk"]
-    assert sorted(names["device"]) == sorted(name for name, _ in load(saved).named_parameters()), "nothing is left out"
+    in_order = [name for name, _ in load(saved).named_parameters()]  # as plain Trainer measures them
+    assert names["device"] == names["cpu"] == names["disk"] == in_order
 
 
 @pytest.mark.parametrize("parts", [1, 3])
