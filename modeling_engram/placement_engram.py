@@ -256,6 +256,8 @@ def own_rows(tables: EngramTables) -> int:
     on_host = [rows for rows in held if isinstance(rows, HostRows)]
     mapped = [rows for rows in on_host if any(part.requires_grad and is_mapped(part) for part in rows.parts)]
     copied = sum(rows.nbytes for rows in mapped)
+    if not copied:  # to ask for free memory wakes every accelerator
+        return 0
     if copied > COPIED_AT_ONCE * free_memory(None)[1]:
         return 0
     for rows in mapped:

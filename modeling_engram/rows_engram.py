@@ -389,8 +389,11 @@ class Runs:
 
 
 def mapping_of(tensor: torch.Tensor) -> tuple[int, dict[str, str]] | None:
-    """What the system says of the memory in which a tensor begins: the inode of the file that is mapped there (0 for
-    none), and its account of pages by name. None where the system does not say (other than Linux)."""
+    """What the system says of the memory in which a tensor begins; None where it does not say (other than Linux).
+
+    The inode of the file that is mapped there for this process alone (0 for none, and for memory that processes share),
+    and the account of its pages by name.
+    """
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
@@ -403,7 +406,7 @@ def mapping_of(tensor: torch.Tensor) -> tuple[int, dict[str, str]] | None:
                 return found
             first, last = (int(bound, 16) for bound in head.split("-"))
             if first <= tensor.data_ptr() < last:
-                found = int(rest[3]), {}
+                found = int(rest[3]) if rest[0].endswith("p") else 0, {}
         elif found is not None:
             found[1][head[:-1]] = rest[0] if rest else ""
     return found
@@ -419,7 +422,7 @@ def written_to(mapped: torch.Tensor) -> bool:
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in a mapped file; False where the system does not say."""
+    """Whether a tensor lies in a file that is mapped privately; False where the system does not say."""
     mapping = mapping_of(tensor) if tensor.is_cpu else None
     return mapping is not None and mapping[0] != 0
 

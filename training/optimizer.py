@@ -306,6 +306,7 @@ def engram_optimizer(
 ) -> EngramOptimizer:
     """Makes the optimizer for a model with memory, over the parameters that require a gradient.
 
+    A small table that is mapped from its file is copied into memory, so that no step pays a page for each of its rows.
     If nothing was chosen (every parameter requires a gradient, no `model.train_mode(...)`), the memory alone is.
 
     Args:

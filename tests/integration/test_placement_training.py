@@ -170,7 +170,6 @@ import hashlib, json, sys, torch, engram_transformers
 from transformers import AutoModelForCausalLM
 from engram_transformers import placement_engram
 from engram_transformers.training import engram_optimizer
-from engram_transformers.training.optimizer import learnable
 
 graft, place, copied_at_once = sys.argv[1:]
 if copied_at_once == "False":

@@ -80,6 +80,13 @@ def test_rows_that_were_given_memory_of_their_own_no_longer_need_the_file(parts,
         control.read(wanted)
 
 
+def test_memory_that_processes_share_is_left_where_it_is(table):
+    shared = table.clone().share_memory_()
+    place, rows = shared.data_ptr(), HostRows([shared])
+    rows.own()
+    assert rows.parts[0].data_ptr() == place, "a copy would be this process' alone"
+
+
 def anonymous() -> int:
     """Bytes of this process that are in no file."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
