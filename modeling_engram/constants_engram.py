@@ -8,7 +8,6 @@ Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for 
 
 import hashlib
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -21,15 +20,6 @@ INT64_MAX = 2**63 - 1
 
 # Distance between the random streams of two layers (the demo's constant).
 LAYER_SEED_STEP = 10007
-
-# Rows of a head below which remainders by multiplication are proven exact; see `QuickRemainders`.
-MOST_QUICK_ROWS = 2**30
-
-# Where an int64 is cut in two for them: 18 bits with the sign, and 46 without.
-CUT = 46
-
-# A float64 from 2**52 up to 2**53 holds an integer in its lowest 52 bits, behind these.
-FIRST_WHOLE, FIRST_WHOLE_BITS = 2.0**52, 0x4330_0000_0000_0000
 
 # Deterministic Miller-Rabin bases for every integer below 3.3e24.
 WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -144,54 +134,6 @@ def head_offsets(primes: torch.Tensor) -> torch.Tensor:
     """First row of every head: exclusive sum of the rows before it in (order, head) order, for each layer."""
     flat = primes.flatten(1)  # (layers, orders * heads)
     return (flat.cumsum(1) - flat).view_as(primes)  # (layers, orders, heads)
-
-
-class QuickRemainders:
-    """Remainders of many integers by each head's rows, plus a first row, without a division. For CPUs.
-
-    An integer x from 0 is h * 2**46 + l, with h below 2**17 and l below 2**46. With c the remainder of 2**46 by p,
-    x / p and t = h * (c / p) + l / p have the same fraction, r / p for the remainder r. In float64 h * (c / p) +
-    (l + 1 / 4) / p is worked out; its fraction times p is r + 1 / 4, and r when rounded to the nearest integer, if the
-    sum is off by less than 1 / (4 p). It is: the first product and its coefficient are off by 2**-37 each, the second
-    and its coefficient by 2**-7 / p each, their sum by 2**-36 + 2**-7 / p. Times p < 2**30 that is 0.055 together.
-
-    Each step is one elementwise operator: a product of matrices would do three of them at once, and wake the threads of
-    its library for a few microseconds of work (14 milliseconds where another process has the cores).
-
-    Args:
-        primes (`torch.LongTensor` of shape `(layers, orders, heads)`): rows of every head, below `MOST_QUICK_ROWS`.
-        starts (`torch.LongTensor` of shape `(layers, orders, heads)`): what is added to the remainders, from 0.
-    """
-
-    def __init__(self, primes: torch.Tensor, starts: torch.Tensor):
-        of_high = [float(Fraction(2**CUT % p, p)) for p in primes.flatten().tolist()]
-        of_low = [float(Fraction(1, p)) for p in primes.flatten().tolist()]
-        terms = [torch.tensor(of, dtype=torch.float64, device=primes.device) for of in (of_high, of_low)]
-        terms = [term.view(primes.shape) for term in terms]  # (layers, orders, heads)
-        terms += [primes.double(), starts.double() + FIRST_WHOLE]
-        self.heads = primes.shape
-        self.layers = list(zip(*(term[..., None].unbind() for term in terms), strict=True))
-
-    def __call__(self, numbers: torch.Tensor) -> list[torch.Tensor]:
-        """Of every number the remainder by every head of its layer and order, and the head's start.
-
-        Args:
-            numbers (`torch.LongTensor` of shape `(layers, orders, numbers)`): integers from 0.
-
-        Returns:
-            `torch.LongTensor` of shape `(layers, orders, heads, numbers)`.
-        """
-        numbers = numbers[:, :, None]  # (layers, orders, 1, numbers)
-        highs, lows = (numbers >> CUT).double(), (numbers & (2**CUT - 1)).double().add_(0.25)
-        shape = (*self.heads, numbers.shape[-1])
-        made = torch.empty(shape, dtype=torch.float64, device=numbers.device)
-        # Layer by layer, so that 2048 tokens and 16 heads are just few enough for torch not to wake its other threads.
-        for rows, high, low, terms in zip(made.unbind(), highs.unbind(), lows.unbind(), self.layers, strict=True):
-            of_high, of_low, primes, starts = terms
-            torch.mul(high, of_high, out=rows).addcmul_(low, of_low)  # (orders, heads, numbers)
-            rows.frac_().mul_(primes).add_(starts)  # rounded to integers by their size
-            rows.view(torch.int64).bitwise_xor_(FIRST_WHOLE_BITS)
-        return made.view(torch.int64)
 
 
 def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:

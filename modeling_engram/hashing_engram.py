@@ -9,19 +9,19 @@ Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's Ng
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .compression_engram import DEAD, appended_from, token_map_sha256
 from .configuration_engram import EngramFormatError
-from .constants_engram import MOST_QUICK_ROWS, HashConstants, QuickRemainders, check_constants, derive_constants
+from .constants_engram import HashConstants, check_constants, derive_constants
+from .quick_hashing_engram import QuickHash
 
 
 # Tokens of one pass up to which Python integers are quicker than tensor operators.
 HANDFUL = 8
 
 # Remainders from which on `QuickRemainders` are quicker than divisions.
-MANY = 2**15
+MANY = 2**14
 
 
 def identity_map(config) -> torch.Tensor:
@@ -95,8 +95,9 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(batch, length)`.
         """
-        if is_at_hand(input_ids) and least(input_ids) >= 0 and (alive is None or bool(alive.all())):
-            return torch.take(self.token_map, input_ids.long())  # nothing to leave out: one operator and not five
+        if is_known_text(input_ids) and (alive is None or bool(alive.all())):
+            # Nothing to leave out: one operator and not five.
+            return torch.from_numpy(self.token_map.numpy().take(input_ids.numpy()))  # (batch, length)
         text = input_ids >= 0
         if alive is not None:
             text = text & alive
@@ -139,36 +140,15 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`, before offsets.
         """
-        hashes = self.hash_products(lookback * self.multipliers[:, :, None, None])
+        hashes = self.divided(mix(lookback * self.multipliers[:, :, None, None]))
         return hashes.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
 
-    def hash_products(self, products: torch.Tensor) -> torch.Tensor:
-        """Hashes `(layers, orders, heads, batch, length)` from products of classes and multipliers.
+    def divided(self, mixed: torch.Tensor) -> torch.Tensor:
+        """Hashes `(layers, orders, heads, batch, length)` of mixed products.
 
         Positions are last: one divisor for many numbers in a row takes half as long as one for each.
         """
-        mixed = mix(products)[:, :, None]  # (layers, orders, 1, batch, length)
-        return torch.remainder(mixed, self.primes[..., None, None])  # (layers, orders, heads, batch, length)
-
-    def products(
-        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Of every n-gram the products of classes and multipliers, `(layers, N, batch, length)`; eager, on a CPU.
-
-        In a text without gaps, products are made once and looked at N times, each a place further back.
-        """
-        batch, length = classes.shape
-        layers, n = self.multipliers.shape
-        if history is None:
-            text = F.pad(classes, (n - 1, 0), value=self.integers()[1])  # (batch, N - 1 + length)
-        else:
-            text = torch.cat([history, classes], dim=1)  # (batch, N - 1 + length)
-        if segments is not None or least(text) < 0:
-            return self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
-        products = text * self.multipliers[:, :, None, None]  # (layers, N, batch, N - 1 + length)
-        places = text.shape[1]
-        strides = n * batch * places, batch * places - 1, places, 1
-        return products.as_strided((layers, n, batch, length), strides, n - 1)
+        return torch.remainder(mixed[:, :, None], self.primes[..., None, None])
 
     def hash_ids(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:
         """Hashes of one layer, each within its own head.
@@ -233,21 +213,33 @@ class NgramHasher(nn.Module):
         self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
     ) -> torch.Tensor:
         """`forward` without ids."""
-        if segments is None and is_handful(classes):
-            return self.rows_of_handful(classes, history)
         if is_at_hand(classes):
-            products = self.products(classes, history, segments)  # (layers, N, batch, length)
-            many = classes.numel() * self.primes.numel() >= MANY
-            if many and (remainders := self.quick_remainders()) is not None:
-                mixed = mix(products).flatten(2)  # (layers, orders, batch * length)
-                if int(mixed.min()) >= 0:  # always, unless a resized vocabulary has classes that overflow
-                    rows = remainders(mixed)  # (layers, orders, heads, batch * length)
-                    return rows.view(*self.primes.shape, *classes.shape).permute(0, 3, 4, 1, 2)
+            if segments is None and classes.numel() <= HANDFUL:
+                return self.rows_of_handful(classes, history)
+            rows = self.rows_at_hand(classes, history, segments)  # (layers, orders, heads, batch, length)
         else:
             products = self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
-        rows = self.hash_products(products)  # (layers, orders, heads, batch, length)
-        rows += (self.offsets - self.offsets[:, :, :1])[..., None, None]
+            rows = self.divided(mix(products))  # (layers, orders, heads, batch, length)
+            rows += (self.offsets - self.offsets[:, :, :1])[..., None, None]
         return rows.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
+
+    def rows_at_hand(
+        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rows `(layers, orders, heads, batch, length)` of an eager pass on a CPU."""
+        known = self.made_once("quick_hash", QuickHash, "multipliers", "primes", "offsets", "pad_class")
+        text = known.text(classes, history)  # (batch, N - 1 + length)
+        if segments is None and known.is_plain(text):
+            mixed = known.mix(text)  # (layers, orders, batch, length)
+            quick = known.remainders is not None
+        else:
+            products = self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
+            mixed = mix(products).numpy()  # (layers, orders, batch, length)
+            quick = known.remainders is not None and mixed.min(initial=0) >= 0
+        if quick and mixed.size * self.primes.shape[2] >= MANY:
+            return known.remainders(mixed)
+        rows = self.divided(torch.from_numpy(mixed))  # (layers, orders, heads, batch, length)
+        return rows.add_((self.offsets - self.offsets[:, :, :1])[..., None, None])
 
     def rows_of_handful(self, classes: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
         """`all_rows` in Python integers.
@@ -270,10 +262,6 @@ class NgramHasher(nn.Module):
         Made once: 25 microseconds.
         """
         return self.made_once("integers", integers_of, "multipliers", "primes", "offsets", "pad_class")
-
-    def quick_remainders(self) -> QuickRemainders | None:
-        """Remainders by this memory's heads, with heads' first rows; None where a head is too large for them."""
-        return self.made_once("remainders", remainders_of, "primes", "offsets")
 
     def made_once(self, what: str, make: Callable, *names: str):
         """What `make` makes of constants; anew when one of them was replaced or written to."""
@@ -356,9 +344,13 @@ def is_at_hand(tensor: torch.Tensor) -> bool:
     )
 
 
-def least(tokens: torch.Tensor) -> int:
-    """The smallest of some ids or classes that are at hand."""
-    return min(map(min, tokens.tolist())) if tokens.numel() <= HANDFUL else int(tokens.min())
+def is_known_text(tokens: torch.Tensor) -> bool:
+    """Whether ids or classes are at hand and none of them is dead."""
+    if not is_at_hand(tokens):
+        return False
+    if tokens.numel() <= HANDFUL:
+        return all(min(text, default=0) >= 0 for text in tokens.tolist())
+    return bool(tokens.numpy().min(initial=0) >= 0)
 
 
 def integers_of(
@@ -368,11 +360,6 @@ def integers_of(
     starts = [[start - order[0] for order in layer for start in order] for layer in offsets.tolist()]
     layers = list(zip(multipliers.tolist(), primes.tolist(), starts, strict=True))
     return layers, int(pad_class), primes.shape[1:]
-
-
-def remainders_of(primes: torch.Tensor, offsets: torch.Tensor) -> QuickRemainders | None:
-    """See `NgramHasher.quick_remainders`."""
-    return QuickRemainders(primes, offsets - offsets[:, :, :1]) if int(primes.max()) < MOST_QUICK_ROWS else None
 
 
 def mix(products: torch.Tensor) -> torch.Tensor:

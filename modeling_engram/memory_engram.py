@@ -22,7 +22,7 @@ from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
 from .gradient_engram import ROWS_ALONE, with_row_gradients
-from .hashing_engram import NgramHasher, identity_map, is_at_hand, least
+from .hashing_engram import NgramHasher, identity_map, is_known_text
 from .layer_engram import EngramLayer
 from .offload_engram import rows_hook
 from .placement_engram import TABLES_PREFIX, named_orders
@@ -56,7 +56,7 @@ class MemoryReads:
 
     def __post_init__(self):
         # `alive`, or None if that is known to be true everywhere: then no layer needs to look.
-        self.mask = None if is_at_hand(self.classes) and least(self.classes) >= 0 else self.alive
+        self.mask = None if is_known_text(self.classes) else self.alive
 
     @property
     def alive(self) -> torch.Tensor:

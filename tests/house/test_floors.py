@@ -29,7 +29,8 @@ FLOORS = {
     "configuration_engram": 1,  # the door: the one absolute import of our own below training
     "compression_engram": 2,
     "constants_engram": 3,
-    "hashing_engram": 4,
+    "quick_hashing_engram": 4,
+    "hashing_engram": 5,
     "gradient_engram": 4,
     "index_engram": 4,
     "saves_engram": 4,

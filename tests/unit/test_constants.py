@@ -6,7 +6,6 @@ Run with `pytest tests/unit/test_constants.py`.
 import hashlib
 import struct
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
@@ -18,9 +17,7 @@ from transformers import LlamaConfig
 from engram_transformers import EngramConfig, EngramFormatError
 from engram_transformers.constants_engram import (
     INT64_MAX,
-    MOST_QUICK_ROWS,
     HashConstants,
-    QuickRemainders,
     check_constants,
     derive_constants,
     derive_multipliers,
@@ -29,8 +26,6 @@ from engram_transformers.constants_engram import (
     is_prime,
     multiplier_bound,
 )
-
-from ..conftest import examples
 
 
 SIEVE_END = 30_000
@@ -130,47 +125,6 @@ def test_offsets_are_the_rows_of_all_heads_before(layers, orders, heads, seed):
 
 
 # Remainders without a division: integers, so exact.
-
-FROM_0 = st.integers(0, INT64_MAX)
-
-
-@st.composite
-def divisors_and_numbers(draw) -> tuple[list[int], list[int]]:
-    """Any divisors that are allowed, and numbers of which many lie at or beside a multiple of one."""
-    sizes = st.one_of(st.integers(1, MOST_QUICK_ROWS - 1), st.sampled_from([1, 2, 3, MOST_QUICK_ROWS - 1]))
-    divisors = draw(st.lists(sizes, min_size=4, max_size=4))
-    numbers = draw(st.lists(FROM_0, min_size=1, max_size=20)) + [0, 1, 2**46 - 1, 2**46, 2**62, INT64_MAX]
-    for number, p in product(draw(st.lists(FROM_0, min_size=1, max_size=20)), divisors):
-        numbers += [number - number % p + beside for beside in (-1, 0, 1)]
-    return divisors, [min(max(number, 0), INT64_MAX) for number in numbers]
-
-
-@examples(200)
-@given(drawn=divisors_and_numbers(), first=st.integers(0, 2**40))
-def test_quick_remainders_are_the_remainders_of_any_int64_from_0(drawn, first):
-    divisors, numbers = drawn
-    primes = torch.tensor(divisors).view(2, 1, 2)  # two layers, one order, two heads
-    starts = first + torch.arange(4).view(2, 1, 2)
-    found = QuickRemainders(primes, starts)(torch.tensor([[numbers], [numbers[::-1]]]))
-    expected = [
-        [[[n % p for n in numbers] for p in divisors[:2]]],
-        [[[n % p for n in numbers[::-1]] for p in divisors[2:]]],
-    ]
-    assert found.dtype == torch.int64
-    assert torch.equal(found - starts[..., None], torch.tensor(expected))
-
-
-@pytest.mark.parametrize("p", [2, 3, 65537, 2262413, 16000057, 2**29 + 11, MOST_QUICK_ROWS - 35, MOST_QUICK_ROWS - 1])
-def test_quick_remainders_are_right_next_to_multiples_where_rounding_is_worst(p):
-    primes, starts = torch.tensor([[[p]]]), torch.zeros(1, 1, 1, dtype=torch.int64)
-    # Both halves as large as they get, and 100,000 multiples over the whole of int64.
-    highest = torch.tensor([INT64_MAX // p * p - 1])
-    multiples = torch.cat([torch.arange(1, 100_000) * (2**63 // p // 100_001) * p, highest])
-    for beside in (-1, 0, 1):
-        numbers = (multiples + beside)[None, None]
-        assert torch.equal(QuickRemainders(primes, starts)(numbers)[0, 0], torch.remainder(numbers[0], p))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(QuickRemainders(primes, starts)(numbers)[0, 0], torch.remainder(numbers[0], p))
 
 
 def test_the_pad_class_is_the_class_of_the_pad_id():

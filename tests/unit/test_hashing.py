@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from engram_transformers import NgramHasher, hashing_engram
+from engram_transformers import NgramHasher, hashing_engram, quick_hashing_engram
 from engram_transformers.compression_engram import DEAD
 from engram_transformers.hashing_engram import HANDFUL, naive_hash_ids
 
@@ -45,7 +45,7 @@ def test_rows_of_many_tokens_equal_those_of_the_look_back(many, case, pads, hist
 def test_many_tokens_are_hashed_without_a_division_where_heads_are_small_enough(monkeypatch):
     hasher, divided = make_hasher(3, 2), []
     monkeypatch.setattr(hashing_engram, "MANY", 9 * 8)  # two layers, two orders and two heads
-    monkeypatch.setattr(NgramHasher, "hash_products", lambda self, products: divided.append(1) or 1 / 0)
+    monkeypatch.setattr(NgramHasher, "divided", lambda self, mixed: divided.append(1) or 1 / 0)
     long, short = torch.ones(1, 9, dtype=torch.int64), torch.ones(1, 9 - 1, dtype=torch.int64)
     monkeypatch.setattr(hashing_engram, "HANDFUL", 0)
     assert hasher(long).shape == (2, 1, 9, 2, 2) and not divided
@@ -54,7 +54,7 @@ def test_many_tokens_are_hashed_without_a_division_where_heads_are_small_enough(
     hasher.resize(VOCABULARY + 300, compressed_vocab_size=40)
     with pytest.raises(ZeroDivisionError):  # classes whose products leave int64, so that some are negative
         hasher(hasher.compress(torch.arange(VOCABULARY, VOCABULARY + 300)[None]))
-    monkeypatch.setattr(hashing_engram, "MOST_QUICK_ROWS", 11)
+    monkeypatch.setattr(quick_hashing_engram, "MOST_QUICK_ROWS", 11)
     with pytest.raises(ZeroDivisionError):
         make_hasher(3, 2)(long)
 
