@@ -3,7 +3,7 @@
 Every way reads the same 131,072 tokens of FOLDOC in the same order. Measured before and after: loss on a fixed sample
 of what was read (recall), on entries that were held out, and on two other kinds of text (harm). The controls are the
 same memory with one row a head, trained in the same way (what it gains is not the table's), and the trained memory with
-its rows shuffled (what it keeps is not the rows'). LoRA has the best of four learning rates, by its held-out loss.
+its rows shuffled (what it keeps is not the rows'). LoRA has the best of five learning rates, by its held-out loss.
 
 A run takes 5 to 15 minutes and there are about twenty. Each adds a line when it is done, and a run whose settings and
 seed have a line is not made again: start it as often as you like, or name some with --runs and --seeds. A line says the
@@ -38,7 +38,7 @@ MEMORY = {
     "engram_value_initializer_range": 0.1,
 }
 LEARNT = Recipe(memory=MEMORY, table_lr=0.1, dense_lr=2e-3, passes=1)
-LORA_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+LORA_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 DOSES = (5e-3, 2e-2, 5e-2, 1e-1, 2e-1)
 
 # Fields of a recipe that say how long and how often; all ways have the same.
