@@ -44,8 +44,8 @@ DOSES = (5e-3, 2e-2, 5e-2, 1e-1, 2e-1)
 # Fields of a recipe that say how long and how often; all ways have the same.
 PLAN = ("passes", "batch", "length", "warmup", "clip", "bf16", "beta2")
 
-# What makes a run the same as one that has a line. Names do not count: LoRA at its best rate is also
-# one of the three, and one of the doses is the memory's own.
+# What makes a run the same as one that has a line. Names do not count: LoRA at its best rate is also one of the rates,
+# and one of the doses is the memory's own.
 KNOWN_BY = ("donor", "tokens", "sample_tokens", "seed", "recipe")
 
 # Names on the command line that stand for several runs.

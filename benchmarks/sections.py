@@ -78,7 +78,8 @@ def against_donor(result: dict, target: str, unit: str) -> str:
 
 
 OTHER_DONOR = (
-    '"donor, loaded again" is the donor compared with itself: differences as small as its own are the machine\'s.'
+    'Models are loaded anew for every round. "donor, loaded again" is the donor compared with itself: differences as '
+    "small as its own are the machine's."
 )
 
 

@@ -194,13 +194,14 @@ def asked(donor, texts, tmp_path) -> list[str]:
 
 def test_the_domain_is_measured_once_and_its_page_has_every_way(asked, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(domain, "DOSES", (domain.LEARNT.table_lr, 0.5))
+    monkeypatch.setattr(domain, "LORA_RATES", (5e-4, 1e-3))
     runs = ["--runs", "donor,memory,one_row,lora,both,dose"]
     lines = domain.main([*asked, *runs])
     file = tmp_path / "results" / "domain.jsonl"
     written = file.read_text().splitlines()
-    # donor, 2 x (memory, one_row, both), three rates of LoRA and the best one's second seed, and two doses of which one
-    # is the memory's own.
-    assert len(written) == 1 + 2 * 3 + 3 + 1 + 1
+    # donor, 2 x (memory, one_row, both), two rates of LoRA and the best one's second seed, and two doses: one is the
+    # memory's own.
+    assert len(written) == 1 + 2 * 3 + 2 + 1 + 1
     assert all(set(line["measured"]["loss"]) == set(domain_text.SAMPLES) for line in lines)
     assert "there" in capsys.readouterr().err
     assert domain.main([*asked, *runs]) == lines
