@@ -15,21 +15,18 @@ LEAST_ROUNDS = 3
 
 # What a way returns: a number, or the parts of one as they are measured.
 Measured = float | Iterator[float]
-Ways = Mapping[str, Callable[[], Measured]]
 
 
 def interleave(
-    ways: Ways | Callable[[int], Ways], rounds: int, warm_up: int = 1, limit_s: float = math.inf
+    ways: Mapping[str, Callable[[], Measured]], rounds: int, warm_up: int = 1, limit_s: float = math.inf
 ) -> dict[str, list[float]]:
     """Runs all ways round by round (A B C, B C A, ...).
 
     A way that gives the parts of its round one by one takes turns with the others after every part: what slows the
-    machine for less than a round then slows all of them too. Ways may be made anew for every round: a model is faster
-    or slower by where its weights happen to lie, for as long as it is loaded.
+    machine for less than a round then slows all of them too.
 
     Args:
-        ways (mapping, or a function that makes one for the round of a number):
-            Each does its work once and returns what it measured, mostly seconds, or an iterator of parts.
+        ways (mapping): each does its work once and returns what it measured, mostly seconds, or an iterator of parts.
         rounds (`int`): rounds that count.
         warm_up (`int`, *optional*, defaults to 1): rounds before them that do not.
         limit_s (`float`, *optional*): no round begins after so many seconds, once there are `LEAST_ROUNDS`.
@@ -37,19 +34,19 @@ def interleave(
     Returns:
         `dict[str, list[float]]`: what each way measured, one number for each round.
     """
-    measured: dict[str, list[float]] = {}
+    measured: dict[str, list[float]] = {name: [] for name in ways}
     begun = time.monotonic()
     for number in range(warm_up + rounds):
         counted = number - warm_up
         if counted >= min(LEAST_ROUNDS, rounds) and time.monotonic() - begun > limit_s:
             break
-        for name, value in one_round(ways(number) if callable(ways) else ways, number).items():
+        for name, value in one_round(ways, number).items():
             if counted >= 0:
-                measured.setdefault(name, []).append(value)
+                measured[name].append(value)
     return measured
 
 
-def one_round(ways: Ways, number: int) -> dict[str, float]:
+def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[str, float]:
     """Every way once, the one of place `number` first."""
     totals, in_parts = {}, {}
     for name in rotated(list(ways), number):

@@ -2,7 +2,7 @@
 
 A table of about 1 GB in the paper's shape (orders 2 and 3, 8 heads, memory vector of 1280 values, two layers), resident
 and on disk with a warm page cache; backbone in the donor's dtype and in bfloat16. Models take turns every eight tokens,
-and are loaded anew for every round.
+and share the donor's weights: a copy of them elsewhere in memory is faster or slower by some percent.
 
 Run: python -m benchmarks.decode
 """
@@ -16,15 +16,12 @@ import torch
 
 from . import grafts, models, page_cache, passes
 from .command import integers, limit_seconds, parser, run, say, start, whole_donor
-from .compare import Measured, Ways, interleave, rotated, speeds
+from .compare import Measured, interleave, speeds
 from .room import refuse_without_room, workplace
 from .text import real_ids
 
 
 PROMPT = 64
-
-# Where the table of each side is; None for the donor.
-SIDES = {"donor": None, "donor, loaded again": None, "table resident": "device", "table on disk, warm": "disk"}
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,29 +64,25 @@ def measure_models(asked: argparse.Namespace, work: Callable[[torch.nn.Module], 
         sizes = {"donor": str(donor.name), "donor_bytes": grafts.donor_bytes(donor), **grafts.describe(graft)}
         page_cache.warm(grafts.memory_files(graft))
         for dtype in asked.dtypes.split(","):
-            say(f"{dtype}: {', '.join(SIDES)}")
-
-            def ways(number: int, dtype: str = dtype) -> Ways:
-                return {name: partial(work, model) for name, model in sides(donor, graft, dtype, number).items()}
-
+            loaded = sides(donor, graft, dtype)
+            ways = {name: partial(work, model) for name, model in loaded.items()}
+            say(f"{dtype}: {', '.join(ways)}")
             seconds = interleave(ways, asked.rounds, limit_s=limit_seconds(asked) / len(asked.dtypes.split(",")))
-            name = models.dtype_of(models.load(donor, dtype))
+            name = models.dtype_of(loaded["donor"])
             measured[name] = speeds(seconds, "donor", tokens)
+            del loaded, ways
     return {"sizes": sizes, "measured": {"by_backbone_dtype": measured}}
 
 
-def sides(donor: Path, graft: Path, dtype: str, first: int) -> dict[str, torch.nn.Module]:
-    """The models that take turns: the donor, itself once more, and the graft by places of its table.
-
-    They are loaded one after the other, the one of place `first` first, and have read a text, which brings weights that
-    are mapped into memory.
-    """
-    prompt = real_ids(models.tokenizer_of(donor), PROMPT)
-    made = {}
-    for name in rotated(list(SIDES), first):
-        made[name] = models.load(graft if SIDES[name] else donor, dtype, SIDES[name])
-        passes.prefill_seconds(made[name], prompt)
-    return {name: made[name] for name in SIDES}
+def sides(donor: Path, graft: Path, dtype: str) -> dict[str, torch.nn.Module]:
+    """The models that take turns: the donor, itself once more, and the graft by places of its table."""
+    plain = models.load(donor, dtype)
+    others = {
+        "donor, once more": models.load(donor, dtype),
+        "table resident": models.load(graft, dtype, "device"),
+        "table on disk, warm": models.load(graft, dtype, "disk"),
+    }
+    return {"donor": plain} | {name: models.with_weights_of(model, plain) for name, model in others.items()}
 
 
 def measure(asked: argparse.Namespace) -> dict:

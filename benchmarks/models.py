@@ -31,6 +31,21 @@ def load(folder: Path, dtype: str = "donor", placement: str | None = None) -> Pr
     return model
 
 
+def with_weights_of(model: PreTrainedModel, donor: PreTrainedModel) -> PreTrainedModel:
+    """`model` with the very tensors of `donor`, which are equal to its own.
+
+    Args:
+        model (`PreTrainedModel`): the donor loaded again, or a graft of it.
+        donor (`PreTrainedModel`): whose tensors are taken.
+    """
+    own = dict(getattr(model, "backbone", model).named_parameters())
+    for name, theirs in donor.named_parameters():
+        if name not in own or not torch.equal(own[name], theirs):
+            raise CannotMeasure(f"the weight '{name}' of the donor is not in the model that it is compared with.")
+        own[name].data = theirs.data
+    return model
+
+
 def tokenizer_of(folder: Path):
     """The tokenizer of a donor."""
     return AutoTokenizer.from_pretrained(folder)

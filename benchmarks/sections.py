@@ -78,8 +78,8 @@ def against_donor(result: dict, target: str, unit: str) -> str:
 
 
 OTHER_DONOR = (
-    'Models are loaded anew for every round. "donor, loaded again" is the donor compared with itself: differences as '
-    "small as its own are the machine's."
+    "All sides share the donor's weights, because a copy elsewhere in memory is faster or slower by some percent. "
+    '"donor, once more" is the donor compared with itself: differences as small as its own are the machine\'s.'
 )
 
 

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -72,24 +71,6 @@ def test_ways_that_give_parts_take_turns_after_every_part():
 def test_a_way_with_parts_and_a_way_without_share_a_round():
     measured = interleave({"parts": lambda: iter([1.0, 2.0]), "whole": lambda: 7.0}, rounds=2)
     assert measured == {"parts": [3.0, 3.0], "whole": [7.0, 7.0]}
-
-
-def test_ways_that_are_made_anew_are_made_for_every_round_and_let_go_after_it():
-    made: list[int] = []
-    alive: weakref.WeakSet = weakref.WeakSet()
-
-    class Model:
-        pass
-
-    def ways(number: int) -> dict:
-        assert not alive
-        made.append(number)
-        model = Model()
-        alive.add(model)
-        return {"a": lambda model=model: 10.0 * number, "b": lambda: iter([1.0, number])}
-
-    assert interleave(ways, rounds=2, warm_up=1) == {"a": [10.0, 20.0], "b": [2.0, 3.0]}
-    assert made == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("rounds", "expected"), [(1, 1), (2, 2), (9, LEAST_ROUNDS)])

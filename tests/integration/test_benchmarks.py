@@ -28,6 +28,7 @@ from benchmarks import (
     scale,
 )
 from benchmarks import hash as hash_benchmark
+from benchmarks import models as benchmark_models
 from benchmarks.command import CannotMeasure
 from benchmarks.numpy_hash import NumpyHash
 from engram_transformers import NgramHasher
@@ -58,7 +59,8 @@ def check_line(line: dict, tmp_path, capsys) -> None:
     assert line["benchmark"] not in missing and f"`python -m benchmarks.{line['benchmark']}`, " in text
 
 
-WAYS = {"donor", "donor, loaded again", "table resident", "table on disk, warm"}
+IDS = torch.arange(12)[None] + 20
+WAYS = {"donor", "donor, once more", "table resident", "table on disk, warm"}
 
 
 def test_decode_compares_both_places_with_the_donor(given, tmp_path, capsys):
@@ -71,6 +73,19 @@ def test_decode_compares_both_places_with_the_donor(given, tmp_path, capsys):
         assert all(entry["seconds"]["rounds"] == 2 for entry in ways.values())
     assert (line["sizes"]["heads"], line["sizes"]["orders"], line["sizes"]["row_bytes"]) == (8, [2, 3], 8)
     assert line["sizes"]["table_bytes"] == 8 * line["sizes"]["rows"] > 2 * 16 * 50 * 8
+
+
+def test_sides_share_the_weights_of_the_donor_that_they_are_of(tiny_donor, tiny_engram):
+    donor, graft = tiny_donor(), tiny_engram()
+    logits = graft(IDS).logits
+    assert benchmark_models.with_weights_of(graft, donor) is graft
+    theirs = [tensor.data_ptr() for tensor in donor.parameters()]
+    assert [tensor.data_ptr() for tensor in graft.backbone.parameters()] == theirs
+    assert torch.equal(graft(IDS).logits, logits)
+    with torch.no_grad():
+        donor.lm_head.weight[0, 0] += 1
+    with pytest.raises(CannotMeasure, match="the weight '.*' of the donor is not in the model"):
+        benchmark_models.with_weights_of(tiny_engram(), donor)
 
 
 def test_prefill_reads_a_text_with_the_same_models(given, tmp_path, capsys):
