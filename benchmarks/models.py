@@ -37,6 +37,9 @@ def with_weights_of(model: PreTrainedModel, donor: PreTrainedModel) -> PreTraine
     Args:
         model (`PreTrainedModel`): the donor loaded again, or a graft of it.
         donor (`PreTrainedModel`): whose tensors are taken.
+
+    Raises:
+        [`CannotMeasure`]: if the two do not have the same weights.
     """
     own = dict(getattr(model, "backbone", model).named_parameters())
     for name, theirs in donor.named_parameters():
