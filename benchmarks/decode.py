@@ -2,7 +2,7 @@
 
 A table of about 1 GB in the paper's shape (orders 2 and 3, 8 heads, memory vector of 1280 values, two layers), resident
 and on disk with a warm page cache; backbone in the donor's dtype and in bfloat16. Models take turns every eight tokens,
-and share the donor's weights: a copy of them elsewhere in memory is faster or slower by some percent.
+and share the donor's weights in RAM, so that nothing but the memory differs.
 
 Run: python -m benchmarks.decode
 """

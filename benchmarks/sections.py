@@ -78,7 +78,7 @@ def against_donor(result: dict, target: str, unit: str) -> str:
 
 
 OTHER_DONOR = (
-    "All sides share the donor's weights, because a copy elsewhere in memory is faster or slower by some percent. "
+    "All sides share the donor's weights in RAM, so that nothing but the memory differs. "
     '"donor, once more" is the donor compared with itself: differences as small as its own are the machine\'s.'
 )
 

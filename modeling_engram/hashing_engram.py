@@ -97,7 +97,7 @@ class NgramHasher(nn.Module):
         """
         if is_known_text(input_ids) and (alive is None or bool(alive.all())):
             # Nothing to leave out: one operator and not five.
-            if input_ids.numel() <= HANDFUL:  # NumPy's takes a third of the time, but a step of decoding needs no other
+            if input_ids.numel() <= HANDFUL:  # torch's is a microsecond quicker here, NumPy's three in 2048
                 return torch.take(self.token_map, input_ids.long())
             return torch.from_numpy(self.token_map.numpy().take(input_ids.numpy()))  # (batch, length)
         text = input_ids >= 0

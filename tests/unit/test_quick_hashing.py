@@ -1,4 +1,4 @@
-"""Hashing on a CPU: remainders without a division against Python's, for every int64 from 0.
+"""Hashing on a CPU: remainders without a division for every int64 from 0, and mixed products, against Python's.
 
 Run: pytest tests/unit/test_quick_hashing.py
 """
