@@ -248,18 +248,42 @@ class NgramHasher(nn.Module):
 
         In a step of decoding, with code and data not in the processor's caches: less than half of 180 microseconds.
         """
-        context, (layers, pad_class, shape) = self.context_length, self.integers()
-        past = [[DEAD] * context] * len(classes) if history is None else history.tolist()
-        texts = [before + text for before, text in zip(past, classes.tolist(), strict=True)]
-        rows = []
-        for multipliers, primes, starts in layers:
-            for text in texts:
-                for hashes in naive_hash_ids(text, multipliers, primes, pad_class, start=context):
-                    rows += [hashed + start for hashed, start in zip(hashes, starts, strict=True)]
-        return torch.tensor(rows, device="cpu").view(len(layers), *classes.shape, *shape)
+        texts = self.behind(classes.tolist(), None if history is None else history.tolist())
+        rows = torch.tensor(self.rows_of_texts(texts), device="cpu")  # (layers, batch * length, orders * heads)
+        return rows.view(len(rows), *classes.shape, *self.primes.shape[1:])  # (layers, batch, length, orders, heads)
 
-    def integers(self) -> tuple[list, int, torch.Size]:
-        """Constants as Python numbers: multipliers, primes and heads' first rows by layer; pad class; heads' shape.
+    def rows_of_texts(self, texts: list[list[int]]) -> list[list[list[int]]]:
+        """For every layer the rows of each position of texts, one text after the other, heads in (order, head) order.
+
+        Args:
+            texts (`list[list[int]]`): classes behind the N - 1 before them, -1 for dead ones.
+        """
+        layers, pad_class = self.integers()
+        return [
+            [
+                [hashed + start for hashed, start in zip(hashes, starts, strict=True)]
+                for text in texts
+                for hashes in naive_hash_ids(text, multipliers, primes, pad_class, start=self.context_length)
+            ]
+            for multipliers, primes, starts in layers
+        ]
+
+    def living_texts(self, ids: list[list[int]], history: list[list[int]] | None) -> list[list[int]] | None:
+        """What `rows_of_texts` takes, of ids inside the vocabulary; None if one of them is dead."""
+        class_of = self.made_once("token_map", lambda token_map: memoryview(token_map.numpy()), "token_map")
+        if any(min(text) < 0 for text in ids):
+            return None
+        classes = [[class_of[token] for token in text] for text in ids]
+        return None if any(min(text) < 0 for text in classes) else self.behind(classes, history)
+
+    def behind(self, classes: list[list[int]], history: list[list[int]] | None) -> list[list[int]]:
+        """Every text's classes behind the N - 1 before them, dead ones at the start of a text."""
+        if history is None:
+            history = [[DEAD] * self.context_length] * len(classes)
+        return [before + text for before, text in zip(history, classes, strict=True)]
+
+    def integers(self) -> tuple[list, int]:
+        """Constants as Python numbers: multipliers, primes and heads' first rows by layer; pad class.
 
         Made once: 25 microseconds.
         """
@@ -357,11 +381,10 @@ def is_known_text(tokens: torch.Tensor) -> bool:
 
 def integers_of(
     multipliers: torch.Tensor, primes: torch.Tensor, offsets: torch.Tensor, pad_class: torch.Tensor
-) -> tuple[list, int, torch.Size]:
+) -> tuple[list, int]:
     """See `NgramHasher.integers`."""
     starts = [[start - order[0] for order in layer for start in order] for layer in offsets.tolist()]
-    layers = list(zip(multipliers.tolist(), primes.tolist(), starts, strict=True))
-    return layers, int(pad_class), primes.shape[1:]
+    return list(zip(multipliers.tolist(), primes.tolist(), starts, strict=True)), int(pad_class)
 
 
 def mix(products: torch.Tensor) -> torch.Tensor:

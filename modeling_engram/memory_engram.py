@@ -22,6 +22,7 @@ from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
 from .gradient_engram import ROWS_ALONE, with_row_gradients
+from .handful_engram import HandfulReads, read_handful
 from .hashing_engram import NgramHasher, identity_map, is_known_text
 from .layer_engram import EngramLayer
 from .offload_engram import rows_hook
@@ -59,6 +60,16 @@ class MemoryReads:
         self.mask = None if is_known_text(self.classes) else self.alive
 
     @property
+    def shape(self) -> torch.Size:
+        """(batch, length) of the pass."""
+        return self.classes.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the classes, the mask and the documents' numbers are."""
+        return self.classes.device
+
+    @property
     def alive(self) -> torch.Tensor:
         """False where the gate is shut, `(batch, length)`."""
         return self.classes >= 0
@@ -67,11 +78,19 @@ class MemoryReads:
         """Memory vectors of a layer, `(batch, length, orders * heads * width)`; waited for if they are on their way."""
         return self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
 
+    def remember(self) -> None:
+        """Adds the pass's classes to the history, when the backbone has run."""
+        if self.cache is not None:
+            self.cache.remember_classes(self.classes)
+
     def drop(self) -> None:
         """Ends what is under way when nobody will ask for it."""
         for fetches in self.fetches.values():
             for fetch in fetches:
                 fetch.drop()
+
+
+Reads = MemoryReads | HandfulReads
 
 
 class EngramMemory(nn.Module):
@@ -154,7 +173,7 @@ class EngramMemory(nn.Module):
         ends: torch.Tensor | None = None,
         ids: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
-    ) -> MemoryReads:
+    ) -> Reads:
         """Hashes a batch and reads the rows of every layer.
 
         Args:
@@ -165,8 +184,11 @@ class EngramMemory(nn.Module):
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
 
         Returns:
-            [`MemoryReads`]
+            [`MemoryReads`] or [`HandfulReads`]
         """
+        few = read_handful(self, ids, alive, cache) if ids is not None and ends is None else None
+        if few is not None:
+            return few
         history = cache.recent_classes() if cache is not None else None
         segments = None if ends is None else self.segments(ends, cache)
         if ids is None:
@@ -232,17 +254,17 @@ def layer_device(layer: EngramLayer) -> torch.device:
 
 
 class ReadsInFlight:
-    """The `MemoryReads` of the forward passes that are running, one for each thread.
+    """The reads of the forward passes that are running, one for each thread.
 
     `switched_off` holds the threads that run without memory.
     """
 
     def __init__(self):
-        self.by_thread: dict[int, MemoryReads] = {}
+        self.by_thread: dict[int, Reads] = {}
         self.switched_off: set[int] = set()
 
     @contextmanager
-    def hold(self, reads: MemoryReads):
+    def hold(self, reads: Reads):
         """Makes `reads` current for this thread's forward pass."""
         thread = current_thread()
         self.by_thread[thread] = reads
@@ -269,7 +291,7 @@ class ReadsInFlight:
         """Whether this thread runs without memory."""
         return current_thread() in self.switched_off
 
-    def current(self) -> MemoryReads | None:
+    def current(self) -> Reads | None:
         """Reads of this thread's forward pass; None outside of one."""
         return self.by_thread.get(current_thread())
 
@@ -301,10 +323,10 @@ class InsertMemory:
         if reads is None:  # the backbone is used by itself
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        self.check_stream(decoder_layer, hidden_states, reads.classes)
+        self.check_stream(decoder_layer, hidden_states, reads.shape)
         vectors, alive, segments = reads.vectors(self.layer_id), reads.mask, reads.segments
         device = hidden_states.device
-        if vectors.device != device or reads.classes.device != device:  # 10 microseconds each to find out in `.to`
+        if vectors.device != device or reads.device != device:  # 10 microseconds each to find out in `.to`
             vectors = vectors.to(device)
             alive = None if alive is None else alive.to(device)
             segments = None if segments is None else segments.to(device)
@@ -315,11 +337,11 @@ class InsertMemory:
             return (hidden_states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden_states}
 
-    def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, classes: torch.Tensor) -> None:
+    def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, shape: torch.Size) -> None:
         """Raises ValueError if the residual stream has a shape that the memory was not made for."""
         layer = self.layer
         streams = () if layer.streams == 1 and hidden_states.ndim == 3 else (layer.streams,)
-        expected = (*classes.shape, *streams, layer.hidden_size)
+        expected = (*shape, *streams, layer.hidden_size)
         if hidden_states.shape != expected:  # of which a torch.Size is one
             raise ValueError(
                 f"{type(decoder_layer).__name__} {self.layer_id} gets a residual stream of shape "

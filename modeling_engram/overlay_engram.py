@@ -8,13 +8,14 @@ Source: docs/training.md.
 """
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from .index_engram import RowIndex
-from .rows_engram import FilePart, FileRows, check_range
-from .table_engram import part_of
+from .rows_engram import FilePart, FileRows
+from .table_engram import check_range, part_of
 
 
 class ChangedRows:
@@ -115,6 +116,10 @@ class RowOverlay(FileRows):
         if values is not None and self.changed:
             self.lay_over(rows, values)
         return values
+
+    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
+        """As without changes; where there are some, tensors find them."""
+        return not self.changed and super().read_few(rows, buffer, slots)
 
     def see(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Takes note of what a pass that learns has read, until the next one: its optimizer will ask for it.

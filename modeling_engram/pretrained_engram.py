@@ -26,7 +26,7 @@ from .constants_engram import check_constants, derive_constants
 from .gradient_engram import with_row_gradients
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
-from .memory_engram import EngramMemory, MemoryReads, insert_memory, layer_device
+from .memory_engram import EngramMemory, Reads, insert_memory, layer_device
 from .mode_engram import set_train_mode
 from .pack_engram import DIGESTS
 from .peft_engram import meet_peft
@@ -171,12 +171,10 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
         with self.reads_in_flight.hold(reads):
             outputs = module(**inputs)
-        if reads.cache is not None:
-            # After the backbone has run: hybrid backbones ask the cache's last layer whether anything came before.
-            reads.cache.remember_classes(reads.classes)
+        reads.remember()  # not before: hybrid backbones ask the cache's last layer whether anything came before
         return outputs
 
-    def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> MemoryReads:
+    def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> Reads:
         """Checks what a pass is given, hashes it, and begins to fetch its rows.
 
         Args:

@@ -13,6 +13,7 @@ import copy
 import math
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 
 from .configuration_engram import EngramFormatError
 from .shards_engram import read_header, read_index, start_of_data, torch_dtype
-from .table_engram import part_of, read_parts
+from .table_engram import check_bounds, check_range, copy_few, part_of, read_parts
 
 
 # Reads of at most this many rows are tried at once, before a thread is made for them (about 60 microseconds).
@@ -263,6 +264,13 @@ class HostRows:
         """As `read`; None if that might wait for a disk."""
         return self.read(rows)
 
+    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
+        """Copies a few rows into a buffer, each to its slot; whether it did."""
+        self.check()
+        copied = copy_few(self.parts, rows, buffer, slots)
+        self.check()
+        return copied
+
 
 class FileRows:
     """Rows of one order in a checkpoint's files.
@@ -307,23 +315,31 @@ class FileRows:
         """As `read`, for a few rows that are all in the page cache; None (and the kernel is told) if they are not."""
         if len(rows) > FEW_ROWS:
             return None
-        numbers, size = rows.tolist(), self.row_bytes
-        if not numbers:
+        if not len(rows):
             return torch.empty(0, self.width, dtype=self.dtype)
-        check_bounds(min(numbers), max(numbers), self.height)
-        held = bytearray(len(numbers) * size)
-        buffer, missed, files = memoryview(held), False, set()
-        for number, row in enumerate(numbers):
+        held = bytearray(len(rows) * self.row_bytes)
+        if not self.read_few(rows.tolist(), memoryview(held), range(0, len(held), self.row_bytes)):
+            return None
+        return torch.frombuffer(held, dtype=self.dtype).view(len(rows), self.width)
+
+    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
+        """Reads a few rows into a buffer, each to its slot, if all are in the page cache; whether they were.
+
+        Of those that are not there the kernel is told.
+        """
+        check_bounds(min(rows), max(rows), self.height)
+        size, missed, files = self.row_bytes, False, set()
+        for row, slot in zip(rows, slots, strict=True):
             file, offset = self.place(row)
             files.add(file)
             if missed:
                 file.expect(offset, size)
-            elif not file.read_resident(buffer[number * size : (number + 1) * size], offset):
+            elif not file.read_resident(buffer[slot : slot + size], offset):
                 missed = True
                 file.expect(offset, size)
         for file in files:
             file.check()  # behind the reads: it may have changed among them
-        return None if missed else torch.frombuffer(held, dtype=self.dtype).view(len(numbers), self.width)
+        return not missed
 
     def place(self, row: int) -> tuple[ShardFile, int]:
         """File and first byte of a row."""
@@ -425,18 +441,6 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies in a file that is mapped privately; False where the system does not say."""
     mapping = mapping_of(tensor) if tensor.is_cpu else None
     return mapping is not None and mapping[0] != 0
-
-
-def check_range(rows: torch.Tensor, height: int) -> None:
-    """Raises IndexError for rows that are not the table's: in a file others' bytes lie there."""
-    if len(rows):
-        check_bounds(*(int(bound) for bound in torch.aminmax(rows)), height)
-
-
-def check_bounds(low: int, high: int, height: int) -> None:
-    """`check_range` of the lowest and the highest row."""
-    if low < 0 or high >= height:
-        raise IndexError(f"row {low if low < 0 else high} is outside the {height} rows of the table.")
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

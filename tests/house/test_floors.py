@@ -42,6 +42,7 @@ FLOORS = {
     "fetch_engram": 7,
     "layer_engram": 7,
     "offload_engram": 8,
+    "handful_engram": 9,
     "placement_engram": 9,
     "dispatch_engram": 9,
     "memory_engram": 10,
