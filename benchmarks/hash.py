@@ -1,7 +1,8 @@
 """Hashing of both layers against the January demo's NumPy procedure, and as a share of a forward pass.
 
 The same ids of real text, one token and 2048; the integers are compared before anything is timed. One token is hashed
-as decoding does it, with the classes of the two tokens before it; the demo, which keeps none, gets the one alone.
+as decoding does it, in Python integers and with the classes of the two tokens before it; the demo, which keeps none,
+gets the one alone.
 
 Run: python -m benchmarks.hash
 """
@@ -53,21 +54,21 @@ def measure(asked: argparse.Namespace) -> dict:
     demo = NumpyHash(hasher)
     long, one = ids[:, : asked.tokens], ids[:, 2:3]
     refuse_other_rows(hasher, demo, long)
-    history = hasher.compress(ids[:, :2])
+    step = a_step(hasher, one, hasher.compress(ids[:, :2]))
     measured = {}
-    for name, text, past, calls in (
-        ("one_token", one, history, CALLS_ONE * asked.calls),
-        ("long_text", long, None, CALLS_MANY * asked.calls),
+    for name, text, work, calls in (
+        ("one_token", one, step, CALLS_ONE * asked.calls),
+        ("long_text", long, a_text(hasher, long), CALLS_MANY * asked.calls),
     ):
         say(f"hashing, {text.shape[1]} token(s)")
-        measured[name] = compare(hasher, demo, text, past, calls, asked)
+        measured[name] = compare(work, demo, text, calls, asked)
     measured["one_token"]["share_of_forward"] = share(
         lambda: sum(passes.decode(model, ids[:, :PROMPT], asked.decoded)) / asked.decoded,
-        lambda: per_call(ours(hasher, one, history), CALLS_ONE),
+        lambda: per_call(step, CALLS_ONE),
         asked,
     )
     measured["long_text"]["share_of_forward"] = share(
-        lambda: passes.prefill_seconds(model, long), lambda: per_call(ours(hasher, long, None), CALLS_MANY), asked
+        lambda: passes.prefill_seconds(model, long), lambda: per_call(a_text(hasher, long), CALLS_MANY), asked
     )
     sizes = {
         "layers": asked.layers,
@@ -94,11 +95,20 @@ def refuse_other_rows(hasher: NgramHasher, demo: NumpyHash, ids: torch.Tensor) -
     for layer in hasher.layer_ids:
         if not np.array_equal(hasher.hash_ids(ids, layer).numpy(), theirs[layer]):
             raise CannotMeasure(f"the demo's procedure and ours give other hashes in layer {layer}.")
+    decoded = torch.tensor(a_step(hasher, ids[:, 2:3], hasher.compress(ids[:, :2]))())  # (layers, 1, orders * heads)
+    if not torch.equal(decoded, a_text(hasher, ids[:, :3])()[:, 0, 2:].flatten(2)):
+        raise CannotMeasure("a step of decoding gives other rows than the text.")
 
 
-def ours(hasher: NgramHasher, ids: torch.Tensor, history: torch.Tensor | None) -> Callable[[], object]:
-    """What a forward pass does between ids and rows."""
-    return lambda: hasher(hasher.compress(ids, None), history)
+def a_text(hasher: NgramHasher, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What a forward pass over a text does between ids and rows `(layers, batch, length, orders, heads)`."""
+    return lambda: hasher(hasher.compress(ids, None))
+
+
+def a_step(hasher: NgramHasher, ids: torch.Tensor, history: torch.Tensor) -> Callable[[], list]:
+    """What a step of decoding does between ids `(1, 1)` and rows, by layer and position, after classes `(1, N - 1)`."""
+    before = history.tolist()
+    return lambda: hasher.rows_of_texts(hasher.living_texts(ids.tolist(), before))
 
 
 def per_call(work: Callable[[], object], calls: int) -> float:
@@ -110,13 +120,15 @@ def per_call(work: Callable[[], object], calls: int) -> float:
 
 
 @torch.no_grad()
-def compare(hasher, demo: NumpyHash, ids: torch.Tensor, history, calls: int, asked: argparse.Namespace) -> dict:
+def compare(
+    ours: Callable[[], object], demo: NumpyHash, ids: torch.Tensor, calls: int, asked: argparse.Namespace
+) -> dict:
     """Microseconds of both procedures, and how many times faster ours is."""
     array = ids.numpy()
     seconds = interleave(
         {
             "demo": lambda: per_call(lambda: demo(array), calls),
-            "ours": lambda: per_call(ours(hasher, ids, history), calls),
+            "ours": lambda: per_call(ours, calls),
         },
         asked.rounds,
         limit_s=limit_seconds(asked) / 4,

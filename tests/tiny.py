@@ -25,10 +25,10 @@ def fill_memory(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def engram_on(config: PreTrainedConfig, layers: tuple[int, ...] = (0, 1), seed: int = 0) -> EngramForCausalLM:
+def engram_on(config: PreTrainedConfig, layers: tuple[int, ...] = (0, 1), seed: int = 0, **fields) -> EngramForCausalLM:
     """A filled memory on a backbone of random weights, for the golden tokenizer."""
     torch.manual_seed(seed)
     donor = AutoModelForCausalLM.from_config(config).eval()
-    sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
+    sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4, **fields}
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
     return fill_memory(EngramForCausalLM.from_donor(donor, tokenizer, list(layers), **sizes), seed)

@@ -118,10 +118,10 @@ def test_one_token_is_hashed_with_the_two_before_it(tiny_engram):
     """What `hash` times as one token of decoding gives the rows that the whole text has there."""
     hasher: NgramHasher = tiny_engram().memory.hashing
     ids = torch.randint(0, 4104, (1, 3))
-    decoded = hash_benchmark.ours(hasher, ids[:, 2:], hasher.compress(ids[:, :2]))()
-    assert torch.equal(decoded, hash_benchmark.ours(hasher, ids, None)()[:, :, 2:])
-    alone = hash_benchmark.ours(hasher, ids[:, 2:], None)()
-    assert not torch.equal(decoded, alone), "control: without the two before it the rows are others"
+    decoded = torch.tensor(hash_benchmark.a_step(hasher, ids[:, 2:], hasher.compress(ids[:, :2]))())
+    assert torch.equal(decoded, hash_benchmark.a_text(hasher, ids)()[:, 0, 2:].flatten(2))
+    alone = hash_benchmark.a_text(hasher, ids[:, 2:])()
+    assert not torch.equal(decoded, alone[:, 0].flatten(2)), "control: without the two before it the rows are others"
 
 
 def test_scale_measures_every_size_in_every_place(given, tmp_path, capsys):

@@ -35,7 +35,8 @@ def convolution_state_dropped(patch):
 
 
 def classes_forgotten(patch):
-    patch.setattr(EngramCacheLayer, "recent_classes", lambda self: None)
+    for name in ("recent_classes", "recent_texts"):
+        patch.setattr(EngramCacheLayer, name, lambda self: None)
 
 
 def pads_not_masked(patch):

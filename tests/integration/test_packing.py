@@ -86,7 +86,7 @@ def reads(model, ids, **inputs):
         model(ids, **inputs)
     finally:
         model.memory.read = original
-    return torch.stack([seen[0].vectors(layer) for layer in seen[0].rows])
+    return torch.stack([seen[0].vectors(layer) for layer in model.memory.layer_ids])
 
 
 @torch.no_grad()
