@@ -280,6 +280,14 @@ def test_what_is_not_plainly_text_is_left_to_tensors(asked, models):
 
 
 @torch.no_grad()
+def test_an_id_without_a_class_is_left_to_tensors(saved):
+    model = loaded(saved)
+    assert vectors(model)[0]
+    model.memory.hashing.token_map[STEP[1]] = -1
+    assert not vectors(model)[0]
+
+
+@torch.no_grad()
 def test_a_cold_row_is_fetched_behind(models):
     model = models["usual", "disk"]
     taken, expected = vectors(model)
