@@ -60,7 +60,7 @@ class EngramCacheLayer(LinearAttentionLayer):
     def remember_texts(self, texts: list[list[int]], length: int) -> None:
         """`remember_classes` of the last `length` classes of texts that begin with what `recent_texts` gives.
 
-        In place and through NumPy, 20 microseconds where the operators take 150.
+        In place and through NumPy, 60 microseconds where the operators take 120 to 160.
         """
         if self.record_past or not self.holds_as_many_as_needed:
             self.remember_classes(torch.tensor([text[-length:] for text in texts], device="cpu"))
