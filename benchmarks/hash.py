@@ -95,8 +95,9 @@ def refuse_other_rows(hasher: NgramHasher, demo: NumpyHash, ids: torch.Tensor) -
     for layer in hasher.layer_ids:
         if not np.array_equal(hasher.hash_ids(ids, layer).numpy(), theirs[layer]):
             raise CannotMeasure(f"the demo's procedure and ours give other hashes in layer {layer}.")
-    decoded = torch.tensor(a_step(hasher, ids[:, 2:3], hasher.compress(ids[:, :2]))())  # (layers, 1, orders * heads)
-    if not torch.equal(decoded, a_text(hasher, ids[:, :3])()[:, 0, 2:].flatten(2)):
+    step = a_step(hasher, ids[:, 2:3], hasher.compress(ids[:, :2]))
+    decoded = torch.tensor(step())  # (layers, batch, orders * heads)
+    if not torch.equal(decoded, a_text(hasher, ids[:, :3])()[:, :, 2].flatten(2)):
         raise CannotMeasure("a step of decoding gives other rows than the text.")
 
 
@@ -106,7 +107,7 @@ def a_text(hasher: NgramHasher, ids: torch.Tensor) -> Callable[[], torch.Tensor]
 
 
 def a_step(hasher: NgramHasher, ids: torch.Tensor, history: torch.Tensor) -> Callable[[], list]:
-    """What a step of decoding does between ids `(1, 1)` and rows, by layer and position, after classes `(1, N - 1)`."""
+    """What a step of decoding does between ids `(batch, 1)` and rows, after classes `(batch, N - 1)`."""
     before = history.tolist()
     return lambda: hasher.rows_of_texts(hasher.living_texts(ids.tolist(), before))
 

@@ -104,7 +104,7 @@ def test_hash_compares_one_token_and_a_text(given, tmp_path, capsys):
         assert set(entry["microseconds"]) == {"demo", "ours"} and entry["share_of_forward"]["share"]["median"] > 0
 
 
-def test_the_numpy_procedure_is_compared_before_it_is_timed(tiny_engram):
+def test_the_numpy_procedure_and_a_step_are_compared_before_they_are_timed(tiny_engram, monkeypatch):
     hasher = tiny_engram().memory.hashing
     ids = torch.randint(0, 4104, (2, 30))
     hash_benchmark.refuse_other_rows(hasher, NumpyHash(hasher), ids)
@@ -112,6 +112,9 @@ def test_the_numpy_procedure_is_compared_before_it_is_timed(tiny_engram):
     wrong.multipliers = {layer: values + 2 for layer, values in wrong.multipliers.items()}
     with pytest.raises(CannotMeasure, match="other hashes"):
         hash_benchmark.refuse_other_rows(hasher, wrong, ids)
+    monkeypatch.setattr(NgramHasher, "living_texts", lambda self, ids, history: self.behind(ids, None))
+    with pytest.raises(CannotMeasure, match="other rows than the text"):
+        hash_benchmark.refuse_other_rows(hasher, NumpyHash(hasher), ids)
 
 
 def test_one_token_is_hashed_with_the_two_before_it(tiny_engram):
@@ -119,7 +122,7 @@ def test_one_token_is_hashed_with_the_two_before_it(tiny_engram):
     hasher: NgramHasher = tiny_engram().memory.hashing
     ids = torch.randint(0, 4104, (1, 3))
     decoded = torch.tensor(hash_benchmark.a_step(hasher, ids[:, 2:], hasher.compress(ids[:, :2]))())
-    assert torch.equal(decoded, hash_benchmark.a_text(hasher, ids)()[:, 0, 2:].flatten(2))
+    assert torch.equal(decoded, hash_benchmark.a_text(hasher, ids)()[:, :, 2].flatten(2))
     alone = hash_benchmark.a_text(hasher, ids[:, 2:])()
     assert not torch.equal(decoded, alone[:, 0].flatten(2)), "control: without the two before it the rows are others"
 
