@@ -70,7 +70,7 @@ def read_handful(
     Returns:
         [`HandfulReads`], or None if this is nothing for Python integers.
     """
-    if not is_handful(ids) or not is_at_hand(memory):
+    if not is_handful(ids) or not memory_is_at_hand(memory):
         return None
     texts = memory.hashing.living_texts(ids.tolist(), None if cache is None else cache.recent_texts())
     if texts is None or (alive is not None and not all(map(all, alive.tolist()))):
@@ -84,7 +84,7 @@ def read_handful(
     return HandfulReads(texts, ids.shape, brought, cache)
 
 
-def is_at_hand(memory) -> bool:
+def memory_is_at_hand(memory) -> bool:
     """Whether hash constants and layers are on the CPU, and nothing looks at what the tables' modules are called with.
 
     What modules hold is taken from their dictionaries: an attribute of a module costs a microsecond.
@@ -102,16 +102,16 @@ def is_at_hand(memory) -> bool:
 
 def table_is_at_hand(table: EngramTable) -> bool:
     """Whether a table's rows may be taken without calling its orders: see `order_is_at_hand`."""
-    learning = torch.is_grad_enabled()
-    return all(order_is_at_hand(order, learning) for order in table._modules.values())
+    with_gradients = torch.is_grad_enabled()
+    return all(order_is_at_hand(order, with_gradients) for order in table._modules.values())
 
 
-def order_is_at_hand(order: OrderRows, learning: bool) -> bool:
+def order_is_at_hand(order: OrderRows, with_gradients: bool) -> bool:
     """Whether nothing but our own hook is on an order, and no gradient will come back to it."""
     if type(order) is not OrderRows or order._forward_hooks or order._forward_pre_hooks:
         return False
     if order.source is None:
-        return "forward" not in order.__dict__ and not (learning and requires_grad(order._parameters.values()))
+        return "forward" not in order.__dict__ and not (with_gradients and requires_grad(order._parameters.values()))
     hook = order.__dict__.get("_hf_hook")
     return (
         type(hook) is EngramRowsHook
@@ -119,7 +119,7 @@ def order_is_at_hand(order: OrderRows, learning: bool) -> bool:
         and hook.prefetch
         and not hook.verify
         and (hook.execution_device is None or hook.execution_device.type == "cpu")
-        and not (learning and requires_grad(order.source.learning))
+        and not (with_gradients and requires_grad(order.source.learning))
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engram_transformers.index_engram import RowIndex
 from engram_transformers.overlay_engram import RowOverlay, expect_writes, part_shape, read_part, write_part
-from engram_transformers.rows_engram import ShardFile, file_part
+from engram_transformers.rows_engram import FileRows, ShardFile, file_part
 from engram_transformers.shards_engram import read_header, write_shard
 
 
@@ -58,6 +58,8 @@ def test_rows_are_read_as_they_were_last_written(history, dtype, tmp_path):
         overlay.see(unique, expected[unique])  # as a pass does; what is written afterwards counts
         resident = overlay.read_resident(asked)
         assert resident is None or torch.equal(resident, expected[asked])
+        at_once = FileRows(overlay.parts).read_resident(asked) is not None
+        assert (resident is not None) == at_once, "what was changed needs no disk, and the rest is where it was"
     assert torch.equal(torch.cat(overlay.tensors()), expected)
     assert overlay.changed == len({row for written, _ in steps for row in written})
     control = RowOverlay(overlay.parts)
