@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from engram_transformers.compat_engram import CACHE
+
 
 @torch.no_grad()
 def decode(
@@ -29,13 +31,13 @@ def decode(
         `float`: seconds of the next passes.
     """
     read = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    cache = read.past_key_values
+    cache = read[CACHE]
     chosen = read.logits[:, -1:].argmax(-1)  # (1, 1)
     for first in range(0, tokens, piece):
         start = time.perf_counter()
         for number in range(first, min(first + piece, tokens)):
             fed = chosen if text is None else text[:, number : number + 1]
-            chosen = model(input_ids=fed, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)  # (1, 1)
+            chosen = model(input_ids=fed, **{CACHE: cache}, use_cache=True).logits[:, -1:].argmax(-1)  # (1, 1)
         yield time.perf_counter() - start
 
 

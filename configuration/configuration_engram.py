@@ -109,7 +109,7 @@ class EngramConfig(PreTrainedConfig):
 
     model_type = "engram_lm"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # since transformers 5.24, and before
 
     text_config: dict | PreTrainedConfig | None = None
     engram_layer_ids: list[int] | tuple[int, ...] = (1, 14)

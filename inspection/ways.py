@@ -16,6 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from engram_transformers.compat_engram import CACHE
+
 
 SEED = 0
 
@@ -72,7 +74,7 @@ class Subject:
 
     def read(self, ids: torch.Tensor, cache=None, **inputs) -> torch.Tensor:
         """Logits `(batch, length, vocabulary)` of ids `(batch, length)`."""
-        return self.model(ids, past_key_values=cache, use_cache=cache is not None, **inputs).logits
+        return self.model(ids, **{CACHE: cache}, use_cache=cache is not None, **inputs).logits
 
     def rounding(self, text: torch.Tensor) -> float:
         """What rounding does to the logits of a text: their change when the last bits of its embeddings change.
@@ -223,8 +225,8 @@ def continued(s: Subject) -> list[Reading]:
     readings = []
     for prompt, other in zip(s.prompts, s.prompts[1:] + s.prompts[:1], strict=True):
         cache = s.new_cache()
-        longer = torch.cat([s.write([prompt], past_key_values=cache)[0].text, other[-3:]])
-        readings += s.write([longer], past_key_values=cache)
+        longer = torch.cat([s.write([prompt], **{CACHE: cache})[0].text, other[-3:]])
+        readings += s.write([longer], **{CACHE: cache})
     return readings
 
 
@@ -297,9 +299,9 @@ def embedded(s: Subject) -> list[Reading]:
     return readings
 
 
-def assisted(by_itself: bool):
+def assisted(by_itself: bool, **options):
     """Every prompt drafted for by the model itself, or by another one."""
-    return lambda s: one_by_one(assistant_model=s.model if by_itself else s.assistant)(s)
+    return lambda s: one_by_one(assistant_model=s.model if by_itself else s.assistant, **options)(s)
 
 
 def batched_continuously(s: Subject) -> list[Reading]:
@@ -339,6 +341,12 @@ WAYS = [
     Way("assisted by itself", **greedy(assisted(by_itself=True))),
     Way("assisted by another", **greedy(assisted(by_itself=False))),
     Way("prompt lookup", one_by_one(repeated, prompt_lookup_num_tokens=3), one_by_one(repeated, use_cache=False)),
+    Way("assisted, static cache", **greedy(assisted(by_itself=True, cache_implementation="static"))),
+    Way(
+        "prompt lookup, static cache",
+        one_by_one(repeated, prompt_lookup_num_tokens=3, cache_implementation="static"),
+        one_by_one(repeated, use_cache=False),
+    ),
     Way("continued cache", continued, continued_without_cache),
     Way("copied cache", copied),
     Way("interleaved requests", interleaved),

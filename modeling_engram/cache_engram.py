@@ -3,11 +3,13 @@
 Promises: the last N - 1 classes and the convolution's last inputs follow every reorder, repeat, select, reset and crop
 of the cache, so that beams, interleaved requests and chunked prefill read their own history; a crop that would leave a
 gap, and a cache that went on without the memory, are refused. Never stored on a module.
-Source: transformers 5.23 `cache_utils.LinearAttentionLayer` (its convolution states fit both histories).
+Source: `transformers.cache_utils`, whose cache layers of other models it stands with.
 """
 
 import torch
-from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer
+from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionCacheLayerMixin
+
+from .compat_engram import mark_static_address
 
 
 # State 0 holds classes, state 1 + i the convolution inputs of the i-th Engram layer, and one more behind them where
@@ -15,11 +17,13 @@ from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttention
 CLASS_STATE = 0
 
 
-class EngramCacheLayer(LinearAttentionLayer):
+class EngramCacheLayer(LinearAttentionCacheLayerMixin):
     """One extra layer at the end of a `Cache`.
 
     Classes are stored plus one, so that zero, which a fresh or reset state holds, means "nothing came before". Time is
-    dimension 1 of every state: places lie one behind the other, and a convolution reads whole places.
+    dimension 1 of every state: places lie one behind the other, and a convolution reads whole places. Of the parent it
+    takes the kind alone, so that masks and key-value code pass over it: every member that `Cache` asks of a layer is
+    defined here, since what a parent answers has changed between releases.
 
     Args:
         convolutions (`int`): Engram layers with a convolution.
@@ -27,11 +31,38 @@ class EngramCacheLayer(LinearAttentionLayer):
         span (`int`, *optional*, defaults to 0): places for which to remember whether a document ended there.
     """
 
+    is_sliding = False
+    supports_early_init = False
+    is_croppable = True  # what cannot be cropped raises in `crop`
+    # Also while the past is recorded. Where one layer says no, Transformers makes no mask for the static keys and
+    # values of the others, and attention reads places that are not filled yet.
+    is_compileable = True
+
     def __init__(self, convolutions: int, context_length: int, span: int = 0):
         super().__init__(number_of_states=1 + convolutions + (span > 0))
+        states = range(1 + convolutions + (span > 0))
+        self.number_of_states = len(states)
+        self.conv_states: dict[int, torch.Tensor | None] = dict.fromkeys(states)
+        self.has_previous_state = dict.fromkeys(states, False)
+        self.kernels: dict[int, int | None] = dict.fromkeys(states)
+        self.record_past = False
         self.context_length, self.span, self.end_state = context_length, span, 1 + convolutions
         # Tokens remembered; None after a compiled pass, where counting would compile each one anew.
         self.seen: int | None = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was remembered yet."""
+        return any(state is not None for state in self.conv_states.values())
+
+    def get_max_length(self) -> int:
+        """No limit of its own."""
+        return -1
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        raise TypeError("the memory's cache layer holds no states of attention: nothing but the memory writes to it.")
+
+    update_conv_state = update_recurrent_state = update = lazy_initialization
 
     def recent_classes(self) -> torch.Tensor | None:
         """Classes of the last tokens, `(batch, N - 1)`, -1 where there was no text; None before the first token."""
@@ -98,7 +129,7 @@ class EngramCacheLayer(LinearAttentionLayer):
         return self.append(inputs, state_idx, reach)
 
     def append(self, new: torch.Tensor, index: int, keep: int) -> torch.Tensor:
-        """`update_conv_state` with time as dimension 1.
+        """Appends to a history.
 
         Args:
             new (`torch.Tensor` of shape `(batch, length, ...)`): what comes behind the history.
@@ -108,31 +139,52 @@ class EngramCacheLayer(LinearAttentionLayer):
         Returns:
             `torch.Tensor` of shape `(batch, history and length, ...)`.
         """
-        if not self.is_conv_states_initialized[index]:
+        if self.conv_states[index] is None:
             self.begin_state(new, index, keep)
         full = torch.cat([self.conv_states[index], new], dim=1) if self.has_previous_state[index] else new
         self.has_previous_state[index] = True
-        if self.record_past:
-            self.conv_states[index] = full
+        if self.record_past or self.must_replace(self.conv_states[index]):
+            self.conv_states[index] = full if self.record_past else with_front(full, keep)[:, -keep:].clone()
         else:  # a copy, because captured graphs know the state by its address
             full = with_front(full, keep)
             self.conv_states[index].copy_(full[:, -keep:])
         return full
 
     def begin_state(self, new: torch.Tensor, index: int, keep: int) -> None:
-        """`lazy_initialization` with time as dimension 1."""
-        if self.device is None:
-            self.dtype, self.device = new.dtype, new.device
-        self.conv_kernel_size[index] = keep
+        """Makes the zeros that a history begins with."""
+        self.kernels[index] = keep
         state = torch.zeros(new.shape[0], keep, *new.shape[2:], dtype=new.dtype, device=new.device)
         if not torch.compiler.is_compiling() and not self.record_past:
-            torch._dynamo.mark_static_address(state)
-        self.conv_states[index], self.is_conv_states_initialized[index] = state, True
+            mark_static_address(state)
+        self.conv_states[index] = state
+
+    def must_replace(self, state: torch.Tensor) -> bool:
+        """Whether a state was made under `torch.inference_mode` and may not be written to after it."""
+        return state.is_inference() and not torch.is_inference_mode_enabled()
+
+    def living_states(self) -> list[tuple[int, torch.Tensor]]:
+        """The states that hold something, with their numbers."""
+        return [(index, state) for index, state in self.conv_states.items() if state is not None]
 
     def reset(self) -> None:
         """Forgets everything; tensors stay where they are."""
-        super().reset()
+        for index, state in self.living_states():
+            if self.must_replace(state):
+                self.conv_states[index] = torch.zeros_like(state)
+            else:
+                state.zero_()
+            self.has_previous_state[index] = False
         self.seen = 0
+
+    def activate_past_recording(self) -> None:
+        """Keeps all states from now on, so that `crop` can go back to any of them."""
+        self.record_past = True
+
+    def offload(self) -> None:
+        """Stays where it is: a few hundred numbers a text."""
+
+    def prefetch(self) -> None:
+        """Is always where it is needed."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens.
@@ -145,10 +197,8 @@ class EngramCacheLayer(LinearAttentionLayer):
         """
         removed = abs(tokens_to_remove)
         left = None if self.seen is None else self.seen - removed
-        for index, state in self.conv_states.items():
-            if not self.is_conv_states_initialized[index]:
-                continue
-            kernel = self.conv_kernel_size[index]
+        for index, state in self.living_states():
+            kernel = self.kernels[index]
             needed = kernel if left is None else min(kernel, left)
             kept = state.shape[1] - removed
             if tokens_to_remove > 0 or (removed and not (self.record_past and kept >= needed)):
@@ -159,22 +209,20 @@ class EngramCacheLayer(LinearAttentionLayer):
             self.conv_states[index] = state[:, max(0, kept - kernel) : kept]
         self.seen = left
 
-    # The states of different layers may lie on different devices, and the parent moves indices to the first one's.
+    # The states of different layers may lie on different devices.
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the given batch entries."""
-        for index, state in self.conv_states.items():
-            if self.is_conv_states_initialized[index]:
-                self.conv_states[index] = state.index_select(0, indices.to(state.device))
+        for index, state in self.living_states():
+            self.conv_states[index] = state.index_select(0, indices.to(state.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every batch entry in place."""
-        for index, state in self.conv_states.items():
-            if self.is_conv_states_initialized[index]:
-                self.conv_states[index] = state.repeat_interleave(repeats, dim=0)
+        for index, state in self.living_states():
+            self.conv_states[index] = state.repeat_interleave(repeats, dim=0)
 
 
 def engram_cache_layer(
@@ -199,16 +247,14 @@ def engram_cache_layer(
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
-        raise TypeError(
-            f"past_key_values must be a transformers Cache, got {type(cache).__name__}: use DynamicCache()."
-        )
+        raise TypeError(f"cache must be a transformers Cache, got {type(cache).__name__}: use DynamicCache().")
     for layer in reversed(cache.layers):
         if isinstance(layer, EngramCacheLayer):
             refuse_gap(cache, layer)
             return layer
     if seen := seen_tokens(cache):
         raise ValueError(
-            f"past_key_values holds {seen} tokens that were read without the memory (by the backbone alone?): their "
+            f"the cache holds {seen} tokens that were read without the memory (by the backbone alone?): their "
             "n-grams are unknown. Start from an empty cache, or from one that this model has returned."
         )
     if cache.layer_class_to_replicate is not None:
@@ -236,7 +282,7 @@ def refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:
     held = seen_positions(cache)
     if held is not None and held != layer.seen:
         raise ValueError(
-            f"past_key_values holds {held} tokens, its memory {layer.seen}: it went on without the memory, or was "
+            f"the cache holds {held} tokens, its memory {layer.seen}: it went on without the memory, or was "
             "cropped in part. Start from an empty cache, or from a copy made before."
         )
 
@@ -260,7 +306,7 @@ def refuse_engram_history(cache: Cache | None) -> None:
     """Raises ValueError for a cache that was begun with memory, when a pass is to run without."""
     if cache is not None and any(isinstance(layer, EngramCacheLayer) for layer in cache.layers):
         raise ValueError(
-            "past_key_values was begun with the memory on, and running on without it would leave a gap in its history: "
+            "the cache was begun with the memory on, and running on without it would leave a gap in its history: "
             "start from an empty cache inside without_memory()."
         )
 

@@ -79,7 +79,7 @@ class EngramLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         vectors: torch.Tensor,
         alive: torch.Tensor | None = None,
-        past_key_values: EngramCacheLayer | None = None,
+        cache: EngramCacheLayer | None = None,
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the memory adds to the residual stream.
@@ -89,7 +89,7 @@ class EngramLayer(GradientCheckpointingLayer):
                 The residual stream in front of the decoder layer.
             vectors (`torch.Tensor` of shape `(batch, length, orders * heads * width)`): rows read for each token.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False where the gate is shut.
-            past_key_values ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
+            cache ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
             segments (`torch.LongTensor` of shape `(batch, reach or more + length)`, *optional*):
                 Number of the document that each place belongs to; taps do not look into another one.
 
@@ -97,7 +97,7 @@ class EngramLayer(GradientCheckpointingLayer):
             `torch.Tensor` of the shape and dtype of `hidden_states`.
         """
         if self.reads_one_token(hidden_states, alive, segments):
-            return self.add_to_one_token(hidden_states, vectors, past_key_values)
+            return self.add_to_one_token(hidden_states, vectors, cache)
         stream = hidden_states.reshape(*hidden_states.shape[:2], self.streams, self.hidden_size)  # (B, L, M, D)
         projected = self.key_value(vectors.to(self.key_value.weight.dtype))  # (B, L, (M + 1) * D)
         keys = projected[..., : -self.hidden_size].view(stream.shape)  # (B, L, M, D)
@@ -107,7 +107,7 @@ class EngramLayer(GradientCheckpointingLayer):
             gate = gate * alive[:, :, None, None]
         gated = gate * value  # (B, L, M, D)
         if self.taps:
-            gated = gated + self.convolve(gated, alive, past_key_values, segments)
+            gated = gated + self.convolve(gated, alive, cache, segments)
         return gated.to(hidden_states.dtype).view(hidden_states.shape)
 
     def open_gate(self, stream: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -123,15 +123,15 @@ class EngramLayer(GradientCheckpointingLayer):
         self,
         gated: torch.Tensor,
         alive: torch.Tensor | None,
-        past_key_values: EngramCacheLayer | None,
+        cache: EngramCacheLayer | None,
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """SiLU of the causal depthwise convolution over normed gated values `(B, L, M, D)`, zero where not alive."""
         batch, length = gated.shape[:2]
         normed = gated * rms_scale(gated, self.conv_norm_eps) * self.conv_norm.float()  # (B, L, M, D)
         inputs = normed.flatten(2)  # (B, L, M * D)
-        if past_key_values is not None and self.reach:
-            inputs = past_key_values.extend_convolution(inputs, 1 + self.place, self.reach)
+        if cache is not None and self.reach:
+            inputs = cache.extend_convolution(inputs, 1 + self.place, self.reach)
         window = with_front(inputs, self.reach + length)[:, -(self.reach + length) :]  # (B, reach + L, M * D)
         mixed = torch.zeros_like(window[:, :length])  # (B, L, M * D)
         for tap, weight in enumerate(self.conv.float()):
@@ -156,7 +156,7 @@ class EngramLayer(GradientCheckpointingLayer):
         )
 
     def add_to_one_token(
-        self, hidden_states: torch.Tensor, vectors: torch.Tensor, past_key_values: EngramCacheLayer | None
+        self, hidden_states: torch.Tensor, vectors: torch.Tensor, cache: EngramCacheLayer | None
     ) -> torch.Tensor:
         """`forward` for one living token, with gate and norms as Python numbers: half as many operators.
 
@@ -175,8 +175,8 @@ class EngramLayer(GradientCheckpointingLayer):
         if self.taps:
             scale = rms_scale_of_one(gated, self.conv_norm_eps)
             window = (gated * scale * self.conv_norm.float())[None]  # (1, 1, D)
-            if past_key_values is not None and self.reach:
-                window = past_key_values.extend_convolution(window, 1 + self.place, self.reach)
+            if cache is not None and self.reach:
+                window = cache.extend_convolution(window, 1 + self.place, self.reach)
             window = with_front(window, self.reach + 1)[:, -(self.reach + 1) :: self.dilation]  # (1, taps, D)
             mixed = (window * self.conv.float()).sum(1)[0]  # (D,)
             gated = gated + F.silu(mixed)

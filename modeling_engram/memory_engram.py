@@ -6,7 +6,6 @@ Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3; insertion by pre-hook o
 `deepcopy` pointing at the first model.
 """
 
-import inspect
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_engram import EngramCacheLayer, engram_cache_layer
+from .compat_engram import cache_argument, counts_positions
 from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
@@ -330,7 +330,7 @@ class InsertMemory:
             vectors = vectors.to(device)
             alive = None if alive is None else alive.to(device)
             segments = None if segments is None else segments.to(device)
-        added = self.layer(hidden_states, vectors, alive, past_key_values=reads.cache, segments=segments)
+        added = self.layer(hidden_states, vectors, alive, cache=reads.cache, segments=segments)
         # An addition and no update in place: the backbone may keep its stream for other uses.
         hidden_states = hidden_states + added
         if args:
@@ -390,12 +390,17 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
         `ValueError`: if the layers cannot be found or carry a memory already, or the backbone's history is kept
             elsewhere than in a `Cache` that it is given.
     """
-    takes_cache = "past_key_values" in inspect.signature(backbone.forward).parameters
+    if not counts_positions(backbone.config.get_text_config(decoder=True)):
+        raise ValueError(
+            f"{type(backbone).__name__} has no layer of attention: its cache does not count the tokens that it holds, "
+            "so the memory's history could not be checked against it. Engram cannot be inserted into this backbone."
+        )
+    takes_cache = cache_argument(backbone.forward) is not None
     keeps_own = hasattr(backbone.base_model, "_setup_cache")  # recurrent_gemma: on its modules
     if not takes_cache or keeps_own or not backbone._supports_default_dynamic_cache():
         raise ValueError(
-            f"{type(backbone).__name__} takes no past_key_values that Transformers makes: its state is elsewhere "
-            "and the memory's history could not be kept beside it. Engram cannot be inserted into this backbone."
+            f"{type(backbone).__name__} takes no cache that Transformers makes: its state is elsewhere and the "
+            "memory's history could not be kept with it. Engram cannot be inserted into this backbone."
         )
     decoder_layers = find_decoder_layers(backbone, depth)
     for layer in decoder_layers:

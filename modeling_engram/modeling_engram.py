@@ -19,6 +19,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .adapters_engram import unwrapped_donor
+from .cache_engram import seen_tokens
+from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
 from .configuration_engram import EngramConfig
 from .donor_engram import engram_config, load_donor
 from .pretrained_engram import EngramPreTrainedModel
@@ -46,12 +48,13 @@ class EngramModel(EngramPreTrainedModel):
         drop_head(self.backbone)
         self.post_init()
 
+    @takes_old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         engram_input_ids: torch.LongTensor | None = None,
@@ -68,7 +71,8 @@ class EngramModel(EngramPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Handed to the backbone. Where they restart, a packed document begins (`attention_mask=None` and
                 `use_cache=False`).
-            past_key_values (`Cache`, *optional*): holds the memory's histories beside keys and values.
+            cache (`Cache`, *optional*):
+                Holds the memory's histories with keys and values; `past_key_values` is its old name.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
                 Needs `engram_input_ids`.
             use_cache (`bool`, *optional*): defaults to the backbone's setting.
@@ -89,7 +93,7 @@ class EngramModel(EngramPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -165,12 +169,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         model.memory.to(device=donor.device)
         return model.eval()
 
+    @takes_old_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -189,7 +194,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Handed to the backbone. Where they restart, a packed document begins (`attention_mask=None` and
                 `use_cache=False`).
-            past_key_values (`Cache`, *optional*): holds the memory's histories beside keys and values.
+            cache (`Cache`, *optional*):
+                Holds the memory's histories with keys and values; `past_key_values` is its old name.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
                 Needs `engram_input_ids`.
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): for the loss; -100 is left out.
@@ -214,7 +220,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
@@ -226,9 +232,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         # `inputs_embeds` is named because `generate` looks for it in this signature. The backbone prepares: some types
         # (phi3, falcon_h1) do it in ways of their own.
         engram_ids = kwargs.pop("engram_input_ids", None)
-        inputs = self.backbone.prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        prepare = self.backbone.prepare_inputs_for_generation
+        name = cache_argument(prepare) or CACHE
+        inputs = prepare(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **with_cache_named(kwargs, name),
         )
+        inputs = with_cache_named(inputs, CACHE)
         embeds = inputs.get("inputs_embeds")
         batch, length = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
         # Compilable caches get a mask of four dimensions; no mask at all says that there are no pads. Only this pass's
@@ -240,8 +252,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         if embeds is not None and engram_ids is not None:
             inputs["engram_input_ids"] = engram_ids[:, -length:]  # (batch, length)
         elif engram_ids is not None:
-            cache = inputs.get("past_key_values")
-            first = 0 if cache is None else int(cache.get_seq_length())
+            cache = inputs.get(CACHE)
+            first = 0 if cache is None else seen_tokens(cache)
             given = engram_ids[:, first : first + length]  # (batch, up to length): what was generated is text
             inputs["engram_input_ids"] = torch.cat([given, inputs["input_ids"][:, given.shape[1] :]], dim=1)
         return inputs
@@ -256,11 +268,18 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if self.runs_as_donor:
             return result
-        layer = self.memory.cache_layer(model_kwargs.get("past_key_values"), self.config.text_config.num_hidden_layers)
+        layer = self.memory.cache_layer(model_kwargs.get(CACHE), self.config.text_config.num_hidden_layers)
         # Before anything is recorded: `generate` has already asked the other layers of an assistant's cache to.
         if layer is not None and generation_config.is_assistant:
             layer.activate_past_recording()
         return result
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # Recorded histories grow with every pass, so that each would be compiled anew and have no fixed address.
+        cache = model_kwargs.get(CACHE)
+        if isinstance(cache, Cache) and any(getattr(layer, "record_past", False) for layer in cache.layers):
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     @property
     def base_model(self) -> "WithoutHead":

@@ -6,20 +6,29 @@ Source: docs/design.md, "Any backbone".
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, initialization
-from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from .adapters_engram import EngramAdapterMixin
-from .cache_engram import refuse_engram_history
+from .cache_engram import refuse_engram_history, seen_tokens
 from .checkpoint_engram import EngramCheckpointMixin
+from .compat_engram import (
+    CACHE,
+    CHECKPOINTS_WITHOUT_GRADIENTS,
+    NEW_NAME,
+    OLD_NAME,
+    cache_argument,
+    is_checkpointing,
+    refuse_checkpointing,
+    with_cache_named,
+    without_checkpointing,
+)
 from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig, EngramFormatError
 from .constants_engram import check_constants, derive_constants
@@ -72,7 +81,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _no_split_modules = ["EngramLayer", "EngramTable"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [NEW_NAME, OLD_NAME]
 
     def __init__(
         self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
@@ -99,6 +108,11 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         # Where DDP looks, under the names that the model has alone and inside of PEFT's.
         left_out = self.memory.names_without_ddp()
         self._ddp_params_and_buffers_to_ignore = left_out + [f"base_model.model.{name}" for name in left_out]
+        # By whether the whole backbone runs, or its base model.
+        self.cache_arguments = {
+            True: cache_argument(self.backbone.forward) or CACHE,
+            False: cache_argument(self.backbone.base_model.forward) or CACHE,
+        }
         self.reads_in_flight = insert_memory(self.backbone, config.text_config.num_hidden_layers, self.memory)
         if not on_meta():
             check_constants(self.memory.hashing.constants, config)
@@ -163,14 +177,17 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             inputs (`dict`): its arguments; cache and `use_cache` are filled in.
             engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
         """
-        cache, use_cache = self.fresh_cache(inputs["past_key_values"], inputs["use_cache"])
-        inputs = {**self.outputs_wanted(), **inputs, "past_key_values": cache, "use_cache": use_cache}
+        checkpointing = self.training and is_checkpointing(self)
+        cache, use_cache = self.fresh_cache(inputs["cache"], inputs["use_cache"], checkpointing)
+        inputs = {**self.outputs_wanted(), **inputs, "cache": cache, "use_cache": use_cache}
+        renamed = with_cache_named(inputs, self.cache_arguments[module is self.backbone])
         if self.runs_as_donor:
             refuse_engram_history(cache)
-            return module(**inputs)
+            return module(**renamed)
         reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
-        with self.reads_in_flight.hold(reads):
-            outputs = module(**inputs)
+        pauses = checkpointing and CHECKPOINTS_WITHOUT_GRADIENTS and not torch.is_grad_enabled()
+        with without_checkpointing(self) if pauses else nullcontext(), self.reads_in_flight.hold(reads):
+            outputs = module(**renamed)
         reads.remember()  # not before: hybrid backbones ask the cache's last layer whether anything came before
         return outputs
 
@@ -181,7 +198,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             inputs (`dict`): arguments of the backbone.
             engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
         """
-        memory, cache = self.memory, inputs["past_key_values"]
+        memory, cache = self.memory, inputs["cache"]
         ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
         check_ids(ids, memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
         layer = memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
@@ -316,17 +333,34 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         count = len(self.memory.tables)
         return f"Engram memory: {count} tables, {size:,} bytes, engram_placement={placement!r} ({where})."
 
-    def fresh_cache(self, past_key_values: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool]:
-        """The cache of a forward pass, and whether the backbone is to use one."""
+    def fresh_cache(
+        self, cache: Cache | None, use_cache: bool | None, checkpointing: bool
+    ) -> tuple[Cache | None, bool]:
+        """The cache of a forward pass, and whether the backbone is to use one.
+
+        Args:
+            cache (`Cache`, *optional*): what the caller gave.
+            use_cache (`bool`, *optional*): what the caller asked for.
+            checkpointing (`bool`): whether layers will be run again in the backward pass, if there is one.
+
+        Raises:
+            `ValueError`: for a cache that holds tokens where gradient checkpointing keeps the backbone from reading it.
+        """
         if use_cache is None:
             # Trainer and users set it on the model's own configuration, which otherwise has none.
             backbones = getattr(self.config.text_config, "use_cache", False)
             use_cache = bool(getattr(self.config, "use_cache", backbones))
-        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.get_text_config(decoder=True))
-        return past_key_values, use_cache
+        if checkpointing and torch.is_grad_enabled():  # the backbone's layers will drop the cache
+            if cache is not None and seen_tokens(cache):
+                raise ValueError(
+                    f"the cache holds {seen_tokens(cache)} tokens, and gradient checkpointing keeps layers from "
+                    "reading it in training: pass the whole text without a cache, use torch.no_grad(), or switch "
+                    "gradient checkpointing off."
+                )
+            return None, False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        return cache, use_cache
 
     def check_tokenizer(self, tokenizer) -> None:
         """Refuses a tokenizer whose ids do not mean what the memory's rows were trained for.
@@ -349,19 +383,12 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         super().zero_grad(set_to_none)
         self.memory.drop_host_gradients()
 
-    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
-        """As in Transformers, where its checkpointed layers keep hooks outside of what is run a second time.
-
-        Raises:
-            `RuntimeError`: under an older Transformers, where the second run would leave the memory out.
-        """
-        if "__call__" in vars(GradientCheckpointingLayer):
-            raise RuntimeError(
-                "gradient checkpointing with a memory would give wrong gradients under transformers "
-                f"{transformers_version}, which runs a layer's hooks again in the backward pass: upgrade to 5.23, or "
-                "train without."
-            )
-        super().gradient_checkpointing_enable(*args, **kwargs)
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
+        # What all public names for it come to in every version: `gradient_checkpointing_enable` up to 5.22 and
+        # `activation_checkpointing_enable` after it.
+        if enable:
+            refuse_checkpointing()
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs

@@ -191,7 +191,7 @@ def refuse_restarts(positions, alive, attention_mask, cache: Cache | None) -> No
     elif attention_mask is not None:
         again = again & (attention_mask[:, :past] != 0).any(1).to(again.device)
     if bool(restarts.any() | again.any()):
-        what = "past_key_values" if cache is not None else "a two-dimensional attention_mask"
+        what = "a cache" if cache is not None else "a two-dimensional attention_mask"
         raise ValueError(
             f"position_ids restart beside {what}: with it the backbone reads on from one document into the next. "
             "Packed documents need attention_mask=None and use_cache=False."

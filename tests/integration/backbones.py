@@ -143,7 +143,7 @@ def gemma3n() -> PreTrainedConfig:
 
 
 def mamba2() -> PreTrainedConfig:
-    """A state space model alone: its state is in a cache of its own and not in past_key_values."""
+    """A state space model alone: its cache holds no attention layer."""
     return Mamba2Config(
         **TOKENS, hidden_size=32, num_hidden_layers=3, num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=4
     )
@@ -220,8 +220,8 @@ READS_PADS = {"deepseek_v4_compressed": deepseek_v4_compressed}
 REFUSED = {
     "gemma3n": (gemma3n, "altup_num_inputs=4: AltUp keeps its streams in front of the batch"),
     "qwen4_exp": (qwen4_exp, "hc_count=4: its streams are folded into the hidden dimension"),
-    "mamba2": (mamba2, "Mamba2ForCausalLM takes no past_key_values"),
-    "minimax": (minimax, "MiniMaxForCausalLM takes no past_key_values"),
+    "mamba2": (mamba2, "Mamba2ForCausalLM has no layer of attention"),
+    "minimax": (minimax, "MiniMaxForCausalLM takes no cache"),
 }
 
 

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.compat_engram import CACHE
 
 from .backbones import BACKBONES
 
@@ -59,7 +60,7 @@ def in_chunks(model, ids, mask, size):
     for first in range(0, ids.shape[1], size):
         piece = ids[:, first : first + size]
         seen = mask[:, : first + piece.shape[1]]
-        logits.append(model(piece, attention_mask=seen, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(piece, attention_mask=seen, **{CACHE: cache}, use_cache=True).logits)
     return torch.cat(logits, dim=1)  # (batch, length, vocabulary)
 
 

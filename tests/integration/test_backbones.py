@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
+from engram_transformers.compat_engram import CACHE
+
 from .backbones import BACKBONES, READS_PADS, REFUSED, unmapped
 
 
@@ -38,7 +40,7 @@ def trained(tiny_donor, tiny_engram):
 
 def read_in_chunks(model, ids, size, cache):
     """Logits `(1, length, vocabulary)` of a text that is read piece by piece into one cache."""
-    pieces = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.split(size, dim=1)]
+    pieces = [model(piece, **{CACHE: cache}, use_cache=True).logits for piece in ids.split(size, dim=1)]
     return torch.cat(pieces, dim=1)
 
 

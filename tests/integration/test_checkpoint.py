@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
 from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.saves_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
 
 
@@ -281,9 +282,9 @@ def test_state_dict_argument_is_what_is_saved(saved, ids, tmp_path):
 def test_a_cache_of_the_backbone_alone_is_refused(tiny_engram, ids):
     model = tiny_engram(trained=True)
     cache = DynamicCache(config=model.config.text_config)
-    model.backbone(ids, past_key_values=cache, use_cache=True)
+    model.backbone(ids, **{CACHE: cache}, use_cache=True)
     with pytest.raises(ValueError, match="15 tokens that were read without the memory"):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
 
 
 def test_copying_the_folder_copies_the_model(saved, ids, tmp_path):

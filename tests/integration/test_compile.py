@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache
 
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.gradient_engram import RowGradient
 
 from .backbones import BACKBONES
@@ -105,7 +106,7 @@ def test_a_cache_goes_on_with_and_without_a_compiler(ids, small):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     cache = DynamicCache(config=model.config.text_config)
     pieces = [
-        run(piece, past_key_values=cache, use_cache=True).logits
+        run(piece, **{CACHE: cache}, use_cache=True).logits
         for run, piece in zip((model, compiled, compiled, model), ids.split([5, 1, 1, 8], dim=1), strict=True)
     ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits, rtol=0, atol=TOLERANCE)

@@ -16,6 +16,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.memory_engram import InsertMemory
 from engram_transformers.training import engram_optimizer
 
@@ -181,13 +182,13 @@ CACHE_WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pi
 def test_a_copied_cache_goes_on_by_itself(copied, backbone, read, ids, tiny_donor, tiny_engram):
     model = tiny_engram(trained=True, donor=tiny_donor(BACKBONES[backbone]()), layers=(0, 1))
     cache = DynamicCache(config=model.config.get_text_config())
-    begun = model(ids[:, :read], past_key_values=cache, use_cache=True).logits
+    begun = model(ids[:, :read], **{CACHE: cache}, use_cache=True).logits
     twin = copied(cache)
     texts = [ids[:, read:], torch.randint(3, 4000, (2, 15 - read))]
     pieces = [[begun], [begun]]
     for step in range(15 - read):  # in turns, so that what one writes would be read by the other
         for own, text, found in zip((cache, twin), texts, pieces, strict=True):
-            found.append(model(text[:, step : step + 1], past_key_values=own, use_cache=True).logits)
+            found.append(model(text[:, step : step + 1], **{CACHE: own}, use_cache=True).logits)
     for text, found in zip(texts, pieces, strict=True):
         whole = model(torch.cat([ids[:, :read], text], dim=1)).logits
         torch.testing.assert_close(torch.cat(found, dim=1), whole, rtol=0, atol=1e-5)
@@ -196,11 +197,11 @@ def test_a_copied_cache_goes_on_by_itself(copied, backbone, read, ids, tiny_dono
 @torch.no_grad()
 def test_one_prompt_serves_many_answers(ids, tiny_engram):
     model = tiny_engram(trained=True)
-    prompt = model(ids, use_cache=True).past_key_values
+    prompt = model(ids, use_cache=True)[CACHE]
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
     for _ in range(3):
         longer = torch.cat([ids, torch.randint(3, 4000, (2, 4))], dim=1)
         settings["attention_mask"] = torch.ones_like(longer)
-        found = model.generate(longer, past_key_values=copy.deepcopy(prompt), **settings)
+        found = model.generate(longer, **{CACHE: copy.deepcopy(prompt)}, **settings)
         assert torch.equal(found, model.generate(longer, **settings))
     assert prompt.get_seq_length() == 15

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig
 
 from engram_transformers import EngramConfig, TokenCompressor
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.constants_engram import derive_constants
 from engram_transformers.hashing_engram import naive_hash_ids
 from engram_transformers.memory_engram import EngramMemory
@@ -189,7 +190,7 @@ def read_model(model, batch: Batch) -> torch.Tensor:
             batch.ids[:, piece],
             attention_mask=batch.mask[:, : piece.stop],
             engram_input_ids=batch.own_ids[:, piece],
-            past_key_values=past,
+            **{CACHE: past},
             use_cache=True,
         )
         logits.append(out.logits)
@@ -360,7 +361,7 @@ cache = DynamicCache(config=donor.config)
 with torch.no_grad():
     for first in range(0, 60, size):
         last = min(60, first + size)
-        model(ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache, use_cache=True)
+        model(ids[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache}, use_cache=True)
 rows = [torch.cat(asked[place::2], dim=1).tolist() for place in (0, 1)]
 print(json.dumps({"rows": rows, "threads": torch.get_num_threads()}))
 """

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from engram_transformers.compat_engram import CACHE
+
 from .backbones import BACKBONES
 
 
@@ -27,7 +29,7 @@ def in_chunks(model, ids, sizes, mask=None):
     for size in sizes:
         last = first + size
         seen = None if mask is None else mask[:, :last]
-        out = model(ids[:, first:last], attention_mask=seen, past_key_values=cache, use_cache=True)
+        out = model(ids[:, first:last], attention_mask=seen, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits)
         first = last
     return torch.cat(logits, dim=1)  # (batch, length, vocabulary)
@@ -45,21 +47,21 @@ def test_embeddings_without_ids_are_refused(ids, tiny_engram):
 @torch.no_grad()
 def test_a_cache_that_went_on_without_the_memory_is_refused(ids, tiny_engram):
     model = tiny_engram(trained=True)
-    cache = model(ids[:, :9], use_cache=True).past_key_values
-    model(ids[:, 9:10], past_key_values=cache)  # the control
-    model.backbone(ids[:, 10:11], past_key_values=cache)
+    cache = model(ids[:, :9], use_cache=True)[CACHE]
+    model(ids[:, 9:10], **{CACHE: cache})  # the control
+    model.backbone(ids[:, 10:11], **{CACHE: cache})
     with pytest.raises(ValueError, match="holds 11 tokens, its memory 10"):
-        model(ids[:, 11:12], past_key_values=cache)
+        model(ids[:, 11:12], **{CACHE: cache})
 
 
 @torch.no_grad()
 def test_a_crop_without_recording_is_refused_and_leaves_no_usable_cache(ids, tiny_engram):
     model = tiny_engram(trained=True)
-    cache = model(ids[:, :9], use_cache=True).past_key_values
+    cache = model(ids[:, :9], use_cache=True)[CACHE]
     with pytest.raises(RuntimeError, match=r"crop\(-2\): the memory's history cannot go back.*activate_past_recording"):
         cache.crop(-2)
     with pytest.raises(ValueError, match="holds 7 tokens, its memory 9"):
-        model(ids[:, 7:], past_key_values=cache)
+        model(ids[:, 7:], **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -69,9 +71,9 @@ def test_a_mask_that_does_not_cover_the_tokens_is_refused(use_cache, ids, tiny_e
     for columns in (14, 16, 30):
         with pytest.raises(ValueError, match=rf"shape \(2, {columns}\), 15 new tokens after 0 .*need \(2, 15\)"):
             model(ids, attention_mask=torch.ones(2, columns), use_cache=use_cache)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match=r"1 new tokens after 15 .*need \(2, 16\)"):
-        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), **{CACHE: cache})
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache, LlamaConfig
 
 from engram_transformers import EngramFormatError, attach_memory_offload, memory_engram
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.handful_engram import HandfulReads, read_handful
 from engram_transformers.hashing_engram import HANDFUL
 from engram_transformers.offload_engram import rows_hook
@@ -68,7 +69,7 @@ def read_in_chunks(model, texts: torch.Tensor, cuts: list[int]) -> tuple[list[to
     """Logits of every chunk of texts `(batch, length)`, and the cache behind the last."""
     cache = DynamicCache(config=model.config.get_text_config())
     bounds = zip([0, *cuts], [*cuts, texts.shape[1]], strict=True)
-    return [model(texts[:, i:j], past_key_values=cache).logits for i, j in bounds], cache
+    return [model(texts[:, i:j], **{CACHE: cache}).logits for i, j in bounds], cache
 
 
 def histories(cache: DynamicCache) -> tuple[int, list]:
@@ -111,15 +112,15 @@ def test_a_crop_a_reset_and_a_record_of_the_past_are_followed(models):
     @torch.no_grad()
     def through() -> tuple:
         cache = DynamicCache(config=model.config.get_text_config())
-        model(texts[:, :4], past_key_values=cache)
+        model(texts[:, :4], **{CACHE: cache})
         cache.layers[-1].activate_past_recording()
         for place in range(4, 9):
-            model(texts[:, place : place + 1], past_key_values=cache)
+            model(texts[:, place : place + 1], **{CACHE: cache})
         cache.crop(-3)
-        said = [model(texts[:, 6:7], past_key_values=cache).logits]
+        said = [model(texts[:, 6:7], **{CACHE: cache}).logits]
         seen = histories(cache)
         cache.reset()
-        said.append(model(texts[:, :2], past_key_values=cache).logits)
+        said.append(model(texts[:, :2], **{CACHE: cache}).logits)
         return said, seen, histories(cache)
 
     with watched() as ways:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.conversion import graft
 
 from .backbones import BACKBONES, READS_PADS, unmapped
@@ -95,16 +96,16 @@ def test_without_memory_is_the_donor_and_only_inside_the_block(ids, tiny_donor, 
     trained = model(ids).logits
     with model.without_memory():
         assert torch.equal(model(ids).logits, expected)
-        cache = model(ids, use_cache=True).past_key_values
+        cache = model(ids, use_cache=True)[CACHE]
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert torch.equal(model(ids).logits, trained)
     plain = tiny_donor().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert torch.equal(greedy, plain)
     with pytest.raises(ValueError, match="read without the memory"):
-        model(ids, past_key_values=cache)
-    begun_with = model(ids, use_cache=True).past_key_values
+        model(ids, **{CACHE: cache})
+    begun_with = model(ids, use_cache=True)[CACHE]
     with model.without_memory(), pytest.raises(ValueError, match="begun with the memory on"):
-        model(ids, past_key_values=begun_with)
+        model(ids, **{CACHE: begun_with})
 
 
 def test_donor_is_taken_over_once(tiny_donor, tiny_engram):

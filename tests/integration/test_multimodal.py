@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from engram_transformers import EngramConfig, EngramForCausalLM
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.conversion import graft
 
 from .backbones import BACKBONES
@@ -209,7 +210,7 @@ def test_reading_an_image_in_pieces_equals_reading_it_at_once(size, model, absen
             "inputs_embeds": embeds[:, first : first + size],
             "engram_input_ids": absent[:, first : first + size],
         }
-        logits.append(model(**piece, past_key_values=cache, use_cache=True).logits)
+        logits.append(model(**piece, **{CACHE: cache}, use_cache=True).logits)
     whole = model(inputs_embeds=embeds, engram_input_ids=absent).logits
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, rtol=0, atol=TOLERANCE)
 

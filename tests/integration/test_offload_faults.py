@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 from engram_transformers import EngramFormatError
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.saves_engram import INDEX_NAME
 
 from ..faults import (
@@ -241,7 +242,7 @@ LATE = {
     "nothing": lambda model, inputs: None,
     "ids": lambda model, inputs: inputs["input_ids"][:, -1:].fill_(7),
     "mask": lambda model, inputs: inputs["attention_mask"][:, -2:].zero_(),
-    "cache": lambda model, inputs: inputs["past_key_values"].reorder_cache(torch.tensor([1, 0, 2, 3])),
+    "cache": lambda model, inputs: inputs[CACHE].reorder_cache(torch.tensor([1, 0, 2, 3])),
     "rows": train_rows,
 }
 
@@ -252,8 +253,8 @@ def test_what_changes_between_the_inputs_of_a_pass_and_the_pass_is_seen_by_it(ch
     found = []
     for placement in ("device", "cpu"):
         model, cache, asked = placed_at(placement, folder), DynamicCache(), ids.clone()
-        model(asked[:, :-4], past_key_values=cache)
-        given = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "use_cache": True}
+        model(asked[:, :-4], **{CACHE: cache})
+        given = {"attention_mask": torch.ones_like(ids), CACHE: cache, "use_cache": True}
         inputs = model.prepare_inputs_for_generation(asked, **given, next_sequence_length=4, is_first_iteration=False)
         change(model, inputs)
         found.append(model(**inputs).logits)

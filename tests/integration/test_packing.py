@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.gradient_engram import RowGradient
 from engram_transformers.training import EngramTrainer
 
@@ -107,12 +108,12 @@ def test_any_packing_reads_what_the_documents_read(lengths, kernel, order, tiny_
 def test_restarted_positions_with_a_cache_are_refused(documents, tiny_engram):
     model, ids, positions = tiny_engram(), torch.cat(documents, dim=1), positions_of(documents)
     for inputs in ({"use_cache": True}, {}):  # without a word, inference uses a cache
-        with pytest.raises(ValueError, match="restart beside past_key_values.*use_cache=False"):
+        with pytest.raises(ValueError, match="restart beside a cache.*use_cache=False"):
             model(ids, position_ids=positions, **inputs)
-    cache = model(documents[0], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="restart beside past_key_values"):
-        model(documents[1], position_ids=positions[:, :1], past_key_values=cache)
-    model(documents[1], position_ids=positions[:, :1] + 6, past_key_values=cache)  # the control
+    cache = model(documents[0], use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match="restart beside a cache"):
+        model(documents[1], position_ids=positions[:, :1], **{CACHE: cache})
+    model(documents[1], position_ids=positions[:, :1] + 6, **{CACHE: cache})  # the control
 
 
 @torch.no_grad()
@@ -177,11 +178,11 @@ def test_after_a_reset_token_the_memory_reads_a_new_document(data, kernel, tiny_
 @torch.no_grad()
 def test_a_reset_that_is_cropped_away_is_forgotten(tiny_engram):
     model, ids = resetting(tiny_engram), torch.randint(3, 4000, (1, 12))
-    cache = model(ids[:, :8], use_cache=True).past_key_values
+    cache = model(ids[:, :8], use_cache=True)[CACHE]
     cache.activate_past_recording()
-    model(torch.tensor([[5, END, 6]]), past_key_values=cache)
+    model(torch.tensor([[5, END, 6]]), **{CACHE: cache})
     cache.crop(-3)
-    rest = model(ids[:, 8:], past_key_values=cache).logits
+    rest = model(ids[:, 8:], **{CACHE: cache}).logits
     torch.testing.assert_close(rest, model(ids, use_cache=False).logits[:, 8:], rtol=0, atol=TOLERANCE)
 
 

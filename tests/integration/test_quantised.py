@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from engram_transformers import EngramForCausalLM, EngramTrainer
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.conversion import graft
 from engram_transformers.inspection import verify_checkpoint
 
@@ -120,7 +121,7 @@ def farthest(one, other):
 def step_by_step(model, ids):
     """Logits of a text that is read token by token into one cache."""
     cache = DynamicCache(config=model.config.get_text_config())
-    logits = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])]
+    logits = [model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits for t in range(ids.shape[1])]
     return torch.cat(logits, dim=1)  # (batch, length, vocabulary)
 
 

@@ -192,7 +192,7 @@ def test_decoding_in_chunks_gives_the_demos_output(cuts, demo):
     for first, last in zip([0, *cuts], [*cuts, 19], strict=True):
         classes = demo.hasher.compress(ids[:, first:last])
         vectors = demo.table(demo.hasher(classes, cache.recent_classes())[index])
-        outputs.append(demo.layer(stream[:, first:last], vectors, past_key_values=cache))
+        outputs.append(demo.layer(stream[:, first:last], vectors, cache=cache))
         cache.remember_classes(classes)
     torch.testing.assert_close(torch.cat(outputs, dim=1), demo.golden("B2T19/output"), **TOLERANCE)
 

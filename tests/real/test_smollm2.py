@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.conversion import graft
 from engram_transformers.inspection import check_generation, verify_checkpoint
 from engram_transformers.training import engram_optimizer
@@ -94,8 +95,8 @@ def chunk_differences(model, ids, chunk: int) -> torch.Tensor:
     """By how much logits of a text that is read in chunks differ from those of the text read at once."""
     cache, logits = None, []
     for piece in ids.split(chunk, dim=1):
-        out = model(piece, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(piece, **{CACHE: cache}, use_cache=True)
+        cache = out[CACHE]
         logits.append(out.logits)
     return (torch.cat(logits, dim=1) - model(ids).logits).abs()
 

@@ -180,7 +180,7 @@ def test_chunks_with_a_cache_equal_the_whole(case, data):
     cache, chunks = EngramCacheLayer(convolutions=2, context_length=2), []
     for first, last in zip([0, *cuts], [*cuts, length], strict=True):
         part = slice(first, last)
-        chunks.append(case.made(case.stream[:, part], case.vectors[:, part], alive[:, part], past_key_values=cache))
+        chunks.append(case.made(case.stream[:, part], case.vectors[:, part], alive[:, part], cache=cache))
     whole = case.made(case.stream, case.vectors, alive)
     torch.testing.assert_close(torch.cat(chunks, dim=1), whole, rtol=0, atol=tolerance(case) * (1 + whole.abs().max()))
 
@@ -197,7 +197,7 @@ def test_layers_keep_apart_in_one_cache():
     first, second = layer(layer_id=1), layer(layer_id=3, seed=1)
     stream, vectors, cache = torch.randn(1, 9, HIDDEN), torch.randn(1, 9, 12), EngramCacheLayer(2, 2)
     chunks = [
-        [made(stream[:, part], vectors[:, part], past_key_values=cache) for made in (first, second)]
+        [made(stream[:, part], vectors[:, part], cache=cache) for made in (first, second)]
         for part in (slice(0, 4), slice(4, 9))
     ]
     for made, parts in zip((first, second), zip(*chunks, strict=True), strict=True):
@@ -231,12 +231,12 @@ def test_one_token_gets_what_the_path_for_any_number_of_tokens_gives(
             cache.activate_past_recording()
         with torch.no_grad():
             if past > 1:
-                made(stream[:, :past], vectors[:, :past], past_key_values=cache)
+                made(stream[:, :past], vectors[:, :past], cache=cache)
         outputs = []
         for place in (past, past + 1):
             with torch.set_grad_enabled(grad):
                 part = slice(place, place + 1)
-                outputs.append(made(stream[:, part], vectors[:, part], alive, past_key_values=cache).detach())
+                outputs.append(made(stream[:, part], vectors[:, part], alive, cache=cache).detach())
         found.append((torch.cat(outputs, dim=1), cache.conv_states))
     (one, history), (any_number, expected_history) = found
     assert one.dtype == any_number.dtype == dtype and one.shape == any_number.shape
@@ -265,7 +265,7 @@ def test_only_one_living_token_of_one_stream_takes_the_short_path(no_gate_of_ten
     made, four = layer(), layer(4)
     stream, vectors, alive = torch.randn(1, 1, HIDDEN), torch.randn(1, 1, 12), torch.tensor([[True]])
     for cache in (None, EngramCacheLayer(2, 2)):
-        assert made(stream, vectors, alive, past_key_values=cache).any()
+        assert made(stream, vectors, alive, cache=cache).any()
     longer = {
         "two tokens": (made, stream.expand(1, 2, -1), vectors.expand(1, 2, -1), {}),
         "two texts": (made, stream.expand(2, 1, -1), vectors.expand(2, 1, -1), {}),

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.memory_engram import (
     EngramMemory,
     InsertMemory,
@@ -197,7 +198,7 @@ def test_convolution_histories_are_counted_where_there_are_any(kernel, convoluti
     model = tiny_engram(engram_kernel_size=kernel)
     assert model.memory.convolutions == convolutions
     cache = DynamicCache()
-    logits(model, past_key_values=cache, use_cache=True)
+    logits(model, **{CACHE: cache}, use_cache=True)
     assert cache.layers[-1].number_of_states == 1 + convolutions
 
 
@@ -214,7 +215,7 @@ def test_pads_get_nothing_from_the_memory(tiny_engram):
 def test_a_cache_carries_the_memorys_histories(cuts, tiny_engram):
     model, cache, chunks = tiny_engram(trained=True, engram_max_ngram_size=4), DynamicCache(), []
     for first, last in zip([0, *cuts], [*cuts, IDS.shape[1]], strict=True):
-        chunks.append(logits(model, IDS[:, first:last], past_key_values=cache, use_cache=True))
+        chunks.append(logits(model, IDS[:, first:last], **{CACHE: cache}, use_cache=True))
     whole = logits(model)
     # Float32 rounding, for logits around 5, through four layers and two gates.
     torch.testing.assert_close(torch.cat(chunks, dim=1), whole, rtol=0, atol=1e-3)
@@ -225,15 +226,15 @@ def test_a_cache_carries_the_memorys_histories(cuts, tiny_engram):
 def test_a_cache_cannot_change_between_with_and_without_memory(tiny_engram):
     model = tiny_engram(trained=True)
     begun_with, begun_without = DynamicCache(), DynamicCache()
-    logits(model, past_key_values=begun_with, use_cache=True)
+    logits(model, **{CACHE: begun_with}, use_cache=True)
     with model.without_memory():
-        logits(model, past_key_values=begun_without, use_cache=True)
-        logits(model, past_key_values=begun_without, use_cache=True)  # the control: going on is fine
+        logits(model, **{CACHE: begun_without}, use_cache=True)
+        logits(model, **{CACHE: begun_without}, use_cache=True)  # the control: going on is fine
         with pytest.raises(ValueError, match="begun with the memory on"):
-            logits(model, past_key_values=begun_with, use_cache=True)
-    logits(model, past_key_values=begun_with, use_cache=True)
+            logits(model, **{CACHE: begun_with}, use_cache=True)
+    logits(model, **{CACHE: begun_with}, use_cache=True)
     with pytest.raises(ValueError, match="24 tokens that were read without the memory"):
-        logits(model, past_key_values=begun_without, use_cache=True)
+        logits(model, **{CACHE: begun_without}, use_cache=True)
 
 
 # The donor inside, and the memory switched off.
