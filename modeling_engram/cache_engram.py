@@ -160,6 +160,8 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
 
     def must_replace(self, state: torch.Tensor) -> bool:
         """Whether a state was made under `torch.inference_mode` and may not be written to after it."""
+        if torch.compiler.is_compiling():  # which cannot be asked about modes
+            return False
         return state.is_inference() and not torch.is_inference_mode_enabled()
 
     def living_states(self) -> list[tuple[int, torch.Tensor]]:

@@ -99,6 +99,14 @@ def mark_static_address(tensor: torch.Tensor) -> None:
     torch._dynamo.mark_static_address(tensor)
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether a module is one of nn.DataParallel's copies, whose parameters are plain attributes.
+
+    Torch marks them with a private attribute; nothing public tells them from other modules.
+    """
+    return getattr(module, "_is_replica", False)
+
+
 class _ProbedLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * 2

@@ -42,6 +42,7 @@ class HandfulReads:
         cache: EngramCacheLayer | None,
     ):
         self.texts, self.shape, self.brought, self.cache = texts, shape, brought, cache
+        self.left = set(brought)  # layers that have not asked yet
 
     def vectors(self, layer_id: int) -> torch.Tensor:
         """Memory vectors of a layer, `(batch, length, orders * heads * width)`."""

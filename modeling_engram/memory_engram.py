@@ -9,6 +9,7 @@ Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3; insertion by pre-hook o
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class MemoryReads:
     fetches: dict[int, list[RowFetch]] = field(default_factory=dict)
 
     def __post_init__(self):
+        self.left = set(self.rows)  # layers that have not asked yet
         # `alive`, or None if that is known to be true everywhere: then no layer needs to look.
         self.mask = None if is_known_text(self.classes) else self.alive
 
@@ -213,11 +215,23 @@ class EngramMemory(nn.Module):
 
     @property
     def placement(self) -> str:
-        """Where the tables are: "device", "cpu", "disk" or "none"."""
+        """Where the tables are: "device", "cpu", "disk" or "none".
+
+        Raises:
+            `RuntimeError`: if rows are missing that nobody left out.
+        """
         order = next(iter(self.tables._modules.values()))._modules["order2"]
         if order.source is not None:
             return order.source.kind
-        return "device" if order._parameters else "none"
+        if order._parameters:
+            return "device"
+        if order.absent:
+            return "none"
+        raise RuntimeError(
+            "the memory's tables have lost their parameters, and nothing said that it should run without them: "
+            "something replicated or flattened the model (nn.DataParallel, FSDP around the whole model). Use "
+            "DistributedDataParallel, or engram_transformers.training.shard_backbone."
+        )
 
     @torch.compiler.disable
     def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
@@ -253,55 +267,72 @@ def layer_device(layer: EngramLayer) -> torch.device:
     return projection.weight.device
 
 
-class ReadsInFlight:
-    """The reads of the forward passes that are running, one for each thread.
+class WithoutMemory(Enum):
+    """Marks of passes that are to run without memory."""
 
-    `switched_off` holds the threads that run without memory.
+    SWITCHED_OFF = "without_memory() was called, or the tables are placed nowhere"
+    BACKBONE_ALONE = "the backbone was called, and not the Engram model"
+
+
+WITHOUT_MEMORY = WithoutMemory.SWITCHED_OFF
+
+
+class _ThreadMark(threading.local):
+    # Compiled code looks it up too, anew in each thread and pass. Set here, which runs once in each thread, and not in
+    # the class: compilers check whether an instance has the attribute.
+    def __init__(self):
+        self.mark: Reads | WithoutMemory | None = None
+
+
+class ReadsInFlight:
+    """What the forward pass that is running in this thread has for its Engram layers.
+
+    Its mark is the reads of a pass, a reason to run without memory, or None where nothing is running. The absence of a
+    mark is never taken for permission to leave the memory out: a decoder layer that runs without one raises an error.
     """
 
     def __init__(self):
-        self.by_thread: dict[int, Reads] = {}
-        self.switched_off: set[int] = set()
-
-    @contextmanager
-    def hold(self, reads: Reads):
-        """Makes `reads` current for this thread's forward pass."""
-        thread = current_thread()
-        self.by_thread[thread] = reads
-        try:
-            yield
-        finally:
-            del self.by_thread[thread]
-            reads.drop()
-
-    @contextmanager
-    def switch_off(self):
-        """Lets this thread's forward passes run without memory."""
-        thread = current_thread()
-        was_on = thread not in self.switched_off
-        self.switched_off.add(thread)
-        try:
-            yield
-        finally:
-            if was_on:
-                self.switched_off.discard(thread)
+        self._thread = _ThreadMark()
 
     @property
-    def is_off(self) -> bool:
-        """Whether this thread runs without memory."""
-        return current_thread() in self.switched_off
+    def current(self) -> Reads | WithoutMemory | None:
+        """The mark of this thread's pass; None outside of one."""
+        return self._thread.mark
 
-    def current(self) -> Reads | None:
-        """Reads of this thread's forward pass; None outside of one."""
-        return self.by_thread.get(current_thread())
+    def begin(self, mark: Reads | WithoutMemory) -> Reads | WithoutMemory | None:
+        """Sets the mark of a pass; returns the one before it, for `end`.
+
+        No context manager: compilers before torch 2.8 do not trace through one that is made from a generator.
+        """
+        before = self._thread.mark
+        self._thread.mark = mark
+        return before
+
+    def end(self, before: Reads | WithoutMemory | None) -> None:
+        """Puts back the mark of the pass around the one that ends."""
+        self._thread.mark = before
+
+    @contextmanager
+    def hold(self, mark: Reads | WithoutMemory):
+        """Lets decoder layers run with a mark while the block runs, those of the backbone by itself included."""
+        before = self.begin(mark)
+        try:
+            yield
+        finally:
+            self.end(before)
+
+    def mark_backbone(self, *_) -> None:
+        """Forward pre-hook of a backbone's base model: without a pass of the Engram model it runs alone."""
+        if self._thread.mark is None:
+            self._thread.mark = WithoutMemory.BACKBONE_ALONE
+
+    def unmark_backbone(self, *_) -> None:
+        """Forward hook of a backbone's base model."""
+        if self._thread.mark is WithoutMemory.BACKBONE_ALONE:
+            self._thread.mark = None
 
     def __reduce__(self):  # copies and pickles start with nothing in flight
         return ReadsInFlight, ()
-
-
-def current_thread() -> int:
-    """Identity of the running thread; 0 while a graph is compiled, where there is one caller."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class InsertMemory:
@@ -319,9 +350,12 @@ class InsertMemory:
         self.layer, self.layer_id, self.in_flight = layer, layer_id, in_flight
 
     def __call__(self, decoder_layer: nn.Module, args: tuple, kwargs: dict):
-        reads = self.in_flight.current()
-        if reads is None:  # the backbone is used by itself
+        reads = self.in_flight.current
+        if isinstance(reads, WithoutMemory):
             return None
+        if reads is None or self.layer_id not in reads.left:
+            raise RuntimeError(self.lost(decoder_layer, again=reads is not None))
+        reads.left.discard(self.layer_id)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.shape)
         vectors, alive, segments = reads.vectors(self.layer_id), reads.mask, reads.segments
@@ -336,6 +370,22 @@ class InsertMemory:
         if args:
             return (hidden_states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden_states}
+
+    def lost(self, decoder_layer: nn.Module, again: bool) -> str:
+        """What to say where a layer runs and has nothing to add."""
+        name = f"{type(decoder_layer).__name__} {self.layer_id}"
+        if again:
+            return (
+                f"{name} runs a second time in one forward pass, and its memory was read once: a backbone that "
+                "repeats its layers, or calls itself inside a pass, cannot carry an Engram memory."
+            )
+        return (
+            f"{name} has an Engram memory and runs outside of its model's forward pass, so there are no rows for it. "
+            "Call the Engram model, or run the layer inside `with model.without_memory():`. Activation checkpointing "
+            "that wraps layers from outside runs them again in the "
+            "backward pass: use model.gradient_checkpointing_enable() instead. A decoder layer that was copied alone, "
+            "or runs in another thread, has no memory."
+        )
 
     def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, shape: torch.Size) -> None:
         """Raises ValueError if the residual stream has a shape that the memory was not made for."""
@@ -410,6 +460,8 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
                 "folder to from_pretrained."
             )
     in_flight = ReadsInFlight()
+    backbone.base_model.register_forward_pre_hook(in_flight.mark_backbone)
+    backbone.base_model.register_forward_hook(in_flight.unmark_backbone, always_call=True)
     for layer_id in memory.layer_ids:
         hook = InsertMemory(memory.layers[str(layer_id)], layer_id, in_flight)
         decoder_layers[layer_id].register_forward_pre_hook(hook, with_kwargs=True)

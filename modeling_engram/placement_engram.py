@@ -180,7 +180,7 @@ def place_tables(
         held = [moved(part, devices[layer]) for part in rows.tensors()] if placement == "device" else []
         ready.append((order, hook, held))
     for order, hook, held in ready:
-        hook.device_before = empty(order)
+        hook.device_before, order.absent = empty(order), placement == "none"
         for number, part in enumerate(held):
             order.register_parameter(str(number), part)
         if placement in ("cpu", "disk"):

@@ -25,6 +25,7 @@ from .compat_engram import (
     OLD_NAME,
     cache_argument,
     is_checkpointing,
+    is_replica,
     refuse_checkpointing,
     with_cache_named,
     without_checkpointing,
@@ -35,7 +36,7 @@ from .constants_engram import check_constants, derive_constants
 from .gradient_engram import with_row_gradients
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
-from .memory_engram import EngramMemory, Reads, insert_memory, layer_device
+from .memory_engram import WITHOUT_MEMORY, EngramMemory, Reads, insert_memory, layer_device
 from .mode_engram import set_train_mode
 from .pack_engram import DIGESTS
 from .peft_engram import meet_peft
@@ -177,19 +178,48 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             inputs (`dict`): its arguments; cache and `use_cache` are filled in.
             engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
         """
+        if is_replica(self):
+            raise RuntimeError(
+                "nn.DataParallel copies a model in each pass, and the copies' decoder layers would read the memory of "
+                "the first device. Start one process for each device (torchrun or accelerate launch), or show one "
+                "device alone (CUDA_VISIBLE_DEVICES=0)."
+            )
         checkpointing = self.training and is_checkpointing(self)
         cache, use_cache = self.fresh_cache(inputs["cache"], inputs["use_cache"], checkpointing)
         inputs = {**self.outputs_wanted(), **inputs, "cache": cache, "use_cache": use_cache}
         renamed = with_cache_named(inputs, self.cache_arguments[module is self.backbone])
         if self.runs_as_donor:
             refuse_engram_history(cache)
-            return module(**renamed)
-        reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
+            reads = WITHOUT_MEMORY
+        else:
+            reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
         pauses = checkpointing and CHECKPOINTS_WITHOUT_GRADIENTS and not torch.is_grad_enabled()
-        with without_checkpointing(self) if pauses else nullcontext(), self.reads_in_flight.hold(reads):
-            outputs = module(**renamed)
+        before = self.reads_in_flight.begin(reads)
+        try:
+            with without_checkpointing(self) if pauses else nullcontext():
+                outputs = module(**renamed)
+        finally:
+            self.reads_in_flight.end(before)
+            if reads is not WITHOUT_MEMORY:
+                reads.drop()
+        if reads is WITHOUT_MEMORY:
+            return outputs
+        self.refuse_lost_layers(reads.left)
         reads.remember()  # not before: hybrid backbones ask the cache's last layer whether anything came before
         return outputs
+
+    def refuse_lost_layers(self, left: set[int]) -> None:
+        """Raises RuntimeError if a pass ended and some Engram layers that it ran never asked for their rows."""
+        text_config = self.backbone.config.get_text_config(decoder=True)
+        if not left or (self.training and getattr(text_config, "layerdrop", 0)):
+            return
+        lost = sorted(layer for layer in left if layer < text_config.num_hidden_layers)  # early exit runs fewer
+        if lost:
+            raise RuntimeError(
+                f"the memory of decoder layers {lost} was not added: something took the memory's hook off these "
+                "layers, replaced them or called their forward() past it. The logits would be without the memory; "
+                "use model.without_memory() where that is wanted."
+            )
 
     def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> Reads:
         """Checks what a pass is given, hashes it, and begins to fetch its rows.
@@ -228,7 +258,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         >>> with model.without_memory():
         ...     donor_logits = model(**inputs).logits
         ```"""
-        with self.reads_in_flight.switch_off():
+        with self.reads_in_flight.hold(WITHOUT_MEMORY):
             yield self
 
     def train_mode(self, word: str) -> "EngramPreTrainedModel":
@@ -261,7 +291,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
     @property
     def runs_as_donor(self) -> bool:
         """Whether this thread's passes read no memory: inside `without_memory()`, or if it is placed nowhere."""
-        return self.memory.placement == "none" or self.reads_in_flight.is_off
+        return self.memory.placement == "none" or self.reads_in_flight.current is WITHOUT_MEMORY
 
     def place_memory(
         self, placement: str, folder: str | os.PathLike | None = None, **settings

@@ -190,6 +190,7 @@ class OrderRows(nn.Module):
         self.heights, self.width, self.dtype = heights, width, dtype
         self.source = None  # where the rows are if they are no parameters: `HostRows` or `FileRows`
         self.learns = True  # whether they are to require gradients when they come from a file
+        self.absent = not hold  # rows are left out on purpose: without this mark, missing rows are an error
         self.part_height = heights[0]
         self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
         if hold:

@@ -75,7 +75,7 @@ def test_a_copy_made_in_the_middle_of_a_pass_is_whole(copied, ids, tiny_engram):
 
     def copy_now(*args):
         handle.remove()
-        assert model.reads_in_flight.current() is not None
+        assert model.reads_in_flight.current is not None
         twin = copied(model)
         # The copy's backbone by itself, then another text in the copy, before the original goes on.
         made.extend([twin, twin.backbone(ids).logits, twin(ids.flip(1)).logits])

@@ -202,7 +202,7 @@ def test_ctrl_c_in_the_middle_of_a_prefetch_ends_the_pass_and_leaves_the_model_w
             at_once = time.monotonic() - began < 10  # not when the disk has answered
             gate.set()
             ended = soon(lambda: not fetch_threads())
-        idle = not model.reads_in_flight.by_thread
+        idle = model.reads_in_flight.current is None
         return at_once, ended, idle, torch.equal(logits(model, ids), expected), len(fetch_threads())
 
     child = Child(interrupted)
@@ -229,7 +229,7 @@ def test_a_generation_that_is_stopped_between_two_tokens_leaves_nothing_behind(p
     handle.remove()
     assert soon(lambda: not fetch_threads())
     assert torch.equal(model.generate(ids, **settings), wanted)
-    assert len(passes) == 3 and not model.reads_in_flight.by_thread
+    assert len(passes) == 3 and model.reads_in_flight.current is None
 
 
 def train_rows(model, inputs):

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
+from engram_transformers import compat_engram
 from engram_transformers.cache_engram import EngramCacheLayer
 from engram_transformers.compat_engram import CACHE, CHECKPOINTS_RUN_HOOKS, NEW_NAME, OLD_NAME, is_checkpointing
 
@@ -53,7 +54,8 @@ def test_neither_generation_nor_a_forward_pass_of_ours_uses_an_old_name(tiny_eng
         warnings.filterwarnings("error", ".*is deprecated and will be removed", FutureWarning)
         cache = model(IDS, use_cache=True)[CACHE]
         model.generate(IDS, attention_mask=LEFT, max_new_tokens=3)
-        model.generate(torch.cat([IDS, IDS[:, :1]], dim=1), **{CACHE: cache}, max_new_tokens=3)
+        written = model.generate(torch.cat([IDS, IDS[:, :1]], dim=1), **{CACHE: cache}, max_new_tokens=3)
+    assert written.shape == (2, 16)
 
 
 def asked_of_layers() -> set[str]:
@@ -141,8 +143,13 @@ def test_generation_from_a_model_in_training_with_checkpointing_is_that_of_evalu
         model.train()(IDS[:, :1], **{CACHE: cache})
 
 
-@pytest.mark.skipif(not CHECKPOINTS_RUN_HOOKS, reason="hooks run once under this Transformers: the test before")
-def test_checkpointing_is_refused_where_hooks_would_run_twice(tiny_engram):
+@pytest.mark.parametrize("name", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+def test_checkpointing_is_refused_where_hooks_would_run_twice(name, tiny_engram, monkeypatch):
     model = tiny_engram().train()
+    if not hasattr(model, name):
+        pytest.skip("this Transformers has the other name alone")
+    if not CHECKPOINTS_RUN_HOOKS:
+        getattr(model, name)()  # the control: this Transformers keeps hooks outside of what is run again
+        monkeypatch.setattr(compat_engram, "CHECKPOINTS_RUN_HOOKS", True)
     with pytest.raises(RuntimeError, match="needs transformers 5.23 or newer"):
-        model.gradient_checkpointing_enable()
+        getattr(model, name)()

@@ -255,7 +255,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(tiny_engram, tiny_donor):
     with pytest.raises(ZeroDivisionError):
         logits(model)
     handle.remove()
-    assert model.reads_in_flight.current() is None
+    assert model.reads_in_flight.current is None
     assert torch.equal(logits(model.backbone), logits(tiny_donor()))
     assert torch.equal(logits(model), whole)
 
@@ -291,7 +291,7 @@ def test_the_memory_of_a_copy_is_its_own(copy_of, tiny_engram):
     with model.reads_in_flight.hold(MemoryReads(model.memory.tables, torch.ones(1, 1), {}, None)):
         other = copy_of(model)  # while the first is in the middle of a pass
     assert other.reads_in_flight is not model.reads_in_flight
-    assert other.reads_in_flight.by_thread == {}
+    assert other.reads_in_flight.current is None
     assert torch.equal(logits(other), whole)
     for layer_id, hook in hooks(other).items():
         assert hook.layer is other.memory.layers[str(layer_id)]
@@ -353,7 +353,7 @@ def test_two_threads_on_one_model_get_their_own_results(tiny_engram, meet):
     for found, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # threads may add in another order
     assert not torch.allclose(alone[0], alone[1], atol=1e-2)
-    assert model.reads_in_flight.by_thread == {}
+    assert model.reads_in_flight.current is None
 
 
 def test_one_thread_without_memory_does_not_switch_off_another(tiny_engram, meet):
@@ -373,11 +373,11 @@ def test_one_thread_without_memory_does_not_switch_off_another(tiny_engram, meet
 
 def test_reads_are_current_only_while_they_are_held():
     in_flight, reads = ReadsInFlight(), MemoryReads(nn.ModuleDict(), torch.ones(1, 1), {}, None)
-    assert in_flight.current() is None
+    assert in_flight.current is None
     with in_flight.hold(reads):
-        assert in_flight.current() is reads
-        assert run_in_threads(in_flight.current) == [None]
-    assert in_flight.current() is None
+        assert in_flight.current is reads
+        assert run_in_threads(lambda: in_flight.current) == [None]
+    assert in_flight.current is None
 
 
 # A vocabulary that changes.
