@@ -76,6 +76,10 @@ def graft(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
     max_memory_shard_size: Annotated[str, typer.Option(help="Largest memory file.")] = "8GB",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the donor's own code.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a donor on the Hub.")] = None,
+    token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Where in the folder or repository the donor is.")] = "",
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
 ) -> None:
     """Give a model a fresh memory; its answers stay the same until the memory is trained."""
     from .graft import graft as graft_donor
@@ -101,6 +105,10 @@ def graft(
             tokenizer=tokenizer,
             max_memory_shard_size=max_memory_shard_size,
             trust_remote_code=trust_remote_code,
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
             **{name: value for name, value in fields.items() if value is not None},
         )
     files = list(folder.glob("*.safetensors"))

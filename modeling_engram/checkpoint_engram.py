@@ -286,7 +286,7 @@ class CheckpointFiles:
         return config
 
     def tables(self, placement: str) -> CheckpointTables | None:
-        """The tables' files; of a Hub repository all that a placement reads are fetched now, as long as a token is here."""
+        """The tables' files; from the Hub, those that a placement reads are fetched now, while the token is known."""
         if self.config is None:
             return None
         if self.folder is not None:
@@ -338,14 +338,14 @@ class HubFiles:
         except OSError as error:
             raise FileNotFoundError(
                 f"'{file_name}' of '{self.repository}' (revision {self.revision}) is not on this machine and could not "
-                f"be fetched: {error} A model does not keep the token that it was loaded with. Log in (`hf auth login`, "
+                f"be fetched: {error} A model does not keep the token that it was loaded with. Log in (`hf auth login` "
                 "or the environment variable HF_TOKEN), or load the model again with token=... and a placement that "
                 "reads the tables."
             ) from error
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit whose files a folder of the Hub's cache holds (`.../snapshots/COMMIT/...`); None for another folder."""
+    """The commit that a folder of the Hub's cache belongs to (`.../snapshots/COMMIT/...`); None for another folder."""
     found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
     return found and found[1]
 

@@ -10,6 +10,7 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from .checkpoint_engram import HUB_ARGUMENTS
 from .compression_engram import TokenCompressor, token_map_sha256
 from .configuration_engram import EngramConfig, refuse_parts
 from .quantised_engram import quantization_in_graft
@@ -38,11 +39,13 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
             raise TypeError(f"unexpected arguments for a donor that is loaded already: {sorted(kwargs)}.")
     else:
         source = str(donor)
+        found = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         donor, info = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
         )
         refuse_incomplete_donor(source, info)
-        tokenizer = source if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **found)
     if isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
     if donor.config.model_type == EngramConfig.model_type:

@@ -52,7 +52,7 @@ FLOORS = {
     "reading_engram": 10,
     "quantised_engram": 10,
     "checkpoint_engram": 11,
-    "donor_engram": 11,
+    "donor_engram": 12,
     "adapters_engram": 11,
     "peft_engram": 12,
     "pretrained_engram": 13,
