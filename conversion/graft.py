@@ -11,19 +11,20 @@ import json
 import os
 import shutil
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..checkpoint_engram import AUTO_MAP, commit_of, number_rest_files
 from ..configuration import EngramConfig, EngramFormatError
 from ..configuration.configuration_engram import foreign_config_message
 from ..constants_engram import derive_constants
-from ..donor_engram import engram_config, load_donor
+from ..donor_engram import load_donor, recipe
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..placement_engram import TABLES_PREFIX
@@ -38,6 +39,7 @@ from ..shards_engram import (
     write_shard,
     write_shards,
 )
+from ..sizes_engram import say_size
 from .reference_copy import copy_by_reference
 
 
@@ -79,14 +81,17 @@ def graft(
         token (`str` or `bool`, *optional*): for a private or gated donor; the one you are logged in with if None.
         subfolder (`str`, *optional*, defaults to `""`): where in the folder or repository the donor is.
         cache_dir (`str` or `os.PathLike`, *optional*): where downloads are kept; the Hub's cache if None.
-        engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`.
+        engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`, or
+            `**PRESETS["engram-27b"]`. Without `engram_vocab_size`, all tables together take at most 2 bytes for each
+            parameter of the backbone, in whole thousands of rows a head: at least 1,000, at most 200,000.
 
     Returns:
         `Path` of the new folder.
 
     Raises:
         `FileExistsError`: if `out` is in use.
-        `ValueError`: if the donor has a memory already, does not load cleanly, or cannot take one.
+        `ValueError`: if the donor has a memory already, does not load cleanly, or cannot take one, or if tables whose
+            size was not given would take more than half of the free disk.
 
     Example:
 
@@ -103,7 +108,11 @@ def graft(
     hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
     tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
     donor_config.dtype = donor_config.dtype or stored_dtype(folder)
-    config, token_map = engram_config(donor_config, tok, engram_layer_ids=engram_layer_ids, **engram_fields)
+    backbone = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+    made = recipe(donor_config, tok, backbone, engram_layer_ids=engram_layer_ids, **engram_fields)
+    config, token_map = made.config, made.token_map
+    # A graft loads wherever its tables have no room, and holes take no disk: what counts is a save of trained rows.
+    say_size(config, shutil.disk_usage(existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
         config.engram_table_parts = parts_for(config, shard_bytes)
@@ -133,6 +142,11 @@ def graft(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return out
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
 
 
 def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | None = None, **hub) -> Path:
@@ -325,7 +339,7 @@ def write_receipt(draft: Path, source: dict, config: EngramConfig, fields: dict,
     receipt = {
         **{name: value for name, value in source.items() if value},
         "donor_files": donor_files,
-        "recipe": {"engram_layer_ids": config.engram_layer_ids, **fields},
+        "recipe": {name: getattr(config, name) for name in ("engram_layer_ids", "engram_vocab_size")} | fields,
         "token_map_sha256": config.engram_token_map_sha256,
         "hash_sha256": config.engram_hash_sha256,
         "versions": {name: version(name) for name in ("engram-transformers", "transformers", "torch", "tokenizers")},

@@ -95,9 +95,9 @@ class TokenCompressor:
         known = len(self.lookup_table)
         if known > vocab_size:
             raise ValueError(
-                f"the tokenizer has ids up to {known - 1}, but the backbone embeds only {vocab_size}: tokens were "
-                f"added without resizing. Call donor.resize_token_embeddings({known}) and save the donor first, or use "
-                "the tokenizer that the donor came with."
+                f"the tokenizer has ids up to {known - 1}, but the backbone embeds those up to {vocab_size - 1}: "
+                f"tokens were added without resizing. Call donor.resize_token_embeddings({known}) and save the donor "
+                "first, or use the tokenizer that the donor came with."
             )
         token_map = torch.full((vocab_size,), DEAD, dtype=torch.int64)
         token_map[:known] = self.lookup_table

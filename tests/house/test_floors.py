@@ -54,6 +54,7 @@ FLOORS = {
     "checkpoint_engram": 11,
     "donor_engram": 12,
     "adapters_engram": 11,
+    "sizes_engram": 11,
     "peft_engram": 12,
     "pretrained_engram": 13,
     "modeling_engram": 14,
