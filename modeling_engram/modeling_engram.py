@@ -169,8 +169,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
         donor, tokenizer = load_donor(unwrapped_donor(donor), tokenizer, trust_remote_code=trust_remote_code, **kwargs)
         made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
-        device, host = free_memory(donor.device)  # tables are made in host memory, and then moved
-        say_size(made.config, host if device is None else min(device, host), "memory", made.parameters)
+        # Tables are made in host memory and then moved. Of two places that are one (a Mac's), one is not counted.
+        free = min(filter(None, free_memory(donor.device)), default=0)
+        say_size(made.config, free, "memory", made.parameters)
         model = cls(made.config, backbone=donor, token_map=made.token_map)
         model.generation_config = donor.generation_config
         model.memory.layers.to(device=donor.device, dtype=donor.dtype)
