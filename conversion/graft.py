@@ -112,7 +112,7 @@ def graft(
     made = recipe(donor_config, tok, backbone, engram_layer_ids=engram_layer_ids, **engram_fields)
     config, token_map = made.config, made.token_map
     # A graft loads wherever its tables have no room, and holes take no disk: what counts is a save of trained rows.
-    say_size(config, shutil.disk_usage(existing(out)).free, "disk once they are trained and saved", made.parameters)
+    say_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
         config.engram_table_parts = parts_for(config, shard_bytes)
@@ -144,7 +144,7 @@ def graft(
     return out
 
 
-def existing(folder: Path) -> Path:
+def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
 
@@ -179,13 +179,13 @@ def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | 
     for name in WEIGHT_FILES:  # the first kind that the donor has, and no other
         names = [name]
         if name.endswith(".index.json"):
-            names = indexed_files(folder / name) if (folder / name).is_file() else []
+            names = _indexed_files(folder / name) if (folder / name).is_file() else []
         if names and fetch(names, revision=snapshot.name) and (folder / names[0]).is_file():
             break
     return folder
 
 
-def indexed_files(index: Path) -> list[str]:
+def _indexed_files(index: Path) -> list[str]:
     """Names of the weight files that an index lists."""
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
@@ -216,7 +216,7 @@ def donor_weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
-        return [folder / name for name in indexed_files(folder / INDEX_NAME)]
+        return [folder / name for name in _indexed_files(folder / INDEX_NAME)]
     return []
 
 

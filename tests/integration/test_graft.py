@@ -50,6 +50,8 @@ def test_llama_files_are_reused_as_they_are(donor_folder, save, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     out = graft(folder, tmp_path / "out", [1, 2], **FIELDS)
     assert receipt(out)["donor_files"] == "reused"
+    again = graft(tmp_path, tmp_path / "again", [1, 2], subfolder="donor", **FIELDS)
+    assert receipt(again)["subfolder"] == "donor" and "revision" not in receipt(again)
     assert {path.read_bytes() for path in out.glob("model-*.safetensors")} >= set(before.values())
     assert same_logits(out, donor)
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -181,6 +183,10 @@ def test_what_is_in_use_or_no_donor_is_refused(donor_folder, tmp_path):
         graft(tmp_path / "nowhere" / "at all", tmp_path / "again", [1], **FIELDS)
     with pytest.raises(ValueError, match=r"engram_layer_ids=\[1, 9\].*layers 0..3"):
         graft(folder, tmp_path / "again", [1, 9], **FIELDS)
+    with pytest.raises(ValueError, match="revision='v2' is for donors on the Hub"):
+        graft(folder, tmp_path / "again", [1], revision="v2", **FIELDS)
+    with pytest.raises(FileNotFoundError, match=r"donor/inner' has no config.json"):
+        graft(folder, tmp_path / "again", [1], subfolder="inner", **FIELDS)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.json").write_text('{"model_type": "engram", "engram_version": "1.2.7"}')
     with pytest.raises(ValueError, match="engram-peft's adapter format"):
