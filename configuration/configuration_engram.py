@@ -43,7 +43,8 @@ class EngramConfig(PreTrainedConfig):
             is kept: the primes, and so every address, depend on it.
         engram_vocab_size (`int` or `list[int]`, *optional*, defaults to 2262400):
             Lower bound for the rows of one head; every head gets a prime number of rows of its own at or above it. One
-            number, or one for each order (paper Table 5: 2262400 for 27B, 7239680 for 40B).
+            number, or one for each order (paper Table 5: 2262400 for 27B, 7239680 for 40B). The default is that of a
+            configuration that is written by hand; `from_donor` and `graft` derive a smaller one from the backbone.
         engram_max_ngram_size (`int`, *optional*, defaults to 3):
             Longest n-gram N; the orders are 2..N.
         engram_n_heads (`int`, *optional*, defaults to 8):

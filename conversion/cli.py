@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..configuration import PRESETS
+
 
 app = typer.Typer(
     help="Engram memories for Hugging Face causal language models.",
@@ -63,7 +65,11 @@ def graft(
     donor: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
     out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
     layers: Annotated[str | None, typer.Option(help="Layers that read, counted from 0, such as 1,10.")] = None,
-    rows: Annotated[str | None, typer.Option(help="Least rows of a head; one number, or one for each order.")] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(help="Least rows of a head, or one number for each order; from the donor's size if left out."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Sizes of the paper: {', '.join(PRESETS)}.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
     heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
     max_ngram: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
@@ -76,6 +82,10 @@ def graft(
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
     max_memory_shard_size: Annotated[str, typer.Option(help="Largest memory file.")] = "8GB",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the donor's own code.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a donor on the Hub.")] = None,
+    token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Where in the folder or repository the donor is.")] = "",
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
 ) -> None:
     """Give a model a fresh memory; its answers stay the same until the memory is trained."""
     from .graft import graft as graft_donor
@@ -93,6 +103,7 @@ def graft(
         "engram_pad_token_id": pad_token_id,
         "engram_seed": seed,
     }
+    given = {name: value for name, value in fields.items() if value is not None}
     with progress.status(f"grafting {donor}"):
         folder = graft_donor(
             donor,
@@ -101,7 +112,11 @@ def graft(
             tokenizer=tokenizer,
             max_memory_shard_size=max_memory_shard_size,
             trust_remote_code=trust_remote_code,
-            **{name: value for name, value in fields.items() if value is not None},
+            revision=revision,
+            token=token,
+            subfolder=subfolder,
+            cache_dir=cache_dir,
+            **({} if preset is None else PRESETS[preset]) | given,
         )
     files = list(folder.glob("*.safetensors"))
     size, taken = sum(f.stat().st_size for f in files), sum(f.stat().st_blocks * 512 for f in files)

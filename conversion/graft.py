@@ -11,19 +11,20 @@ import json
 import os
 import shutil
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..checkpoint_engram import AUTO_MAP, number_rest_files
+from ..checkpoint_engram import AUTO_MAP, commit_of, number_rest_files
 from ..configuration import EngramConfig, EngramFormatError
 from ..configuration.configuration_engram import foreign_config_message
 from ..constants_engram import derive_constants
-from ..donor_engram import engram_config, load_donor
+from ..donor_engram import load_donor, recipe
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..placement_engram import TABLES_PREFIX
@@ -38,13 +39,17 @@ from ..shards_engram import (
     write_shard,
     write_shards,
 )
+from ..sizes_engram import say_size
 from .reference_copy import copy_by_reference
 
 
 RECEIPT_NAME = "engram_graft.json"
 
-# What a donor's snapshot needs from the Hub; pickled weights only where there are no others.
-DONOR_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.bin"]
+# What describes a donor on the Hub: configuration, indexes, tokenizer, code. Weights are chosen by name.
+DONOR_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
+
+# Names under which Transformers keeps weights in one file or by an index, in the order in which it looks for them.
+WEIGHT_FILES = [SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json"]
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -57,6 +62,10 @@ def graft(
     tokenizer: str | os.PathLike | None = None,
     max_memory_shard_size: int | str = MAX_MEMORY_SHARD_SIZE,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str = "",
+    cache_dir: str | os.PathLike | None = None,
     **engram_fields,
 ) -> Path:
     """Writes a checkpoint of `donor` with a fresh memory; its logits are the donor's.
@@ -68,14 +77,21 @@ def graft(
         tokenizer (`str` or `os.PathLike`, *optional*): folder or id of the tokenizer, if the donor has none.
         max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): largest memory file.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the donor's own code.
-        engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`.
+        revision (`str`, *optional*): branch, tag or commit of a donor on the Hub.
+        token (`str` or `bool`, *optional*): for a private or gated donor; the one you are logged in with if None.
+        subfolder (`str`, *optional*, defaults to `""`): where in the folder or repository the donor is.
+        cache_dir (`str` or `os.PathLike`, *optional*): where downloads are kept; the Hub's cache if None.
+        engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`, or
+            `**PRESETS["engram-27b"]`. Without `engram_vocab_size`, all tables together take at most 2 bytes for each
+            parameter of the backbone, in whole thousands of rows a head: at least 1,000, at most 200,000.
 
     Returns:
         `Path` of the new folder.
 
     Raises:
         `FileExistsError`: if `out` is in use.
-        `ValueError`: if the donor has a memory already, does not load cleanly, or cannot take one.
+        `ValueError`: if the donor has a memory already, does not load cleanly, or cannot take one, or if tables whose
+            size was not given would take more than half of the free disk.
 
     Example:
 
@@ -87,11 +103,16 @@ def graft(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
-    folder = donor_folder(donor)
+    folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
     donor_config = read_donor_config(folder, trust_remote_code)
-    tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code)
+    hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
+    tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
     donor_config.dtype = donor_config.dtype or stored_dtype(folder)
-    config, token_map = engram_config(donor_config, tok, engram_layer_ids=engram_layer_ids, **engram_fields)
+    backbone = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
+    made = recipe(donor_config, tok, backbone, engram_layer_ids=engram_layer_ids, **engram_fields)
+    config, token_map = made.config, made.token_map
+    # A graft loads wherever its tables have no room, and holes take no disk: what counts is a save of trained rows.
+    say_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
         config.engram_table_parts = parts_for(config, shard_bytes)
@@ -113,7 +134,8 @@ def graft(
             problem_left = dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
-        write_receipt(draft, donor, config, engram_fields, "rewritten: " + problem if problem else "reused")
+        source = {"donor": os.fspath(donor), "subfolder": subfolder, "revision": commit_of(folder)}
+        write_receipt(draft, source, config, engram_fields, "rewritten: " + problem if problem else "reused")
         if out.exists():
             out.rmdir()
         os.replace(draft, out)
@@ -122,13 +144,50 @@ def graft(
     return out
 
 
-def donor_folder(donor: str | os.PathLike) -> Path:
-    """The donor's files on this machine, fetched from the Hub if `donor` is no folder."""
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
+
+
+def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | None = None, **hub) -> Path:
+    """The donor's files on this machine, fetched from the Hub if `donor` is no folder.
+
+    Args:
+        donor (`str` or `os.PathLike`): a folder or a Hub id.
+        subfolder (`str`, *optional*, defaults to `""`): where in it the donor is.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        hub: `token` and `cache_dir` of `snapshot_download`.
+    """
     if Path(donor).is_dir():
-        return Path(donor)
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} is for donors on the Hub, and '{donor}' is a folder: leave it out."
+            )
+        return Path(donor, subfolder)
     if os.sep in str(donor) and str(donor).count("/") != 1 or str(donor).startswith("."):
         raise FileNotFoundError(f"donor '{donor}' is no folder, and no Hub id of the form 'owner/name'.")
-    return Path(snapshot_download(str(donor), allow_patterns=DONOR_FILES))
+    inside = subfolder.strip("/") + "/" if subfolder.strip("/") else ""
+
+    def fetch(names: list[str], revision: str | None) -> Path:
+        """The snapshot, with files of these names in it."""
+        # In the Hub's patterns a star stands for slashes as well: files of deeper folders are left out by name.
+        wanted = {"allow_patterns": [inside + name for name in names], "ignore_patterns": [f"{inside}*/*"]}
+        return Path(snapshot_download(str(donor), revision=revision, **wanted, **hub))
+
+    snapshot = fetch(DONOR_FILES, revision)
+    folder = snapshot / inside
+    for name in WEIGHT_FILES:  # the first kind that the donor has, and no other
+        names = [name]
+        if name.endswith(".index.json"):
+            names = _indexed_files(folder / name) if (folder / name).is_file() else []
+        if names and fetch(names, revision=snapshot.name) and (folder / names[0]).is_file():
+            break
+    return folder
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Names of the weight files that an index lists."""
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def read_donor_config(folder: Path, trust_remote_code: bool):
@@ -157,8 +216,7 @@ def donor_weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
-        names = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        return [folder / name for name in _indexed_files(folder / INDEX_NAME)]
     return []
 
 
@@ -276,12 +334,12 @@ def dry_load(draft: Path) -> str | None:
     )
 
 
-def write_receipt(draft: Path, donor, config: EngramConfig, fields: dict, donor_files: str) -> None:
+def write_receipt(draft: Path, source: dict, config: EngramConfig, fields: dict, donor_files: str) -> None:
     """Writes how the graft was made, so that it can be made again."""
     receipt = {
-        "donor": os.fspath(donor),
+        **{name: value for name, value in source.items() if value},
         "donor_files": donor_files,
-        "recipe": {"engram_layer_ids": config.engram_layer_ids, **fields},
+        "recipe": {name: getattr(config, name) for name in ("engram_layer_ids", "engram_vocab_size")} | fields,
         "token_map_sha256": config.engram_token_map_sha256,
         "hash_sha256": config.engram_hash_sha256,
         "versions": {name: version(name) for name in ("engram-transformers", "transformers", "torch", "tokenizers")},

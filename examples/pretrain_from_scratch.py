@@ -38,7 +38,7 @@ def main() -> None:
     data = windows(tokenizer, read_texts(args.text), args.length)
     data = {"train_dataset": data[HELD_OUT:], "eval_dataset": data[:HELD_OUT]}
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=6,

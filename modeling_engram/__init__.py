@@ -7,6 +7,7 @@ that `AutoModelForCausalLM.from_pretrained(folder)` reads an Engram checkpoint. 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .compression_engram import TokenCompressor
+from .configuration import PRESETS
 from .configuration_engram import EngramConfig, EngramFormatError
 from .hashing_engram import NgramHasher
 from .layer_engram import EngramLayer
@@ -18,6 +19,7 @@ from .pack_engram import load_memory_pack, save_memory_pack
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "EngramConfig",
     "EngramForCausalLM",
     "EngramFormatError",

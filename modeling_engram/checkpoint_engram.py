@@ -9,6 +9,7 @@ Source: docs/format.md.
 import copy
 import math
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -111,7 +112,7 @@ class EngramCheckpointMixin:
         refuse_incomplete_checkpoint(pretrained_model_name_or_path, info)
         if model.memory.hashing.token_map.device.type != "meta":
             model.memory.hashing.check(model.config)
-        model.checkpoint_tables = files.tables()
+        model.checkpoint_tables = files.tables(placement)
         if placement != "device":
             del model.config.transformers_weights  # it was for this load alone
             model.place_memory(placement)
@@ -284,11 +285,18 @@ class CheckpointFiles:
         config.transformers_weights = WITHOUT_TABLES_NAME
         return config
 
-    def tables(self) -> CheckpointTables | None:
-        """The tables' files, fetched when they are asked for."""
+    def tables(self, placement: str) -> CheckpointTables | None:
+        """The tables' files; from the Hub, those that a placement reads are fetched now, while the token is known."""
         if self.config is None:
             return None
-        return CheckpointTables(self.index_folder(), None if self.folder is not None else self.locate)
+        if self.folder is not None:
+            return CheckpointTables(self.folder)
+        folder = self.index_folder()
+        tables = CheckpointTables(folder, HubFiles(str(self.path), folder, **self.hub))
+        if placement in ("cpu", "disk"):
+            for file_name in {file for name, file in tables.weight_map.items() if name.startswith(TABLES_PREFIX)}:
+                self.locate(file_name)
+        return tables
 
     def index_folder(self) -> Path:
         """The local folder of the index."""
@@ -297,6 +305,49 @@ class CheckpointFiles:
     def locate(self, file_name: str) -> Path:
         """A file of the checkpoint, downloaded if it is not here."""
         return Path(cached_file(self.path, file_name, **self.hub))
+
+
+class HubFiles:
+    """Files of one commit of a Hub repository by their names, fetched when they are not in the cache.
+
+    It is kept on a model, and travels with every copy and pickle of it. So it knows which commit, and no token.
+
+    Args:
+        repository (`str`): its id.
+        folder (`Path`): where the commit's files are in the cache.
+        cache_dir, subfolder (*optional*): as for `from_pretrained`.
+        others: further arguments of `from_pretrained`, such as `token`, which are not kept.
+    """
+
+    def __init__(self, repository: str, folder: Path, cache_dir=None, subfolder: str = "", **others):
+        self.repository, self.folder, self.cache_dir, self.subfolder = repository, folder, cache_dir, subfolder
+        self.revision = commit_of(folder)
+
+    def __call__(self, file_name: str) -> Path:
+        """Path of a file.
+
+        Raises:
+            `FileNotFoundError`: if it is not here and cannot be fetched.
+        """
+        path = self.folder / file_name
+        if path.is_file():
+            return path
+        where = {"revision": self.revision, "cache_dir": self.cache_dir, "subfolder": self.subfolder}
+        try:
+            return Path(cached_file(self.repository, file_name, **where))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"'{file_name}' of '{self.repository}' (revision {self.revision}) is not on this machine and could not "
+                f"be fetched: {error} A model does not keep the token that it was loaded with. Log in (`hf auth login` "
+                "or the environment variable HF_TOKEN), or load the model again with token=... and a placement that "
+                "reads the tables."
+            ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache belongs to (`.../snapshots/COMMIT/...`); None for another folder."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
+    return found and found[1]
 
 
 def holds_pack_alone(path, kwargs: dict) -> bool:

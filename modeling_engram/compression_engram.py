@@ -71,11 +71,14 @@ class TokenCompressor:
             tokenizer (`PreTrainedTokenizerBase`): the donor's tokenizer.
 
         Returns:
-            [`TokenCompressor`] over `len(tokenizer)` ids.
+            [`TokenCompressor`] over all ids up to the tokenizer's highest; ids between that have no token are dead.
         """
         classes: dict[str, int] = {}
-        table = [classes.setdefault(token_key(tokenizer, token_id), len(classes)) for token_id in range(len(tokenizer))]
-        return cls(torch.tensor(table, dtype=torch.int64))
+        ids = token_ids(tokenizer)
+        table = torch.full((max(ids, default=-1) + 1,), DEAD, dtype=torch.int64)
+        for token_id in ids:
+            table[token_id] = classes.setdefault(token_key(tokenizer, token_id), len(classes))
+        return cls(table)
 
     def token_map(self, vocab_size: int) -> torch.Tensor:
         """The map as a checkpoint stores it, one entry for every row of the backbone's vocabulary.
@@ -92,13 +95,18 @@ class TokenCompressor:
         known = len(self.lookup_table)
         if known > vocab_size:
             raise ValueError(
-                f"the tokenizer has {known} ids, but the backbone embeds only {vocab_size}: tokens were added without "
-                f"resizing. Call donor.resize_token_embeddings({known}) and save the donor first, or use the "
-                "tokenizer that the donor came with."
+                f"the tokenizer has ids up to {known - 1}, but the backbone embeds those up to {vocab_size - 1}: "
+                f"tokens were added without resizing. Call donor.resize_token_embeddings({known}) and save the donor "
+                "first, or use the tokenizer that the donor came with."
             )
         token_map = torch.full((vocab_size,), DEAD, dtype=torch.int64)
         token_map[:known] = self.lookup_table
         return token_map
+
+
+def token_ids(tokenizer) -> list[int]:
+    """The ids that have a token, ascending. Some tokenizers skip ids: their length is not the highest id plus 1."""
+    return sorted({*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder})
 
 
 def token_key(tokenizer, token_id: int) -> str:
@@ -147,9 +155,10 @@ def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int 
     maps = [torch.cat([m.cpu(), torch.full((length - len(m),), DEAD)]) for m in (stored, given)]  # (ids,) each
     different = torch.nonzero(maps[0] != maps[1]).flatten().tolist()
     if different:
-        shown = [f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" if i < len(tokenizer) else str(i) for i in different]
+        ids = set(token_ids(tokenizer))
+        shown = [f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" if i in ids else str(i) for i in different[:5]]
         raise ValueError(
-            f"this tokenizer ({len(tokenizer)} ids) gives another token map than the memory's in {len(different)} "
-            f"place(s); first ids that differ: {', '.join(shown[:5])}. Use the tokenizer saved in the checkpoint's "
+            f"this tokenizer ({len(ids)} ids) gives another token map than the memory's in {len(different)} "
+            f"place(s); first ids that differ: {', '.join(shown)}. Use the tokenizer saved in the checkpoint's "
             "folder: with another one n-grams would read other rows."
         )

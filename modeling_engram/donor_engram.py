@@ -6,13 +6,17 @@ Source: docs/design.md, "Grafting".
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from .checkpoint_engram import HUB_ARGUMENTS
 from .compression_engram import TokenCompressor, token_map_sha256
 from .configuration_engram import EngramConfig, refuse_parts
 from .quantised_engram import quantization_in_graft
+from .sizes_engram import count_parameters, default_rows
 
 
 def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool = False, **kwargs):
@@ -38,11 +42,13 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
             raise TypeError(f"unexpected arguments for a donor that is loaded already: {sorted(kwargs)}.")
     else:
         source = str(donor)
+        found = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         donor, info = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
         )
         refuse_incomplete_donor(source, info)
-        tokenizer = source if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **found)
     if isinstance(tokenizer, str):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=trust_remote_code)
     if donor.config.model_type == EngramConfig.model_type:
@@ -75,19 +81,36 @@ def default_layer_ids(depth: int) -> list[int]:
     return sorted({min(1, depth - 1), max(0, depth // 2 - 1)})
 
 
-def engram_config(
-    donor_config: PreTrainedConfig, tokenizer, engram_layer_ids: list[int] | None = None, **fields
-) -> tuple[EngramConfig, torch.Tensor]:
-    """Configuration and token map of a fresh memory on a donor.
+@dataclass
+class Recipe:
+    """What a fresh memory is made of.
+
+    Args:
+        config ([`EngramConfig`]): every size is in it, also those that nobody gave.
+        token_map (`torch.LongTensor` of shape `(vocab_size,)`): class of every id.
+        parameters (`int`, *optional*): of the backbone that the number of rows was derived from; None if it was given.
+    """
+
+    config: EngramConfig
+    token_map: torch.Tensor
+    parameters: int | None
+
+
+def recipe(
+    donor_config: PreTrainedConfig,
+    tokenizer,
+    make: Callable[[PreTrainedConfig], PreTrainedModel],
+    engram_layer_ids: list[int] | None = None,
+    **fields,
+) -> Recipe:
+    """What a fresh memory on a donor is made of; `default_rows` says how large it is where `engram_vocab_size` is not.
 
     Args:
         donor_config (`PreTrainedConfig`): the donor's; copied.
         tokenizer (`PreTrainedTokenizerBase`): the donor's.
+        make (callable): makes a model of the donor's configuration, to count its parameters.
         engram_layer_ids (`list[int]`, *optional*): layers that read; `default_layer_ids` if None.
         fields: other fields of [`EngramConfig`].
-
-    Returns:
-        `tuple` of [`EngramConfig`] and the token map, a `torch.LongTensor` of shape `(vocab_size,)`.
     """
     refuse_parts(donor_config)
     text_config = copy.deepcopy(donor_config)
@@ -95,14 +118,20 @@ def engram_config(
     if fields.get("engram_pad_token_id") is None and fields.get("engram_pad_id") is None:
         named = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
         fields["engram_pad_token_id"] = next((i for i in named if i is not None), None)
+    rows = fields.pop("engram_vocab_size", None)
     config = EngramConfig(
         text_config=text_config,
         engram_layer_ids=engram_layer_ids or default_layer_ids(text_config.num_hidden_layers),
         engram_compressed_vocab_size=int(token_map.max()) + 1,
         engram_token_map_sha256=token_map_sha256(token_map),
         dtype=text_config.dtype,
+        **({} if rows is None else {"engram_vocab_size": rows}),
         **fields,
     )
+    parameters = None
+    if rows is None:
+        parameters = count_parameters(donor_config, make)
+        config.engram_vocab_size = default_rows(config, parameters)
     if (quantization := getattr(text_config, "quantization_config", None)) is not None:
         config.quantization_config = quantization_in_graft(quantization)
-    return config, token_map
+    return Recipe(config, token_map, parameters)

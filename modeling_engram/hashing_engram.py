@@ -302,6 +302,10 @@ class NgramHasher(nn.Module):
             self.__dict__[f"known_{what}"] = seen, made
         return made
 
+    def __getstate__(self) -> dict:
+        """What copies and pickles take over: a copy makes anew what `made_once` keeps, views of memory among it."""
+        return {name: value for name, value in super().__getstate__().items() if not name.startswith("known_")}
+
     def layer_index(self, layer_id: int) -> int:
         """Place of a layer among the constants."""
         if layer_id not in self.layer_ids:

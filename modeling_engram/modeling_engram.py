@@ -22,8 +22,10 @@ from .adapters_engram import unwrapped_donor
 from .cache_engram import seen_tokens
 from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
 from .configuration_engram import EngramConfig
-from .donor_engram import engram_config, load_donor
+from .donor_engram import load_donor, recipe
+from .placement_engram import free_memory
 from .pretrained_engram import EngramPreTrainedModel
+from .sizes_engram import say_size
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -144,14 +146,18 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): the donor's; found by itself for a folder or id.
             engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and middle if None.
             trust_remote_code (`bool`, *optional*, defaults to `False`): for donors that bring code of their own.
-            kwargs: other fields of [`EngramConfig`] (`engram_vocab_size=200_000`, `engram_head_dim=48`, ...); for a
-                folder or id also arguments of `from_pretrained` (`dtype`, `device_map`, ...).
+            kwargs: other fields of [`EngramConfig`] (`engram_vocab_size=200_000`, `engram_head_dim=48`, ...), or
+                `**PRESETS["engram-27b"]`; for a folder or id also arguments of `from_pretrained` (`dtype`, ...).
+                Without `engram_vocab_size`, all tables together take at most 2 bytes for each parameter of the
+                backbone, in whole thousands of rows a head: at least 1,000, at most 200,000.
 
         Returns:
             [`EngramForCausalLM`] in evaluation mode.
 
         Raises:
             `TypeError`: if the donor is no model, or a model comes without its tokenizer.
+            `ValueError`: if the donor cannot take a memory, or tables whose size was not given would take more than
+                half of the free memory.
 
         Example:
 
@@ -162,8 +168,11 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         ```"""
         engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
         donor, tokenizer = load_donor(unwrapped_donor(donor), tokenizer, trust_remote_code=trust_remote_code, **kwargs)
-        config, token_map = engram_config(donor.config, tokenizer, engram_layer_ids=engram_layer_ids, **engram)
-        model = cls(config, backbone=donor, token_map=token_map)
+        made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
+        # Tables are made in host memory and then moved. Of two places that are one (a Mac's), one is not counted.
+        free = min(filter(None, free_memory(donor.device)), default=0)
+        say_size(made.config, free, "memory", made.parameters)
+        model = cls(made.config, backbone=donor, token_map=made.token_map)
         model.generation_config = donor.generation_config
         model.memory.layers.to(device=donor.device, dtype=donor.dtype)
         model.memory.to(device=donor.device)

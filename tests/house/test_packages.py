@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
 NOT_INSTALLED = {"tests", "examples", "benchmarks"}
 EXPORTS = [
+    "PRESETS",
     "EngramConfig",
     "EngramForCausalLM",
     "EngramFormatError",

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from engram_transformers import PRESETS
 from engram_transformers.conversion.cli import app
 
 
@@ -49,12 +50,21 @@ def test_rows_for_each_order(donor, tmp_path):
     assert len(model.memory.tables["1"].order2[0]) < 200 <= 300 <= len(model.memory.tables["1"].order3[0])
 
 
+def test_a_preset_gives_the_papers_sizes_and_options_go_before_it(donor, tmp_path):
+    done = engram("graft", donor, tmp_path / "out", "--preset", "engram-27b", "--rows", "200", "--heads", "2")
+    assert done.exit_code == 0, done.output
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    sizes = {name: getattr(config, name) for name in PRESETS["engram-27b"]}
+    assert sizes == {**PRESETS["engram-27b"], "engram_vocab_size": 200, "engram_n_heads": 2}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--layers", "1,two"], "--layers '1,two' must be integers"),
         (["--layers", "1,7"], "layers 0..3"),
         (["--rows", "100,200,300"], "has 3 entries"),
+        (["--preset", "engram-7b"], "no preset 'engram-7b': choose from engram-27b, engram-40b"),
         (["--head-dim", "0"], "engram_head_dim=0 is too small"),
         (["--max-memory-shard-size", "much"], "'much' must be a positive number of bytes"),
         (["--table-dtype", "float8"], "float8"),

@@ -100,6 +100,38 @@ def test_a_copy_made_with_the_memory_off_has_it_on(copied, ids, tiny_engram):
         assert torch.equal(twin(ids).logits, expected)
 
 
+def one_step(model, ids):
+    """One training step of the memory, with the gradient left in place."""
+    optimizer = engram_optimizer(model.train_mode("memory").train(), lr=1e-2)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    model(ids, labels=ids).loss.backward()
+    model.eval()
+
+
+USES = {
+    "a pass": lambda model, ids: model(ids),
+    "a long pass": lambda model, ids: model(ids.repeat(1, 90)),  # 2700 tokens take another way through the hash
+    "generate": lambda model, ids: model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=2),
+    "beams": lambda model, ids: model.generate(ids, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=2),
+    "a step of training": one_step,
+    "a move": lambda model, ids: model.place_memory("cpu").place_memory("disk"),
+}
+
+
+@pytest.mark.parametrize("copied", list(WAYS.values())[:3], ids=list(WAYS)[:3])
+@pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
+@pytest.mark.parametrize("placement", ["device", "cpu", "disk"])
+def test_a_model_can_be_copied_whatever_it_was_used_for(placement, use, copied, ids, saved):
+    model = AutoModelForCausalLM.from_pretrained(saved, engram_placement=placement)
+    use(model, ids)
+    twin = copied(model)
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+        assert torch.equal(twin.generate(ids, **settings), model.generate(ids, **settings))
+
+
 @every_way
 def test_a_copy_has_one_hook_on_every_engram_layer(copied, tiny_engram):
     twin = copied(tiny_engram(trained=True, layers=(0, 2)))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from engram_transformers import EngramForCausalLM
 from engram_transformers.conversion import graft
 from engram_transformers.conversion.reference_copy import copy_by_reference
 
@@ -49,6 +50,8 @@ def test_llama_files_are_reused_as_they_are(donor_folder, save, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     out = graft(folder, tmp_path / "out", [1, 2], **FIELDS)
     assert receipt(out)["donor_files"] == "reused"
+    again = graft(tmp_path, tmp_path / "again", [1, 2], subfolder="donor", **FIELDS)
+    assert receipt(again)["subfolder"] == "donor" and "revision" not in receipt(again)
     assert {path.read_bytes() for path in out.glob("model-*.safetensors")} >= set(before.values())
     assert same_logits(out, donor)
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -57,6 +60,38 @@ def test_llama_files_are_reused_as_they_are(donor_folder, save, tmp_path):
             parameter.add_(1.0)
     loaded.save_pretrained(out)
     assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == before, "the donor was written"
+
+
+def test_a_memory_whose_size_nobody_gave_is_small_the_same_by_both_ways_and_said_first(donor_folder, tmp_path, caplog):
+    folder, _ = donor_folder()
+    out = graft(folder, tmp_path / "out")
+    said = caplog.messages[0]
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    caplog.clear()
+    model = EngramForCausalLM.from_donor(str(folder), dtype=torch.bfloat16)
+    assert json.loads((out / "config.json").read_text())["engram_vocab_size"] == 1000
+    assert receipt(out)["recipe"]["engram_vocab_size"] == 1000
+    assert model.config.engram_hash_sha256 == loaded.config.engram_hash_sha256, "other addresses for another type"
+    size = sum(part.nbytes for part in model.memory.tables.parameters())
+    for line, place in ((said, "disk"), (caplog.messages[0], "memory")):
+        assert f"{size:,} bytes of {place}" in line and "engram_vocab_size=1000, derived from the backbone's" in line
+
+
+def test_a_table_that_nobody_asked_for_and_that_does_not_fit_is_refused(donor_folder, tmp_path, caplog):
+    folder, _ = donor_folder()
+    wide = {"engram_head_dim": 200_000_000}  # 13 terabytes with the least rows of a default
+    refused = pytest.raises(
+        ValueError, match=r"would take \d\d(,\d{3}){4} bytes.*are free.*Give engram_vocab_size=1000"
+    )
+    with refused:
+        EngramForCausalLM.from_donor(str(folder), **wide)
+    with refused:
+        graft(folder, tmp_path / "out", **wide)
+    assert not caplog.messages and not (tmp_path / "out").exists()
+    out = graft(folder, tmp_path / "out", engram_vocab_size=2_262_400)  # asked for: 12 GB of zeros
+    assert "11,58" in caplog.messages[0] and "as given" in caplog.messages[0]
+    weights = list(out.glob("*.safetensors"))
+    assert sum(file.stat().st_size for file in weights) > 11e9 > 100 * sum(f.stat().st_blocks * 512 for f in weights)
 
 
 def test_gpt2_without_its_prefix_is_rewritten(donor_folder, tmp_path):
@@ -148,6 +183,10 @@ def test_what_is_in_use_or_no_donor_is_refused(donor_folder, tmp_path):
         graft(tmp_path / "nowhere" / "at all", tmp_path / "again", [1], **FIELDS)
     with pytest.raises(ValueError, match=r"engram_layer_ids=\[1, 9\].*layers 0..3"):
         graft(folder, tmp_path / "again", [1, 9], **FIELDS)
+    with pytest.raises(ValueError, match="revision='v2' is for donors on the Hub"):
+        graft(folder, tmp_path / "again", [1], revision="v2", **FIELDS)
+    with pytest.raises(FileNotFoundError, match=r"donor/inner' has no config.json"):
+        graft(folder, tmp_path / "again", [1], subfolder="inner", **FIELDS)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "config.json").write_text('{"model_type": "engram", "engram_version": "1.2.7"}')
     with pytest.raises(ValueError, match="engram-peft's adapter format"):
@@ -160,7 +199,7 @@ def test_a_tokenizer_with_added_tokens_needs_a_resized_donor(donor_folder, tiny_
     tokenizer = type(tiny_tokenizer).from_pretrained(folder)
     tokenizer.add_tokens(["<brand new>"])
     tokenizer.save_pretrained(tmp_path / "longer")
-    with pytest.raises(ValueError, match=r"4105 ids.*embeds only 4104.*resize_token_embeddings\(4105\)"):
+    with pytest.raises(ValueError, match=r"ids up to 4104.*those up to 4103.*resize_token_embeddings\(4105\)"):
         graft(folder, tmp_path / "out", [1], tokenizer=tmp_path / "longer", **FIELDS)
 
 

@@ -1,4 +1,4 @@
-"""`push_to_hub` against a local stand-in for the Hub's HTTP calls: what is sent, and that the bytes are said first.
+"""A local stand-in for the Hub's HTTP calls: what a push sends, what a graft fetches, and that no token is kept.
 
 Run: pytest tests/integration/test_hub.py
 """
@@ -7,21 +7,28 @@ import json
 import subprocess
 import sys
 import threading
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+
+COMMIT = "c" * 40
+TOKEN = "hf_stand_in_for_a_secret"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers what an upload asks; keeps what it is sent in `server.received`."""
+    """Answers what an upload asks, and keeps what it is sent in `server.received`; hands out the files of
+    `server.folder` as those of "me/private" to whoever has the token, and notes their names in `server.fetched`."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *arguments):
         pass
 
-    def answer(self, body: dict | None = None, status: int = 200):
+    def answer(self, body: dict | list | None = None, status: int = 200):
         data = json.dumps(body or {}).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -41,10 +48,42 @@ class Hub(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def do_HEAD(self):
-        self.answer(status=404)
+        self.hand_out()
 
     def do_GET(self):
-        self.answer(status=404)
+        self.hand_out()
+
+    def hand_out(self):
+        """A repository's list of files, or one of them."""
+        path = self.path.split("?")[0].removeprefix("/api/models").removeprefix("/me/private/")
+        revision, _, name = path.partition("/")[2].partition("/")
+        if self.server.folder is None or not self.path.startswith(("/api/models/me/private/", "/me/private/")):
+            self.answer(status=404)
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.answer({"error": "Invalid credentials"}, status=401)
+        elif path.startswith(("revision/", "tree/")):
+            files = [file for file in sorted(self.server.folder.rglob("*")) if file.is_file()]
+            named = {file.relative_to(self.server.folder).as_posix(): file.stat().st_size for file in files}
+            self.server.revisions.append(revision)
+            if path.startswith("tree/"):
+                self.answer([{"type": "file", "path": name, "size": size, "oid": name} for name, size in named.items()])
+                return
+            self.answer({"id": "me/private", "sha": COMMIT, "siblings": [{"rfilename": name} for name in named]})
+        elif path.startswith("resolve/") and (self.server.folder / name).is_file():
+            data = (self.server.folder / name).read_bytes()
+            self.send_response(200)
+            for key, value in {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}.items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command == "GET":
+                self.server.fetched.append(name)
+                self.wfile.write(data)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
     def do_PUT(self):
         self.server.received[self.path.rsplit("/", 1)[-1]] = self.body()
@@ -92,11 +131,33 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.received, server.commit = {}, []
+    server.folder, server.fetched, server.revisions = None, [], []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def with_hub(hub, tmp_path):
+    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub; what it prints."""
+
+    def run(script: str, *arguments):
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",  # read when huggingface_hub is imported
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "PATH": "",
+            "OMP_NUM_THREADS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
 
 
 SCRIPT = """
@@ -112,19 +173,9 @@ else:
 
 
 @pytest.mark.parametrize("way", ["push", "save"])
-def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, tiny_engram, tmp_path):
+def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, with_hub, tiny_engram, tmp_path):
     tiny_engram(trained=True).save_pretrained(tmp_path / "saved")
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",  # read when huggingface_hub is imported, so a process
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "home"),
-        "PATH": "",
-        "OMP_NUM_THREADS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), way, str(tmp_path / "again")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = with_hub(SCRIPT, tmp_path / "saved", way, tmp_path / "again")
     sent = {line["value"]["path"] for line in hub.commit if line["key"] in ("file", "lfsFile")}
     for name in (
         "config.json",
@@ -141,3 +192,99 @@ def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, tiny_engram,
     assert f"{len(memory):,} of them memory" in done.stderr.replace("\n", " ")
     card = next(line["value"] for line in hub.commit if line["key"] == "file" and line["value"]["path"] == "README.md")
     assert torch.tensor(len(card["content"])) > 0
+
+
+GRAFT = """
+import sys
+from engram_transformers.conversion.cli import app
+sizes = ["--rows", "200", "--heads", "2", "--head-dim", "4"]
+app(["graft", "me/private", *sys.argv[1:], "--token", "TOKEN", *sizes])
+""".replace("TOKEN", TOKEN)
+
+OTHERS = (
+    "model.fp16.safetensors",
+    "consolidated.safetensors",
+    "optimizer.bin",
+    "training_args.bin",
+    "flax_model.msgpack",
+    "onnx/decoder_model.onnx",
+    "openvino/openvino_model.bin",
+    "adapter/adapter_model.safetensors",
+    "runs/events.json",
+)
+
+
+@pytest.mark.parametrize("weights", ["one file", "several files", "pickled", "in a subfolder"])
+def test_a_graft_fetches_one_format_of_the_weights(weights, hub, with_hub, tiny_donor, tiny_tokenizer, tmp_path):
+    hub.folder = tmp_path / "repository"
+    inside = hub.folder / ("inner" if weights == "in a subfolder" else "")
+    tiny_donor().save_pretrained(inside, max_shard_size=200_000 if weights == "several files" else "1GB")
+    tiny_tokenizer.save_pretrained(inside)
+    safetensors = {path.relative_to(hub.folder).as_posix() for path in inside.glob("*.safetensors")}
+    torch.save(tiny_donor().state_dict(), inside / "pytorch_model.bin")
+    for name in OTHERS:
+        (hub.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (hub.folder / name).write_bytes(b"{}")
+    if weights == "pickled":
+        (hub.folder / "model.safetensors").unlink()
+        safetensors = {"pytorch_model.bin"}
+    elif weights == "in a subfolder":
+        tiny_donor(seed=1).save_pretrained(hub.folder)
+    options = ["--subfolder", "inner"] if weights == "in a subfolder" else ["--revision", "v2"]
+    with_hub(GRAFT, tmp_path / "out", "--cache-dir", tmp_path / "cache", *options)
+    described = {name for name in hub.fetched if name.rpartition(".")[2] not in ("safetensors", "bin")}
+    assert set(hub.fetched) - described == safetensors
+    assert described == {
+        name.relative_to(hub.folder).as_posix() for name in inside.iterdir() if name.suffix in (".json", ".jinja")
+    }
+    assert hub.revisions[0] == ("main" if weights == "in a subfolder" else "v2")
+    assert set(hub.revisions[1:]) == {COMMIT}, "weights of another commit than the configuration's"
+    receipt = (tmp_path / "out" / "engram_graft.json").read_text()
+    assert json.loads(receipt)["revision"] == COMMIT and TOKEN not in receipt
+    ids = torch.randint(3, 4000, (2, 9))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, tiny_donor()(ids).logits)
+    assert not (tmp_path / "home" / "hub").exists(), "the donor is in another cache than the one that was named"
+
+
+PICKLES = """
+import copy, io, pickle, sys
+import torch
+from engram_transformers import EngramForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
+
+token, ids = sys.argv[1], torch.tensor([[5, 6, 7, 8]])
+
+def check(model):
+    torch.save(model, file := io.BytesIO())
+    for held in (pickle.dumps(model), file.getvalue(), pickle.dumps(copy.deepcopy(model))):
+        assert token.encode() not in held, (type(model), model.memory.placement)
+
+model = AutoModelForCausalLM.from_pretrained("me/private", token=token, engram_placement="none")
+check(model)
+try:
+    model.place_memory("disk")
+except FileNotFoundError as error:
+    print(error)
+for kind in (AutoModelForCausalLM, AutoModel, EngramForCausalLM):
+    for placement in ("auto", "device", "cpu", "disk", "none"):
+        model = kind.from_pretrained("me/private", token=token, engram_placement=placement)
+        model(ids)
+        check(model)
+        again = pickle.loads(pickle.dumps(model)).place_memory("disk")  # of the commit in the cache, without a token
+        assert torch.equal(again(ids)[0], model.place_memory("cpu")(ids)[0])
+sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
+check(EngramForCausalLM.from_donor("me/private", token=token, subfolder="donor", **sizes))  # its tokenizer as well
+"""
+
+
+def test_a_token_is_in_no_pickle_of_a_model(hub, with_hub, tiny_engram, tiny_donor, tiny_tokenizer, tmp_path):
+    hub.folder = tmp_path / "repository"
+    tiny_donor().save_pretrained(hub.folder / "donor")
+    tiny_tokenizer.save_pretrained(hub.folder / "donor")
+    tiny_engram(trained=True).save_pretrained(hub.folder)
+    done = with_hub(PICKLES, TOKEN)
+    assert "hf auth login" in done.stdout and "token=" in done.stdout, "what was not fetched needs the token again"
+    memory = [name for name in hub.fetched if name.startswith("engram-memory")]
+    assert len(memory) == 1, "control: fetched with the token, once for all"

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from engram_transformers import TokenCompressor
 from engram_transformers.compression_engram import DEAD, check_token_map, normalize_text, token_key, token_map_sha256
@@ -20,11 +22,13 @@ from engram_transformers.compression_engram import DEAD, check_token_map, normal
 class ListTokenizer:
     """A tokenizer whose ids decode to the given texts, and whose raw forms are `raw<id>`."""
 
+    added_tokens_decoder = {}
+
     def __init__(self, texts: list[str]):
         self.texts = texts
 
-    def __len__(self) -> int:
-        return len(self.texts)
+    def get_vocab(self) -> dict[str, int]:
+        return {f"raw{token_id}": token_id for token_id in range(len(self.texts))}
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         assert not skip_special_tokens
@@ -101,7 +105,7 @@ def test_ids_without_an_entry_are_dead(texts, padding):
 
 def test_a_tokenizer_larger_than_the_backbone_is_refused():
     compressor = TokenCompressor.from_tokenizer(ListTokenizer(["a", "b", "c"]))
-    with pytest.raises(ValueError, match=r"3 ids.*embeds only 2.*resize_token_embeddings\(3\)"):
+    with pytest.raises(ValueError, match=r"ids up to 2, .*those up to 1.*resize_token_embeddings\(3\)"):
         compressor.token_map(2)
 
 
@@ -142,6 +146,23 @@ def test_a_tokenizer_with_more_or_fewer_ids_is_refused():
     for texts, place in ((["a", "b", "c"], "2 ('raw2')"), (["a"], "1")):
         with pytest.raises(ValueError, match=rf"in 1 place\(s\); first ids that differ: {re.escape(place)}\. "):
             check_token_map(stored, ListTokenizer(texts))
+
+
+def test_ids_between_tokens_are_dead_and_the_highest_counts():
+    vocabulary = {"a": 0, "A": 1, "b": 4, "c": 9}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")))
+    assert len(tokenizer) == 4, "control: the number of ids is not the highest + 1"
+    compressor = TokenCompressor.from_tokenizer(tokenizer)
+    assert compressor.lookup_table.tolist() == [0, 0, DEAD, DEAD, 1, DEAD, DEAD, DEAD, DEAD, 2]
+    with pytest.raises(ValueError, match=r"ids up to 9, but .* those up to 8.*resize_token_embeddings\(10\)"):
+        compressor.token_map(9)
+    stored = compressor.token_map(12)
+    check_token_map(stored, tokenizer)
+    for place, says in ((9, "9 ('c')"), (2, "2")):
+        stored[place] += 1
+        with pytest.raises(ValueError, match=re.escape(f"in 1 place(s); first ids that differ: {says}. Use")):
+            check_token_map(stored, tokenizer)
+        stored[place] -= 1
 
 
 def test_the_map_is_int64_whatever_it_is_made_from():
