@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("configuration", "modeling_engram", "training", "conversion", "inspection", "model_cards")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-MOST_LINES = 450
+MOST_LINES = 650
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "tools", "base", "core"}
 TEXT = {".py", ".md", ".toml", ".cfg", ".ini", ".txt", ".yml", ".yaml", ".sh", ""}
 
