@@ -107,6 +107,26 @@ def is_replica(module: nn.Module) -> bool:
     return getattr(module, "_is_replica", False)
 
 
+# Attention that reads keys and values from an engine's own pages.
+ENGINES = ("vllm", "sglang", "paged")
+
+
+def refuse_engine(config: PreTrainedConfig) -> None:
+    """Raises NotImplementedError where a serving engine runs the backbone, whose cache the memory cannot see.
+
+    Transformers tells which attention was set by a private attribute alone; `set_attn_implementation` is public.
+
+    Args:
+        config (`PreTrainedConfig`): of the backbone.
+    """
+    attention = config._attn_implementation
+    if isinstance(attention, str) and any(name in attention for name in ENGINES):
+        raise NotImplementedError(
+            f"attention {attention!r} belongs to a serving engine, which hands over the next tokens of many requests "
+            "without the tokens before them: the memory would read wrong n-grams. Use generate() of this model."
+        )
+
+
 class _ProbedLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states * 2

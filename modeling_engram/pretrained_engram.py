@@ -27,6 +27,7 @@ from .compat_engram import (
     is_checkpointing,
     is_replica,
     refuse_checkpointing,
+    refuse_engine,
     with_cache_named,
     without_checkpointing,
 )
@@ -119,6 +120,11 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             check_constants(self.memory.hashing.constants, config)
             config.engram_hash_sha256 = self.memory.hashing.constants.sha256()
         meet_peft(self)
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Whether serving engines may run this class through their Transformers backend: never, see `refuse_engine`."""
+        return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -228,13 +234,23 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             inputs (`dict`): arguments of the backbone.
             engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
         """
+        refuse_engine(self.backbone.config)
         memory, cache = self.memory, inputs["cache"]
         ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
         check_ids(ids, memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
         layer = memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
         mask = inputs["attention_mask"]
         alive = alive_positions(ids, mask, engram_attention_mask, cache)
-        ends = document_ends(ids, alive, mask, inputs["position_ids"], engram_segment_ids, cache)
+        ends = document_ends(
+            ids,
+            alive,
+            mask,
+            inputs["position_ids"],
+            engram_segment_ids,
+            cache,
+            inputs.get("seq_idx"),
+            inputs.get("cu_seq_lens_q"),
+        )
         resets = memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets

@@ -117,7 +117,14 @@ def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | N
 
 
 def document_ends(
-    ids, alive, attention_mask, position_ids, engram_segment_ids, cache: Cache | None
+    ids,
+    alive,
+    attention_mask,
+    position_ids,
+    engram_segment_ids,
+    cache: Cache | None,
+    seq_idx=None,
+    cu_seq_lens=None,
 ) -> torch.Tensor | None:
     """Where the documents end that are packed into the rows of this pass.
 
@@ -127,39 +134,89 @@ def document_ends(
         attention_mask (`torch.Tensor`, *optional*): the backbone's mask.
         position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): documents begin where they do
             not go on by one, as Transformers' masks see it.
-        engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): goes before them.
+        engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): goes before all others.
         cache (`Cache`, *optional*): leaves no room for packed documents.
+        seq_idx (`torch.IntTensor` of shape `(batch, length)`, *optional*): the document of each token, as collators
+            give it for state space models.
+        cu_seq_lens (`torch.IntTensor` of shape `(documents + 1,)`, *optional*): where documents begin in the batch's
+            tokens one row after the other, as collators give it for flash attention.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, length)`, True at the last position of every document but the row's
         last; None if every row is one document.
 
     Raises:
-        `ValueError`: if there is a cache, or a mask that keeps the backbone from seeing the documents.
+        `ValueError`: if there is a cache, or a mask that keeps the backbone from seeing the documents; if two inputs
+            name other borders; if a document begins in the middle.
     """
     if engram_segment_ids is not None:
-        check_integers(engram_segment_ids, "engram_segment_ids")
-        if engram_segment_ids.shape != ids.shape:
-            raise ValueError(
-                f"engram_segment_ids has shape {tuple(engram_segment_ids.shape)}, the ids have {tuple(ids.shape)}."
-            )
+        told = _ends_of_segments(engram_segment_ids, ids, "engram_segment_ids")
         if cache is not None:
             raise ValueError("engram_segment_ids are for rows read at once: pass use_cache=False.")
-        return ends_where(engram_segment_ids.diff(dim=1) != 0)
+        return told
+    looks = not torch.compiler.is_compiling() and (ids.device.type == "cpu" or ids.shape[1] > 1 or cache is None)
+    told, name = None, None
+    if seq_idx is not None:
+        told, name = _ends_of_segments(seq_idx, ids, "seq_idx"), "seq_idx"
+    if cu_seq_lens is not None:
+        ends = _ends_of_lengths(cu_seq_lens, ids)
+        if told is not None and looks and not torch.equal(told, ends):
+            raise ValueError("seq_idx and cu_seq_lens_q part the row into other documents: pass one of them.")
+        told, name = ends, "cu_seq_lens_q"
+    if told is not None:
+        return _checked_borders(told, name, position_ids, cache, looks)
     if position_ids is None or position_ids.ndim != 2:  # multimodal positions are three to a token
         return None
-    if cache is not None and is_handful(position_ids) and goes_on(position_ids.tolist()):
+    if cache is not None and is_handful(position_ids) and goes_on(position_ids.tolist()) and seen_positions(cache):
         return None
     positions = position_ids.to(ids.device).expand(len(ids), -1)  # (batch, length)
     steps = positions.diff(dim=1)  # (batch, length - 1)
     packed = cache is None and not is_flat(attention_mask)
+    if looks:
+        refuse_beginnings(positions, steps, alive, packed, cache)
     if torch.compiler.is_compiling():
         return ends_where(steps != 1) if packed else None
     if packed:
         return ends_where(steps != 1) if bool((steps != 1).any()) else None
-    if ids.device.type == "cpu" or ids.shape[1] > 1:
+    if looks:
         refuse_restarts(positions, alive, attention_mask, cache)
     return None
+
+
+def _ends_of_segments(segments, ids, name: str) -> torch.Tensor:
+    """Flags `(batch, length)` from the document of each token."""
+    check_integers(segments, name)
+    if segments.shape != ids.shape:
+        raise ValueError(f"{name} has shape {tuple(segments.shape)}, the ids have {tuple(ids.shape)}.")
+    return ends_where(segments.to(ids.device).diff(dim=1) != 0)
+
+
+def _ends_of_lengths(cu_seq_lens, ids) -> torch.Tensor:
+    """Flags `(batch, length)` from the places where documents begin, `(documents + 1,)`."""
+    check_integers(cu_seq_lens, "cu_seq_lens_q")
+    if cu_seq_lens.ndim != 1 or len(cu_seq_lens) < 2:
+        raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)}: it must be (documents + 1,).")
+    places = torch.arange(ids.numel(), device=ids.device)  # (batch * length,)
+    last = torch.isin(places, cu_seq_lens[1:].to(ids.device) - 1)  # (batch * length,)
+    return ends_where(last.view(ids.shape)[:, :-1])  # (batch, length)
+
+
+def _checked_borders(told, name: str, position_ids, cache: Cache | None, looks: bool) -> torch.Tensor | None:
+    """Borders `(batch, length)` that an argument names, if the positions name the same and no cache is in the way."""
+    if not looks:
+        return told
+    if not bool(told.any()):
+        return None
+    if cache is not None:
+        raise ValueError(f"{name} parts the row into documents, which are read at once: pass use_cache=False.")
+    if position_ids is not None and position_ids.ndim == 2:
+        steps = position_ids.to(told.device).expand(len(told), -1).diff(dim=1)  # (batch, length - 1)
+        if bool((told[:, :-1] & (steps == 1)).any()):
+            raise ValueError(
+                f"{name} ends a document where position_ids go on: attention that looks at positions would read across "
+                "it. Let positions restart at 0 in every document."
+            )
+    return told
 
 
 def goes_on(positions: list[list[int]]) -> bool:
@@ -178,6 +235,29 @@ def is_flat(attention_mask) -> bool:
 def ends_where(borders: torch.Tensor) -> torch.Tensor:
     """Flags `(batch, length)` from borders `(batch, length - 1)` between neighbours."""
     return F.pad(borders, (0, 1))  # (batch, length)
+
+
+def refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | None) -> None:
+    """Raises ValueError if a text begins at a position above 0, so that the tokens before it are missing.
+
+    That is how serving engines call a model: one row with the next token of many requests, and a cache that only they
+    know. Every token would look like the first of a document.
+    """
+    if seen_positions(cache):
+        return
+    alive = torch.ones_like(positions, dtype=torch.bool) if alive is None else alive  # (batch, length)
+    if packed:
+        wrong = F.pad(steps != 1, (1, 0), value=True) & alive & (positions != 0)  # (batch, length)
+    else:  # pads may be counted too
+        places = torch.arange(positions.shape[1], device=positions.device)  # (length,)
+        wrong = (alive.cumsum(1) == 1) & alive & (positions > places)  # (batch, length)
+    if bool(wrong.any()):
+        row, place = (int(number) for number in wrong.nonzero()[0])
+        raise ValueError(
+            f"position_ids have {int(positions[row, place])} at token {place} of row {row}, and the tokens before it "
+            "are neither in the row nor in a cache: their n-grams are unknown. Pass the cache or the whole text; "
+            "positions of every document begin at 0. Where they mean something else, pass engram_segment_ids."
+        )
 
 
 def refuse_restarts(positions, alive, attention_mask, cache: Cache | None) -> None:

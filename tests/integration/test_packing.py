@@ -249,3 +249,61 @@ def test_trainer_trains_on_flattened_batches(documents, tiny_engram, tmp_path):
             if text.shape[1] > 1
         ]
     assert losses[EngramTrainer] == pytest.approx(float(sum(sums)) / 14, abs=TOLERANCE)
+
+
+# What collators and engines say about documents, in their own words.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("told", ["seq_idx", "cu_seq_lens_q", "both", "with positions"])
+def test_borders_by_any_name_are_the_memorys_borders(told, documents, tiny_engram):
+    model, ids = tiny_engram(trained=True), torch.cat(documents, dim=1)
+    lengths = torch.tensor([0, *(text.shape[1] for text in documents)]).cumsum(0).int()
+    words = {"seq_idx": segments_of(documents).int(), "cu_seq_lens_q": lengths}
+    given = words if told in ("both", "with positions") else {told: words[told]}
+    wanted = model(ids, engram_segment_ids=segments_of(documents), use_cache=False).logits  # attention reads on
+    if told == "with positions":
+        given = {**given, "position_ids": positions_of(documents)}
+        wanted = alone(model, documents)
+    found = model(ids, **given, cu_seq_lens_k=lengths, use_cache=False).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    assert (model(ids, use_cache=False).logits - found).abs().max() > 0.1, "control: unparted"
+
+
+@torch.no_grad()
+def test_borders_that_differ_are_refused(documents, tiny_engram):
+    model, ids = tiny_engram(trained=True), torch.cat(documents, dim=1)
+    lengths, whole = torch.tensor([0, 3, ids.shape[1]]).int(), torch.arange(ids.shape[1])[None]
+    with pytest.raises(ValueError, match="part the row into other documents"):
+        model(ids, seq_idx=segments_of(documents), cu_seq_lens_q=lengths, use_cache=False)
+    with pytest.raises(ValueError, match="cu_seq_lens_q ends a document where position_ids go on"):
+        model(ids, position_ids=whole, cu_seq_lens_q=lengths, use_cache=False)
+    with pytest.raises(ValueError, match="cu_seq_lens_q parts the row.*use_cache=False"):
+        model(ids, cu_seq_lens_q=lengths, use_cache=True)
+    model(ids, cu_seq_lens_q=lengths[::2], use_cache=True)  # the control: one document
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [[[5, 17, 9]], [[4]], [[0, 1, 2, 7, 8]], [[3, 4, 5]]])
+def test_a_document_without_its_beginning_is_refused(positions, tiny_engram):
+    """An engine's pass: the next tokens of many requests in one row, with a cache that the model does not see."""
+    model, positions = tiny_engram(trained=True), torch.tensor(positions)
+    ids = torch.arange(positions.shape[1])[None] * 9 + 5
+    for mask in (None, torch.ones_like(ids))[: 2 if positions[0, 0] else 1]:
+        with pytest.raises(ValueError, match="tokens before it are neither in the row nor in a cache"):
+            model(ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    model(ids, position_ids=positions, engram_segment_ids=torch.zeros_like(ids), use_cache=False)
+    model.backbone(ids, position_ids=positions, use_cache=False)  # the control: it is for the memory alone
+
+
+@torch.no_grad()
+def test_serving_engines_are_refused(tiny_engram):
+    model = tiny_engram()
+    assert not model.is_backend_compatible() and model.backbone.is_backend_compatible()
+    before = model.backbone.config._attn_implementation
+    for attention in ("vllm", "sglang", "paged|sdpa"):
+        model.backbone.config._attn_implementation = attention
+        with pytest.raises(NotImplementedError, match="belongs to a serving engine"):
+            model(torch.tensor([[5, 6]]))
+    model.backbone.config._attn_implementation = before
+    model(torch.tensor([[5, 6]]))

@@ -158,9 +158,11 @@ def test_a_handful_of_positions_is_refused_as_any_number_is(past, batch, length,
         assert said == "None" or not rising
 
 
-def test_without_a_cache_a_leap_of_positions_begins_a_document():
-    ids, leap = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[1, 2, 4]])
-    assert document_ends(ids, None, None, leap, None, None).tolist() == [[False, True, False]]
+def test_without_a_cache_a_return_to_position_0_begins_a_document_and_a_leap_is_refused():
+    ids, back, leap = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1, 4]])
+    assert document_ends(ids, None, None, back, None, None).tolist() == [[False, True, False]]
+    with pytest.raises(ValueError, match="position_ids have 4 at token 2 of row 0"):
+        document_ends(ids, None, None, leap, None, None)
     assert document_ends(ids, None, None, leap, None, DynamicCache()) is None  # the control
 
 
