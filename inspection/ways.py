@@ -9,6 +9,7 @@ Source: Transformers 5.23, `generation/utils.py` and `cache_utils.py`.
 import copy
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +17,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from engram_transformers.compat_engram import CACHE
+from engram_transformers.compat_engram import CACHE, data_parallel_replica, undo_compile
+from engram_transformers.memory_engram import find_decoder_layers
 
 
 SEED = 0
@@ -304,6 +306,48 @@ def assisted(by_itself: bool, **options):
     return lambda s: one_by_one(assistant_model=s.model if by_itself else s.assistant, **options)(s)
 
 
+def with_compiled_layers(s: Subject) -> list[Reading]:
+    """Reads with every decoder layer compiled by itself, as `accelerate.utils.compile_regions` does."""
+    backbone = s.model.backbone if s.has_memory else s.model
+    layers = find_decoder_layers(backbone, backbone.config.get_text_config(decoder=True).num_hidden_layers)
+    torch.compiler.reset()
+    for layer in layers:
+        layer.compile(backend="eager")
+    try:
+        return [Reading(prompt, s.read(prompt[None])[0], 0) for prompt in s.prompts]
+    finally:
+        for layer in layers:
+            undo_compile(layer)
+
+
+def in_threads(s: Subject) -> list[Reading]:
+    """Reads all prompts at the same time, each in a thread."""
+    with ThreadPoolExecutor(len(s.prompts)) as threads:
+        logits = list(threads.map(lambda prompt: s.read(prompt[None])[0], s.prompts))
+    return [Reading(prompt, read, 0) for prompt, read in zip(s.prompts, logits, strict=True)]
+
+
+def nested(s: Subject) -> list[Reading]:
+    """Reads another prompt in the middle of reading one."""
+    backbone = s.model.backbone if s.has_memory else s.model
+    layers = find_decoder_layers(backbone, backbone.config.get_text_config(decoder=True).num_hidden_layers)
+    outer, inner = s.prompts[0], s.prompts[1]
+    readings = []
+
+    def read_inner(*_):
+        handle.remove()
+        readings.append(Reading(inner, s.read(inner[None])[0], 0))
+
+    handle = layers[0].register_forward_pre_hook(read_inner)
+    readings.append(Reading(outer, s.read(outer[None])[0], 0))
+    return readings
+
+
+def replicated(s: Subject) -> list[Reading]:
+    data_parallel_replica(s.model)(s.prompts[0][None])
+    raise AssertionError("a replica of nn.DataParallel was not declined")
+
+
 def batched_continuously(s: Subject) -> list[Reading]:
     s.model.init_continuous_batching()
     raise AssertionError("continuous batching was not declined")
@@ -355,5 +399,9 @@ WAYS = [
     Way("cache.batch_repeat_interleave", changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
     Way("cache.batch_select_indices", changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0])),
     Way("inputs_embeds", **greedy(embedded)),
+    Way("compiled layers", with_compiled_layers),
+    Way("threads", in_threads),
+    Way("a pass inside a pass", nested),
+    Way("nn.DataParallel", replicated, refused=RuntimeError),
     Way("continuous batching", batched_continuously, refused=NotImplementedError),
 ]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.utils import cached_file, logging
 
+from .compat_engram import carries_adapters, mark_loaded, set_carries_adapters
 from .memory_engram import EngramMemory
 from .pack_engram import (
     ADAPTER_NAME,
@@ -84,7 +85,7 @@ class EngramAdapterMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
         """As in [`EngramCheckpointMixin`]; a model with adapters saves the active one, and its memory beside it."""
-        if not getattr(self, "_hf_peft_config_loaded", False):
+        if not carries_adapters(self):
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             return
         with memory_beside(self, [Path(save_directory)] if is_main_process else []):
@@ -114,10 +115,11 @@ def take_over_adapters(model: nn.Module) -> None:
     """Makes adapters that are in a backbone the model's own, as `load_adapter` would have left them."""
     settings = model.backbone.__dict__.pop("peft_config", None)
     if settings:
-        model.backbone._hf_peft_config_loaded = False
+        set_carries_adapters(model.backbone, False)
         for module in model.backbone.modules():
-            module._is_hf_initialized = True  # Transformers would give adapter layers fresh weights
-        model.peft_config, model._hf_peft_config_loaded = settings, True
+            mark_loaded(module)  # Transformers would give adapter layers fresh weights
+        model.peft_config = settings
+        set_carries_adapters(model, True)
 
 
 @torch.no_grad()

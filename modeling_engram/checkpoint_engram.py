@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
+from .compat_engram import carries_adapters
 from .configuration_engram import EngramFormatError
 from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
 from .mode_engram import set_train_mode
@@ -147,7 +148,7 @@ class EngramCheckpointMixin:
         Raises:
             `ValueError`: for arguments that the format has no place for.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):  # adapters only, no tables
+        if carries_adapters(self):  # adapters only, no tables
             super().save_pretrained(
                 save_directory, is_main_process, state_dict, push_to_hub, max_shard_size=max_shard_size, **kwargs
             )

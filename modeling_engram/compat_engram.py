@@ -2,9 +2,9 @@
 
 What it chooses: behaviour is probed or read off a signature, and versions are compared only in messages, so that code
 which travels with a checkpoint has the best chance under a later release.
-Promises: no other module of the package asks for a version or depends on the name of the cache argument. Never patches
-another package.
-Source: transformers 5.20 to 5.24.
+Promises: every private name that is touched here or overridden elsewhere is in `private_names_engram.py`. No other
+module asks for a version or depends on the name of the cache argument. Never patches another package.
+Source: transformers 5.20 to 5.24, torch 2.13, accelerate 1.15, peft 0.21.
 """
 
 import functools
@@ -22,6 +22,8 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
+
+from .private_names_engram import PRIVATE_NAMES
 
 
 # What models of this Transformers call the cache, in arguments and in outputs: "cache" since 5.24. The old name is
@@ -107,6 +109,130 @@ def is_replica(module: nn.Module) -> bool:
     return getattr(module, "_is_replica", False)
 
 
+def data_parallel_replica(module: nn.Module) -> nn.Module:
+    """A replica of a module as nn.DataParallel makes it, whose public function wants several GPUs."""
+    return module._replicate_for_data_parallel()
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Takes back `module.compile()`, for which torch has no public way."""
+    module._compiled_call_impl = None
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook is registered that runs at every module."""
+    return torch.nn.modules.module._has_any_global_hook()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode gradients are being computed."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def written(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to."""
+    return tensor._version
+
+
+def wrapper_subclass(cls: type, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of a subclass that has the shape, dtype and device of another one, and no storage."""
+    return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+
+
+# What gradient scalers call for lists of gradients.
+UNSCALE = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+
+
+def keeps_own_state(backbone: nn.Module) -> bool:
+    """Whether a backbone keeps its state elsewhere than in a `Cache` that `generate` makes."""
+    on_modules = hasattr(backbone.base_model, "_setup_cache")  # recurrent_gemma
+    return on_modules or not backbone._supports_default_dynamic_cache()
+
+
+# What Transformers asks of a class and only the backbone knows: whether states can be rolled back, what compiles, and
+# which kinds of attention there are.
+_TRAITS = (
+    "_is_stateful",
+    "_can_compile_fullgraph",
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+)
+
+
+def take_over_traits(model: nn.Module, backbone: nn.Module) -> None:
+    """Lets a model answer what its backbone's class would."""
+    for name in _TRAITS:
+        if hasattr(backbone, name):
+            setattr(model, name, getattr(backbone, name))
+
+
+def take_over_attention(config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:
+    """The kind of attention that a backbone was made with."""
+    config._attn_implementation = backbone._attn_implementation
+
+
+def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
+    """Names of parameters and buffers that DistributedDataParallel leaves alone."""
+    model._ddp_params_and_buffers_to_ignore = names
+
+
+def left_out_of_ddp(model: nn.Module) -> list[str]:
+    """What `leave_out_of_ddp` was given."""
+    return model._ddp_params_and_buffers_to_ignore
+
+
+def is_loaded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor was filled from a checkpoint, so that nothing may initialise it."""
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def mark_loaded(module: nn.Module) -> None:
+    """Keeps Transformers from giving a module fresh weights."""
+    module._is_hf_initialized = True
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether Transformers has put an adapter of PEFT into a model."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def set_carries_adapters(model: nn.Module, carries: bool) -> None:
+    """Tells Transformers whether a model has an adapter."""
+    model._hf_peft_config_loaded = carries
+
+
+def adapter_reaches(tuner, config, name: str) -> bool:
+    """Whether a tuner of PEFT would adapt the module `name`."""
+    return bool(tuner._check_target_module_exists(config, name))
+
+
+def register_adapter_layer(config, layers: dict[type, type]) -> None:
+    """Tells PEFT's LoRA which of its layers to put around which of ours."""
+    config._register_custom_module(layers)
+
+
+def check_parent(parent: type, path: str) -> None:
+    """Refuses to build on a class that has lost a private method which one of ours stands in for, or calls.
+
+    A method under a name that was dropped is never called, and nothing else would say so.
+
+    Args:
+        parent (`type`): a class of another package.
+        path (`str`): its dotted path in `PRIVATE_NAMES`.
+
+    Raises:
+        `ImportError`: naming the methods and the version.
+    """
+    names = [p.name.removeprefix(f"{path}.") for p in PRIVATE_NAMES if p.name.startswith(f"{path}.")]
+    if missing := [name for name in names if not hasattr(parent, name)]:
+        raise ImportError(
+            f"{path} of transformers {transformers_version} has no {missing}, which this package builds on: install "
+            "transformers older than 5.25, or a newer engram-transformers."
+        )
+
+
 # Attention that reads keys and values from an engine's own pages.
 ENGINES = ("vllm", "sglang", "paged")
 
@@ -119,7 +245,7 @@ def refuse_engine(config: PreTrainedConfig) -> None:
     Args:
         config (`PreTrainedConfig`): of the backbone.
     """
-    attention = config._attn_implementation
+    attention = config._attn_implementation  # nothing public tells it
     if isinstance(attention, str) and any(name in attention for name in ENGINES):
         raise NotImplementedError(
             f"attention {attention!r} belongs to a serving engine, which hands over the next tokens of many requests "

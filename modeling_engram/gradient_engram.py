@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from .compat_engram import UNSCALE, wrapper_subclass
+
 
 aten = torch.ops.aten
 
@@ -35,7 +37,7 @@ class RowGradient(torch.Tensor):
 
     @staticmethod
     def __new__(cls, part: torch.Tensor, rows: torch.Tensor, row_values: torch.Tensor):
-        return torch.Tensor._make_wrapper_subclass(cls, part.shape, dtype=part.dtype, device=part.device)
+        return wrapper_subclass(cls, part)
 
     def __init__(self, part: torch.Tensor, rows: torch.Tensor, row_values: torch.Tensor):
         self.rows, self.row_values, self.applied, self.exchanged = rows, row_values, False, False
@@ -90,7 +92,7 @@ ON_VALUES = {
     aten.div_.Tensor: in_place,
     aten.zero_.default: in_place,
     aten.detach.default: same_rows,
-    aten._amp_foreach_non_finite_check_and_unscale_.default: on_lists,
+    UNSCALE: on_lists,
 }
 
 

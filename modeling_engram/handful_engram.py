@@ -12,10 +12,9 @@ Source: docs/performance.md, decode.
 """
 
 import torch
-from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
 
 from .cache_engram import EngramCacheLayer
+from .compat_engram import has_global_hooks, in_forward_mode
 from .hashing_engram import is_handful
 from .offload_engram import EngramRowsHook
 from .table_engram import EngramTable, OrderRows
@@ -91,9 +90,9 @@ def memory_is_at_hand(memory) -> bool:
     What modules hold is taken from their dictionaries: an attribute of a module costs a microsecond.
     """
     hashing = memory.hashing
-    if not (hashing._buffers["token_map"].is_cpu and is_bare(hashing)) or _has_any_global_hook():
+    if not (hashing._buffers["token_map"].is_cpu and is_bare(hashing)) or has_global_hooks():
         return False
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return False
     layers = memory.layers._modules.values()
     if not all(layer._modules["key_value"]._parameters["weight"].is_cpu for layer in layers):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .compat_engram import written
 from .compression_engram import DEAD, appended_from, token_map_sha256
 from .configuration_engram import EngramFormatError
 from .constants_engram import HashConstants, check_constants, derive_constants
@@ -293,12 +294,12 @@ class NgramHasher(nn.Module):
         """What `make` makes of constants; anew when one of them was replaced or written to."""
         buffers = self._buffers
         seen, made = self.__dict__.get(f"known_{what}", (None, None))
-        if seen is None or not all(buffers[name] is tensor and tensor._version == v for name, tensor, v in seen):
+        if seen is None or not all(buffers[name] is tensor and written(tensor) == v for name, tensor, v in seen):
             tensors = [buffers[name] for name in names]
             made = make(*tensors)
             # Writes to a tensor that was made in inference mode are not counted: nothing is kept.
             counted = not any(tensor.is_inference() for tensor in tensors)
-            seen = [(name, buffers[name], buffers[name]._version) for name in names] if counted else None
+            seen = [(name, buffers[name], written(buffers[name])) for name in names] if counted else None
             self.__dict__[f"known_{what}"] = seen, made
         return made
 

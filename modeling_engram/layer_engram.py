@@ -13,10 +13,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_engram import EngramCacheLayer, with_front
+from .compat_engram import in_forward_mode
 from .hashing_engram import is_at_hand
 
 
@@ -150,7 +150,7 @@ class EngramLayer(GradientCheckpointingLayer):
             hidden_states.numel() == self.hidden_size
             and segments is None
             and not torch.is_grad_enabled()
-            and forward_ad._current_level < 0
+            and not in_forward_mode()
             and is_at_hand(hidden_states)
             and (alive is None or alive.item())
         )

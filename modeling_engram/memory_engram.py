@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_engram import EngramCacheLayer, engram_cache_layer
-from .compat_engram import cache_argument, counts_positions
+from .compat_engram import cache_argument, counts_positions, keeps_own_state
 from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
@@ -446,8 +446,7 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
             "so the memory's history could not be checked against it. Engram cannot be inserted into this backbone."
         )
     takes_cache = cache_argument(backbone.forward) is not None
-    keeps_own = hasattr(backbone.base_model, "_setup_cache")  # recurrent_gemma: on its modules
-    if not takes_cache or keeps_own or not backbone._supports_default_dynamic_cache():
+    if not takes_cache or keeps_own_state(backbone):
         raise ValueError(
             f"{type(backbone).__name__} takes no cache that Transformers makes: its state is elsewhere and the "
             "memory's history could not be kept with it. Engram cannot be inserted into this backbone."

@@ -80,7 +80,7 @@ class EngramRowsHook(ModelHook):
         else:  # transformers looks at where an embedding's weight is
             module.__dict__["weight"] = torch.empty(parts["weight"].shape, dtype=parts["weight"].dtype, device="meta")
         self.handles = [
-            module._register_state_dict_hook(self.add_to_state_dict),
+            module.register_state_dict_post_hook(self.add_to_state_dict),
             module.register_load_state_dict_pre_hook(self.take_from_state_dict),
         ]
         return module

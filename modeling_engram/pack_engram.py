@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import __version__ as transformers_version
 
+from .compat_engram import transformers_version
 from .configuration_engram import EngramFormatError
 from .overlay_engram import part_shape, read_part, write_part
 from .placement_engram import named_orders
@@ -245,7 +245,7 @@ def base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, st
             "this memory came from no checkpoint, and a pack holds what differs from one: name it (base=...), or keep "
             "the model whole (model.save_pretrained(folder))."
         )
-    return files, os.path.abspath(files.folder) if files.locate is None else str(model.config._name_or_path)
+    return files, os.path.abspath(files.folder) if files.locate is None else str(model.config.name_or_path)
 
 
 def base_digest(config, files: CheckpointTables, changed: dict[str, torch.Tensor]) -> str:

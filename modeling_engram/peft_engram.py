@@ -31,6 +31,7 @@ from .adapters_engram import (
     take_over_adapters,
     take_pack,
 )
+from .compat_engram import adapter_reaches, register_adapter_layer
 from .layer_engram import Projection
 from .memory_engram import MEMORY_PREFIX
 
@@ -203,7 +204,7 @@ def refuse_memory(tuner, config, model) -> None:
             )
     if getattr(config, "target_modules", None) is None or str(config.target_modules).lower() == "all-linear":
         return
-    found = [name for name in modules if tuner._check_target_module_exists(config, name)]
+    found = [name for name in modules if adapter_reaches(tuner, config, name)]
     others = [name for name in found if name.rpartition(".")[2] != PROJECTION]
     kind = getattr(config.peft_type, "value", config.peft_type)
     if others or (found and kind != "LORA"):
@@ -212,7 +213,7 @@ def refuse_memory(tuner, config, model) -> None:
             f"projections ({PROJECTION!r}) can be adapted, by LoRA; model.train_mode('memory+lora') trains all of it."
         )
     if found:
-        config._register_custom_module({Projection: lora_for_projections()})
+        register_adapter_layer(config, {Projection: lora_for_projections()})
 
 
 @functools.cache

@@ -25,9 +25,13 @@ from .compat_engram import (
     OLD_NAME,
     cache_argument,
     is_checkpointing,
+    is_loaded,
     is_replica,
+    leave_out_of_ddp,
     refuse_checkpointing,
     refuse_engine,
+    take_over_attention,
+    take_over_traits,
     with_cache_named,
     without_checkpointing,
 )
@@ -56,17 +60,6 @@ from .table_engram import EngramTable
 
 
 logger = logging.get_logger(__name__)
-
-# What Transformers asks of a class and only the backbone knows: whether states can be rolled back, what compiles, and
-# which kinds of attention there are.
-BACKBONES_TRAITS = (
-    "_is_stateful",
-    "_can_compile_fullgraph",
-    "_supports_sdpa",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_attention_backend",
-)
 
 
 class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTrainedModel):
@@ -97,19 +90,18 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             )
         self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
         config.text_config = self.backbone.config  # one object: a resized vocabulary is known to both
-        config._attn_implementation = self.backbone.config._attn_implementation
+        take_over_attention(config, self.backbone.config)
         self.backbone.is_custom_code = leaves_conversions_to_base_model
         take_over_quantiser(self, self.backbone)
         # Transformers leaves out modules of custom code that have no tensor of their own left to fill; falcon_h1 fills
         # its layers' buffers from such a one. What counts is whose code the backbone is.
         self.is_custom_code = type(self.backbone).is_custom_code
-        for name in BACKBONES_TRAITS:
-            setattr(self, name, getattr(self.backbone, name))
+        take_over_traits(self, self.backbone)
         self.memory = EngramMemory(config, token_map, hold_tables)
         self.checkpoint_tables: CheckpointTables | None = None
         # Where DDP looks, under the names that the model has alone and inside of PEFT's.
         left_out = self.memory.names_without_ddp()
-        self._ddp_params_and_buffers_to_ignore = left_out + [f"base_model.model.{name}" for name in left_out]
+        leave_out_of_ddp(self, left_out + [f"base_model.model.{name}" for name in left_out])
         # By whether the whole backbone runs, or its base model.
         self.cache_arguments = {
             True: cache_argument(self.backbone.forward) or CACHE,
@@ -149,7 +141,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         Raises:
             [`EngramFormatError`]: if the token map is lost, which the configuration knows by its digest alone.
         """
-        if hasher.token_map.device.type == "meta" or getattr(hasher.token_map, "_is_hf_initialized", False):
+        if hasher.token_map.device.type == "meta" or is_loaded(hasher.token_map):
             return  # not there yet, or from a checkpoint, and checked when that is loaded
         if self.config.engram_token_map_sha256 is not None:
             hasher.check(self.config)
@@ -162,7 +154,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
     def init_engram_layer(self, layer: EngramLayer) -> None:
         """Fresh dense weights: keys and value normal with deviations of their own, norms 1, convolution 0."""
         weight = layer.key_value.weight
-        if not getattr(weight, "_is_hf_initialized", False):
+        if not is_loaded(weight):
             keys, value = weight.split([len(weight) - layer.hidden_size, layer.hidden_size])
             keys.normal_(0.0, layer.key_std)
             value.normal_(0.0, layer.value_std)

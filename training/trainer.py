@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters_engram import inside
+from ..compat_engram import check_parent, left_out_of_ddp
 from ..gradient_engram import row_gradient
 from ..mode_engram import adapter_parameters
 from ..pack_engram import ADAPTER_NAME, PACK_NAME, load_memory_pack, save_memory_pack
@@ -49,6 +50,9 @@ class EngramTrainingArguments(TrainingArguments):
     table_optimizer: str = field(default="adam")
     table_state_dtype: str = field(default="float32")
     anchor: float = field(default=0.0)
+
+
+check_parent(Trainer, "transformers.Trainer")
 
 
 class EngramTrainerMixin:
@@ -103,7 +107,7 @@ class EngramTrainerMixin:
         return self.optimizer
 
     def _wrap_model(self, model, training=True, dataloader=None):
-        left_out = self.engram._ddp_params_and_buffers_to_ignore
+        left_out = left_out_of_ddp(self.engram)
         dense = any(p.requires_grad for name, p in self.model.named_parameters() if name not in left_out)
         if training and self.args.world_size > 1 and not dense:  # DDP refuses a model of which it has nothing to train
             prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)

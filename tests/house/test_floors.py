@@ -38,6 +38,7 @@ FLOORS = {
     "shards_engram": 5,
     "rows_engram": 6,
     "overlay_engram": 7,
+    "private_names_engram": 1,
     "compat_engram": 2,
     "cache_engram": 6,
     "fetch_engram": 7,

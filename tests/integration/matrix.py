@@ -30,8 +30,9 @@ BACKBONES_OWN = {
 NO_ROLLBACK = ("assisted by itself", "assisted by another", "prompt lookup")
 BATCH_CHANGES = ("cache.batch_repeat_interleave", "cache.batch_select_indices")
 
-# Cells that are refused, and what the error says. All but the first are the plain backbone's own refusals.
+# Cells that are refused, and what the error says. All but the first two are the plain backbone's own refusals.
 REFUSALS = {(row, "continuous batching"): "keeps no n-gram history" for row in ROWS}
+REFUSALS |= {(row, "nn.DataParallel"): "torchrun or accelerate launch" for row in ROWS}
 for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
     REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in NO_ROLLBACK}
 for row in ("deepseek_v4", "deepseek_v4_compressed"):
