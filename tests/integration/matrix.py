@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from engram_transformers.compat_engram import CACHE
 from engram_transformers.inspection import GenerationReport, check_generation
 from engram_transformers.inspection.ways import WAYS
 from tests.tiny import engram_on
@@ -23,6 +24,7 @@ BACKBONES_OWN = {
     ("deepseek_v4_compressed", "packed documents"): "it compresses tokens of neighbouring documents",
     ("gpt_oss", "packed documents"): "it makes its masks without position_ids and reads on into the next document",
     ("lfm2", "packed documents"): "its convolution runs over borders",
+    ("lfm2", "prompt lookup, static cache"): "it makes no mask for a static cache that is cropped",
     ("falcon_h1", "packed documents"): "its state runs over borders",
     ("falcon_h1", "cache.crop"): "its recurrent state is not rolled back",
 }
@@ -39,6 +41,14 @@ for row in ("deepseek_v4", "deepseek_v4_compressed"):
     REFUSALS |= {(row, way): "compressed" for way in ("static cache", "static cache, left padding")}
     REFUSALS |= {(row, way): "size" for way in (*BATCH_CHANGES, "cache.crop")}
     REFUSALS[row, "DynamicCache() of the user"] = "store_compression_weights"
+STATIC_ROLLBACK = ("assisted, static cache", "prompt lookup, static cache")
+if CACHE == "past_key_values":  # before 5.24
+    REFUSALS |= {(row, way): "not supported with Static cache" for row in ROWS for way in STATIC_ROLLBACK}
+else:
+    for row in ("mistral", "qwen2", "smollm3", "gemma2", "gemma3", "gpt_oss"):  # windows over static caches
+        REFUSALS |= {(row, way): "requires a cache that can be cropped" for way in STATIC_ROLLBACK}
+for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
+    REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in STATIC_ROLLBACK}
 for row in ("lfm2", "falcon_h1"):
     REFUSALS[row, "DynamicCache() of the user"] = "Cannot get conv state"
 REFUSALS |= {("lfm2", way): "'LinearAttentionLayer' object has no attribute" for way in BATCH_CHANGES}

@@ -105,8 +105,8 @@ def test_a_static_cache_that_records_the_past_gets_masks(tiny_engram):
     model = tiny_engram(trained=True)
     whole = model(IDS, use_cache=False).logits
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=20)
-    cache.activate_past_recording()
     model(IDS[:, :8], **{CACHE: cache}, use_cache=True)
+    cache.activate_past_recording()  # now that the memory has its layer, as assisted decoding does
     inputs = model.prepare_inputs_for_generation(IDS[:, :9], next_sequence_length=1, **{CACHE: cache}, use_cache=True)
     assert inputs["attention_mask"].ndim == 4
     assert model(**inputs).logits[:, 0].sub(whole[:, 8]).abs().max() < TOLERANCE
