@@ -250,11 +250,11 @@ def same_choice(ours: Reading, theirs: Reading, logits: torch.Tensor, subject: S
 def make_prompts(model: EngramForCausalLM, tokenizer) -> list[torch.Tensor]:
     """Three short prompts of different lengths, as ids."""
     if tokenizer is not None:
-        return [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+        return [torch.tensor(tokenizer(prompt)["input_ids"], device="cpu") for prompt in PROMPTS]
     token_map = model.memory.hashing.token_map.cpu()
     text = torch.nonzero(token_map >= 0).flatten()  # (ids that are text,)
     generator = torch.Generator().manual_seed(SEED)
-    return [text[torch.randint(len(text), (length,), generator=generator)] for length in (12, 9, 17)]
+    return [text[torch.randint(len(text), (length,), generator=generator, device="cpu")] for length in (12, 9, 17)]
 
 
 def pad_id(model: EngramForCausalLM) -> int:
@@ -308,7 +308,7 @@ def stand_in_memory(model: EngramForCausalLM):
             parameter = dict(layer.named_parameters()).get(name)
             if parameter is not None and (deviation is not None or not bool(parameter.any())):
                 kept.append((parameter, parameter.detach().clone()))
-                noise = torch.randn(parameter.shape, generator=generator) * (deviation or 0.04)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu") * (deviation or 0.04)
                 parameter.copy_(noise.to(parameter))
     try:
         yield

@@ -97,7 +97,7 @@ class Subject:
         bit, generator = torch.finfo(embeds.dtype).eps, torch.Generator().manual_seed(SEED)
         changes = []
         for _ in range(PERTURBATIONS):
-            signs = torch.randint(0, 2, embeds.shape, generator=generator).to(embeds) * 2 - 1
+            signs = torch.randint(0, 2, embeds.shape, generator=generator, device="cpu").to(embeds) * 2 - 1
             changed = self.model(inputs_embeds=embeds * (1 + bit * signs), **inputs).logits
             changes.append(float((changed - at_once).float().abs().max()))
         return min(max(changes), math.sqrt(bit) * float(at_once.abs().max()))
@@ -395,9 +395,15 @@ WAYS = [
     Way("copied cache", copied),
     Way("interleaved requests", interleaved),
     Way("cache.crop", cropped),
-    Way("cache.reorder_cache", changed_batch(lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0])),
+    Way(
+        "cache.reorder_cache",
+        changed_batch(lambda c: c.reorder_cache(torch.tensor([2, 0, 0], device="cpu")), [2, 0, 0]),
+    ),
     Way("cache.batch_repeat_interleave", changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
-    Way("cache.batch_select_indices", changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0])), [2, 0])),
+    Way(
+        "cache.batch_select_indices",
+        changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0], device="cpu")), [2, 0]),
+    ),
     Way("inputs_embeds", **greedy(embedded)),
     Way("compiled layers", with_compiled_layers),
     Way("threads", in_threads),

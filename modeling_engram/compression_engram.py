@@ -75,7 +75,7 @@ class TokenCompressor:
         """
         classes: dict[str, int] = {}
         ids = token_ids(tokenizer)
-        table = torch.full((max(ids, default=-1) + 1,), DEAD, dtype=torch.int64)
+        table = torch.full((max(ids, default=-1) + 1,), DEAD, dtype=torch.int64, device="cpu")
         for token_id in ids:
             table[token_id] = classes.setdefault(token_key(tokenizer, token_id), len(classes))
         return cls(table)
@@ -99,7 +99,7 @@ class TokenCompressor:
                 f"tokens were added without resizing. Call donor.resize_token_embeddings({known}) and save the donor "
                 "first, or use the tokenizer that the donor came with."
             )
-        token_map = torch.full((vocab_size,), DEAD, dtype=torch.int64)
+        token_map = torch.full((vocab_size,), DEAD, dtype=torch.int64, device="cpu")
         token_map[:known] = self.lookup_table
         return token_map
 
@@ -152,7 +152,9 @@ def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int 
         if len(given) >= first:
             given = torch.cat([given[:first], stored[first:].cpu(), given[len(stored) :]])  # (ids,)
     length = max(len(stored), len(given))
-    maps = [torch.cat([m.cpu(), torch.full((length - len(m),), DEAD)]) for m in (stored, given)]  # (ids,) each
+    maps = [
+        torch.cat([m.cpu(), torch.full((length - len(m),), DEAD, device="cpu")]) for m in (stored, given)
+    ]  # (ids,) each
     different = torch.nonzero(maps[0] != maps[1]).flatten().tolist()
     if different:
         ids = set(token_ids(tokenizer))

@@ -164,7 +164,10 @@ def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:
         )
     primes = torch.from_numpy(primes)
     return HashConstants(
-        torch.from_numpy(multipliers), primes, head_offsets(primes), torch.tensor([pad_class], dtype=torch.int64)
+        torch.from_numpy(multipliers),
+        primes,
+        head_offsets(primes),
+        torch.tensor([pad_class], dtype=torch.int64, device="cpu"),
     )
 
 

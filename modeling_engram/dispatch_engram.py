@@ -49,6 +49,15 @@ def align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     return [hook for hook in held_hooks(module) if isinstance(hook, AlignDevicesHook)]
 
 
+def computing_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where accelerate's hooks bring it, or where its first tensor is."""
+    hooks = [hook for inner in module.modules() for hook in align_hooks(inner)]
+    device = next((hook.execution_device for hook in hooks if hook.execution_device is not None), None)
+    if device is not None:
+        return torch.empty(0, device=device).device  # accelerate says `0` for the first accelerator
+    return next(module.parameters()).device
+
+
 def drop_align_hooks(module: nn.Module) -> None:
     """Takes accelerate's own hooks off a module without moving anything; other hooks stay."""
     kept = [hook for hook in held_hooks(module) if not isinstance(hook, AlignDevicesHook)]

@@ -67,7 +67,7 @@ class RowFetch:
     def unique_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows without repeats, and which of them each read is."""
         if self.device.type == "cpu" and (len(self.rows) <= FEW_ROWS or self.source.kind == "cpu"):
-            return self.rows, torch.arange(len(self.rows))  # finding repeats costs more than reading them
+            return self.rows, torch.arange(len(self.rows), device="cpu")  # finding repeats costs more than reading them
         return torch.unique(self.rows, return_inverse=True)
 
     def finish(self, rows: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:

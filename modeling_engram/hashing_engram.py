@@ -27,7 +27,7 @@ MANY = 2**14
 
 def identity_map(config) -> torch.Tensor:
     """The token map of a memory without compression: every id of the vocabulary is a class of its own."""
-    return torch.arange(config.text_config.vocab_size, dtype=torch.int64)
+    return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="cpu")
 
 
 class NgramHasher(nn.Module):
@@ -318,7 +318,7 @@ class NgramHasher(nn.Module):
         check_constants(self.constants, config)
         original = self.original_token_map(config.engram_compressed_vocab_size)
         digest = token_map_sha256(original)
-        identity = torch.equal(original.cpu(), torch.arange(len(original)))
+        identity = torch.equal(original.cpu(), torch.arange(len(original), device="cpu"))
         if config.engram_token_map_sha256 is None and identity:
             return
         if digest != config.engram_token_map_sha256:

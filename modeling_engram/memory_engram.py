@@ -259,11 +259,13 @@ class EngramMemory(nn.Module):
 
 
 def layer_device(layer: EngramLayer) -> torch.device:
-    """Where a layer computes, also while accelerate keeps its weights elsewhere."""
+    """Where a layer computes, also while accelerate or FSDP keep its weights elsewhere."""
     projection = layer.key_value
     if projection.weight.is_meta:
         device = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)
         return torch.device("cpu" if device is None else device)
+    if hasattr(projection.weight, "device_mesh"):
+        return torch.device(projection.weight.device_mesh.device_type)
     return projection.weight.device
 
 
@@ -359,12 +361,15 @@ class InsertMemory:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.shape)
         vectors, alive, segments = reads.vectors(self.layer_id), reads.mask, reads.segments
-        device = hidden_states.device
-        if vectors.device != device or reads.device != device:  # 10 microseconds each to find out in `.to`
-            vectors = vectors.to(device)
-            alive = None if alive is None else alive.to(device)
-            segments = None if segments is None else segments.to(device)
-        added = self.layer(hidden_states, vectors, alive, cache=reads.cache, segments=segments)
+        # A model over several devices: the layer computes where its weights are, and the stream stays where it is.
+        came_from, home, stream = hidden_states.device, layer_device(self.layer), hidden_states
+        if not came_from == vectors.device == reads.device == home:  # 10 microseconds each to find out in `.to`
+            stream, vectors = stream.to(home), vectors.to(home)
+            alive = None if alive is None else alive.to(home)
+            segments = None if segments is None else segments.to(home)
+        added = self.layer(stream, vectors, alive, cache=reads.cache, segments=segments)
+        if added.device != came_from:
+            added = added.to(came_from)
         # An addition and no update in place: the backbone may keep its stream for other uses.
         hidden_states = hidden_states + added
         if args:

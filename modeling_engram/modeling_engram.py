@@ -22,7 +22,9 @@ from .adapters_engram import unwrapped_donor
 from .cache_engram import seen_tokens
 from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
 from .configuration_engram import EngramConfig
+from .dispatch_engram import computing_device
 from .donor_engram import load_donor, recipe
+from .memory_engram import find_decoder_layers
 from .placement_engram import free_memory
 from .pretrained_engram import EngramPreTrainedModel
 from .sizes_engram import say_size
@@ -169,13 +171,18 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
         donor, tokenizer = load_donor(unwrapped_donor(donor), tokenizer, trust_remote_code=trust_remote_code, **kwargs)
         made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
+        # Each layer goes where its decoder layer computes, and its table with it.
+        decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)
+        places = {str(layer): computing_device(decoder_layers[layer]) for layer in made.config.engram_layer_ids}
         # Tables are made in host memory and then moved. Of two places that are one (a Mac's), one is not counted.
-        free = min(filter(None, free_memory(donor.device)), default=0)
+        free = min(filter(None, free_memory(places)), default=0)
         say_size(made.config, free, "memory", made.parameters)
         model = cls(made.config, backbone=donor, token_map=made.token_map)
         model.generation_config = donor.generation_config
-        model.memory.layers.to(device=donor.device, dtype=donor.dtype)
-        model.memory.to(device=donor.device)
+        model.memory.hashing.to(device=computing_device(donor.get_input_embeddings()))
+        for layer, device in places.items():
+            model.memory.layers[layer].to(device=device, dtype=donor.dtype)
+            model.memory.tables[layer].to(device=device)
         return model.eval()
 
     @takes_old_cache_name

@@ -28,7 +28,7 @@ class ChangedRows:
     def __init__(self, part: FilePart):
         self.part, self.stored = part, FileRows([part])
         self.index = RowIndex()
-        self.values = torch.empty(0, part.shape[1], dtype=part.dtype)  # (capacity, width)
+        self.values = torch.empty(0, part.shape[1], dtype=part.dtype, device="cpu")  # (capacity, width)
         self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # rows that a pass has read, ascending, and values
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class RowOverlay(FileRows):
         """Rows `(reads,)` in any order, as they are now: `(reads, width)`."""
         if not self.changed:
             return super().read(rows)
-        values = torch.empty(len(rows), self.width, dtype=self.dtype)
+        values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")
         stored = ~self.lay_over(rows, values)
         values[stored] = super().read(rows[stored])
         return values
@@ -116,8 +116,8 @@ class RowOverlay(FileRows):
         if not super().read_few(rows, buffer, slots):
             return False
         if self.changed:
-            size, values = self.row_bytes, torch.empty(len(rows), self.width, dtype=self.dtype)
-            changed, held = self.lay_over(torch.tensor(rows), values), as_bytes(values)
+            size, values = self.row_bytes, torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")
+            changed, held = self.lay_over(torch.tensor(rows, device="cpu"), values), as_bytes(values)
             for number in changed.nonzero().flatten().tolist():
                 buffer[slots[number] : slots[number] + size] = held[number * size : (number + 1) * size]
         return True
@@ -130,7 +130,7 @@ class RowOverlay(FileRows):
             values (`torch.Tensor` of shape `(rows, width)`): what they are.
         """
         height = self.parts[0].shape[0]
-        starts = torch.tensor([number * height for number in range(1, len(self.parts))])  # (parts - 1,)
+        starts = torch.tensor([number * height for number in range(1, len(self.parts))], device="cpu")  # (parts - 1,)
         bounds = [0, *torch.searchsorted(rows, starts).tolist(), len(rows)]
         for number, changes in enumerate(self.changes):
             own = slice(bounds[number], bounds[number + 1])
@@ -138,7 +138,7 @@ class RowOverlay(FileRows):
 
     def lay_over(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Writes changed rows over `values` `(reads, width)`; which of them were, `(reads,)`."""
-        over = torch.zeros(len(rows), dtype=torch.bool)
+        over = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
         height = self.parts[0].shape[0]
         place = part_of(rows, height, len(self.parts))
         for number, changes in enumerate(self.changes):
@@ -186,7 +186,9 @@ def overlay_from(parts: list[FilePart], requires_grad: bool, state: list) -> Row
 
 def stand_in(changes: ChangedRows, requires_grad: bool) -> nn.Parameter:
     """A parameter without rows that an optimizer holds for a part in a file."""
-    parameter = nn.Parameter(torch.empty(0, changes.part.shape[1], dtype=changes.part.dtype), requires_grad)
+    parameter = nn.Parameter(
+        torch.empty(0, changes.part.shape[1], dtype=changes.part.dtype, device="cpu"), requires_grad
+    )
     parameter.changes = changes
     return parameter
 

@@ -155,7 +155,7 @@ def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
     parts = named_parts(model)
     dense = dense_weights(model)
     tensors = checked_tensors(path, parts, dense)
-    none = torch.empty(0, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
     files = matching_base(model, base, header, {name: tensors.get(f"{name}.rows", none) for name in parts})
     # Everything that can fail comes before the first change.
     changes = []
@@ -258,7 +258,7 @@ def base_digest(config, files: CheckpointTables, changed: dict[str, torch.Tensor
         digest.update(name.encode() + data)
     for name, rows in changed.items():
         part = files.part(name)
-        sampled = torch.linspace(0, part.shape[0] - 1, SAMPLED_ROWS, dtype=torch.float64).long()
+        sampled = torch.linspace(0, part.shape[0] - 1, SAMPLED_ROWS, dtype=torch.float64, device="cpu").long()
         rows = torch.cat([sampled, rows]).unique()  # (sampled or changed,), ascending
         digest.update(f"{name} {part.shape} {part.dtype}".encode())
         digest.update(FileRows([part]).read(rows).view(torch.uint8).numpy().tobytes())
@@ -347,7 +347,9 @@ def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, to
         return rows[differs], values[differs]
     found = list(blocks_that_differ(part, stored))
     if not found:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, stored.shape[1], dtype=stored.dtype)
+        return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(
+            0, stored.shape[1], dtype=stored.dtype, device="cpu"
+        )
     return torch.cat([rows for rows, _, _ in found]), torch.cat([values for _, values, _ in found])
 
 
@@ -358,7 +360,9 @@ def undone(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Te
         return None
     found = list(blocks_that_differ(part, stored))
     if not found:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, stored.shape[1], dtype=stored.dtype)
+        return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(
+            0, stored.shape[1], dtype=stored.dtype, device="cpu"
+        )
     return torch.cat([rows for rows, _, _ in found]), torch.cat([was for _, _, was in found])
 
 
@@ -366,7 +370,7 @@ def blocks_that_differ(part: torch.Tensor, stored: FilePart) -> Iterator[tuple[t
     """Rows that differ, what they are in the model, and what they are in the file, block by block."""
     reader, height = FileRows([stored]), stored.shape[0]
     for first in range(0, height, BLOCK):
-        rows = torch.arange(first, min(height, first + BLOCK))
+        rows = torch.arange(first, min(height, first + BLOCK), device="cpu")
         held, was = read_part(part, rows.to(part.device)).to("cpu"), reader.read(rows)
         differs = unequal(held, was)
         if bool(differs.any()):

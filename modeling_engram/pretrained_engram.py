@@ -328,13 +328,13 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         >>> model = model.place_memory("disk")
         ```"""
         tables = self.memory.tables
+        devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
         check_placement(placement)
         self.memory.settle()
         files = self.checkpoint_tables if folder is None else self.tables_of(Path(folder))
         if placement == "auto":
             others = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith(TABLES_PREFIX))
-            placement = choose_placement(placed_bytes(tables), others, *free_memory(self.device))
-        devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
+            placement = choose_placement(placed_bytes(tables), others, *free_memory(devices))
         place_tables(tables, placement, files, devices, elsewhere=folder is not None, **settings)
         self.checkpoint_tables = files
         logger.info(self.describe_placement())

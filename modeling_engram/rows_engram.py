@@ -307,7 +307,7 @@ class FileRows:
         """
         check_range(rows, self.height)
         ascending, order = rows.sort()
-        values = torch.empty(len(rows), self.width, dtype=self.dtype)
+        values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")
         values[order] = self.read_runs(ascending)
         return values
 
@@ -316,7 +316,7 @@ class FileRows:
         if len(rows) > FEW_ROWS:
             return None
         if not len(rows):
-            return torch.empty(0, self.width, dtype=self.dtype)
+            return torch.empty(0, self.width, dtype=self.dtype, device="cpu")
         held = bytearray(len(rows) * self.row_bytes)
         if not self.read_few(rows.tolist(), memoryview(held), range(0, len(held), self.row_bytes)):
             return None
@@ -359,7 +359,7 @@ class FileRows:
         for part_runs in runs:
             part_runs.begin()
         found = [part_runs.finish() for part_runs in runs]
-        return torch.cat(found) if found else torch.empty(0, self.width, dtype=self.dtype)
+        return torch.cat(found) if found else torch.empty(0, self.width, dtype=self.dtype, device="cpu")
 
 
 class Runs:
@@ -378,7 +378,7 @@ class Runs:
         last = torch.cat([breaks, breaks.new_full((1,), len(rows))]) - 1  # (runs,)
         lengths = begin[last] + self.size - begin[first]  # (runs,)
         slots = lengths.cumsum(0) - lengths  # (runs,): where each run goes
-        self.scratch = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        self.scratch = torch.empty(int(lengths.sum()), dtype=torch.uint8, device="cpu")
         self.runs = list(zip(slots.tolist(), lengths.tolist(), (part.offset + begin[first]).tolist(), strict=True))
         run_of_row = torch.zeros_like(rows).index_fill_(0, breaks, 1).cumsum(0)  # (rows,)
         self.starts = (slots - begin[first])[run_of_row] + begin  # (rows,): where each row is among the runs

@@ -111,12 +111,12 @@ def leave_row_gradients(
         inside = place == index
         if bool(inside.any()):
             add_row_gradient(part, rows[inside] - index * part_height, values[inside])
-    return torch.zeros(1)
+    return torch.zeros(1, device="cpu")
 
 
 @leave_row_gradients.register_fake
 def anchor_shape(rows, values, part_height, parts):
-    return torch.zeros(1)
+    return torch.zeros(1, device="cpu")
 
 
 def keep_for_backward(ctx, inputs, output) -> None:
@@ -153,7 +153,7 @@ class GatherBrought(torch.autograd.Function):
         unique, summed = sum_rows(places.flatten(), gradients.reshape(-1, gradients.shape[-1]))
         host = ctx.rows.device
         leave_row_gradients(ctx.rows[unique.to(host)], summed.to(host), ctx.part_height, ctx.parts)
-        return torch.zeros(1), None, None, None, None, None
+        return torch.zeros(1, device="cpu"), None, None, None, None, None
 
 
 @dataclass

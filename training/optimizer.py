@@ -168,7 +168,7 @@ class EngramOptimizer(AdamW):
         values = [gradient.row_values if isinstance(gradient, RowGradient) else gradient for _, _, gradient in held]
         norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]  # cheaper than isfinite
         norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]  # of sharded weights
-        together = torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.zeros(0)
+        together = torch.stack([norm.to(norms[0].device) for norm in norms]) if norms else torch.zeros(0, device="cpu")
         finite = together.isfinite().tolist()
         if self.agree(all(finite)):
             return True

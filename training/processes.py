@@ -205,7 +205,7 @@ def check_same_rows(parts: list[torch.Tensor], device: torch.device, group) -> N
     digests = []
     for part in parts:
         gradient = row_gradient(part)
-        rows = torch.empty(0, dtype=torch.int64) if gradient is None else gradient.rows
+        rows = torch.empty(0, dtype=torch.int64, device="cpu") if gradient is None else gradient.rows
         chosen = rows[:: max(1, len(rows) // COMPARED)]
         held = read_part(part, chosen).contiguous().view(torch.uint8).cpu() if len(chosen) else rows
         digests.append(zlib.crc32(held.numpy().tobytes()))
@@ -239,7 +239,7 @@ def clip_gradients(trained, max_norm: float) -> torch.Tensor:
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
-    total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros(())
+    total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros((), device="cpu")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own 1e-6
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device))

@@ -151,8 +151,8 @@ class RowCounts:
     """How often each row of one order was read."""
 
     def __init__(self):
-        self.rows = torch.empty(0, dtype=torch.int64)  # (distinct,), ascending
-        self.counts = torch.empty(0, dtype=torch.int64)  # (distinct,)
+        self.rows = torch.empty(0, dtype=torch.int64, device="cpu")  # (distinct,), ascending
+        self.counts = torch.empty(0, dtype=torch.int64, device="cpu")  # (distinct,)
         self.waiting: list[torch.Tensor] = []
         self.reads = 0
 
@@ -168,7 +168,7 @@ class RowCounts:
         if self.waiting:
             fresh, times = torch.unique(torch.cat(self.waiting), return_counts=True)
             rows, places = torch.unique(torch.cat([self.rows, fresh]), return_inverse=True)
-            counts = torch.zeros(len(rows), dtype=torch.int64)
+            counts = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
             self.counts = counts.index_add_(0, places, torch.cat([self.counts, times]))
             self.rows, self.waiting = rows, []
 

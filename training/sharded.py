@@ -188,7 +188,7 @@ class ReadOverRanks(torch.autograd.Function):
         summed = torch.zeros(unique, gradients.shape[-1], device=gradients.device)  # (unique, width)
         summed.index_add_(0, places.flatten(), gradients.reshape(-1, gradients.shape[-1]).float())
         ctx.order.leave_gradient(ctx.asked, summed)
-        return torch.zeros(1), None, None
+        return torch.zeros(1, device="cpu"), None, None
 
 
 def row_bounds(height: int, ranks: int) -> list[int]:
