@@ -135,6 +135,8 @@ class EngramMemory(nn.Module):
 
     def named_parts(self) -> dict[str, torch.Tensor]:
         """What an optimizer holds for the parts of all tables by their state-dict names, wherever they are."""
+        for _, order in named_orders(self.tables):
+            order.restore_dtype()
         resident = self.tables.named_parameters(prefix=TABLES_PREFIX.rstrip("."))
         return {**dict(resident), **dict(self.named_host_parts())}
 

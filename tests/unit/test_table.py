@@ -245,8 +245,9 @@ def test_gradients_move_with_their_table():
         lambda module: module.to(torch.bfloat16),
         lambda module: module.to("cpu", torch.float16),
         lambda module: module.to("cpu"),
+        lambda module: [own.to(torch.bfloat16) for own in module.modules() if not list(own.children())][-1],
     ],
-    ids=["half", "float", "double", "to_bfloat16", "to_device_and_float16", "to_device"],
+    ids=["half", "float", "double", "to_bfloat16", "to_device_and_float16", "to_device", "each_module_by_itself"],
 )
 def test_no_change_of_type_reaches_a_table(change, dtype):
     module = torch.nn.ModuleDict(
