@@ -203,7 +203,7 @@ def test_torchs_zero_grad_drops_every_row_gradient():
     assert list(with_row_gradients(table.parameters())) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch's scaler takes no float16 gradients
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_clipping_and_scaler_reach_rows(dtype):
     table = filled([20, 30], 3, 1, dtype)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
