@@ -3,11 +3,13 @@
 What it chooses: it is the parameter's own `.grad`, a tensor that claims the table's shape and stores its rows alone. So
 whatever measures, clips or unscales gradients (torch's clipping, Trainer, Accelerate, gradient scalers) reaches rows
 without knowing of them, and an optimizer that cannot update a table by rows raises an error instead of skipping it.
-Promises: its size is that of the rows that were read, whatever the size of the table. Never becomes a dense tensor.
+Promises: its size is that of the rows that were read, whatever the size of the table; a gradient that no optimizer will
+ever apply is an error and does not grow. Never becomes a dense tensor.
 Source: Engram (arXiv 2601.07372), section 2.5 (gradients of active rows go back to the table).
 """
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -22,6 +24,10 @@ ROWS_ALONE = (
     "engram_transformers.training.engram_optimizer(model), or leave the tables out "
     "(model.memory.tables.requires_grad_(False))."
 )
+
+
+# Optimizers that apply row gradients, as long as they live.
+ROW_OPTIMIZERS: weakref.WeakSet = weakref.WeakSet()
 
 
 class RowGradient(torch.Tensor):
@@ -54,6 +60,11 @@ class RowGradient(torch.Tensor):
         return known(func, *args, **kwargs)
 
     @property
+    def dtype(self) -> torch.dtype:
+        # Of the values, whatever the table's: GradScaler refuses gradients of float16, and groups them by this.
+        return self.row_values.dtype
+
+    @property
     def is_sparse(self) -> bool:
         # Torch's optimizers ask this first of all. Later would be too late: AdamW decays a whole table, and makes a
         # state of its size, before it looks at the gradient.
@@ -79,9 +90,25 @@ def same_rows(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
     return RowGradient(gradient, gradient.rows, gradient.row_values)
 
 
-def on_lists(func, gradients, *args, **kwargs):
-    """The same for several gradients at once, some of them of tables."""
-    return func([g.row_values if isinstance(g, RowGradient) else g for g in gradients], *args, **kwargs)
+def unscaled(func, gradients, found_inf: torch.Tensor, inv_scale: torch.Tensor):
+    """Unscales several gradients at once, some of them of tables."""
+    if inv_scale.is_cpu:
+        _wait_for_accelerators()
+    return func([g.row_values if isinstance(g, RowGradient) else g for g in gradients], found_inf, inv_scale)
+
+
+def _wait_for_accelerators() -> None:
+    """Waits for GradScaler's copies of its numbers to the host, which are asynchronous and which it never waits for.
+
+    Torch has no gradients on the host beside others on a device. Which device holds the scale is not said: so every
+    one that this process uses is waited for, and no other is woken.
+    """
+    if not torch.accelerator.is_available():
+        return
+    allocated = getattr(torch.get_device_module(torch.accelerator.current_accelerator()), "memory_allocated", None)
+    for index in range(torch.accelerator.device_count()):
+        if allocated is None or allocated(index):
+            torch.accelerator.synchronize(index)
 
 
 ON_VALUES = {
@@ -92,7 +119,7 @@ ON_VALUES = {
     aten.div_.Tensor: in_place,
     aten.zero_.default: in_place,
     aten.detach.default: same_rows,
-    UNSCALE: on_lists,
+    UNSCALE: unscaled,
 }
 
 
@@ -144,3 +171,19 @@ def are_among(rows: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The parameters that hold a row gradient."""
     return (p for p in parameters if row_gradient(p) is not None)
+
+
+def refuse_unapplied(parts: Iterable[torch.Tensor]) -> None:
+    """Raises TypeError if a part learns, has a gradient that was not applied, and belongs to no optimizer of ours.
+
+    For parts that are no parameters of the model, which other optimizers never see: their gradients would add up.
+    """
+    waiting = [part for part in with_row_gradients(parts) if part.requires_grad and not part.grad.applied]
+    if not waiting:
+        return
+    held = {id(part) for own in ROW_OPTIMIZERS for group in own.param_groups for part in group["params"]}
+    if any(id(part) not in held for part in waiting):
+        raise TypeError(
+            f"a table in host memory or in files got a gradient that nothing applied: {ROWS_ALONE} To look at "
+            "gradients and not to train, use model.eval(), and model.zero_grad() before the next pass."
+        )

@@ -22,7 +22,7 @@ from .compat_engram import cache_argument, counts_positions, keeps_own_state
 from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
-from .gradient_engram import ROWS_ALONE, with_row_gradients
+from .gradient_engram import refuse_unapplied
 from .handful_engram import HandfulReads, read_handful
 from .hashing_engram import NgramHasher, identity_map, is_known_text
 from .layer_engram import EngramLayer
@@ -135,6 +135,8 @@ class EngramMemory(nn.Module):
 
     def named_parts(self) -> dict[str, torch.Tensor]:
         """What an optimizer holds for the parts of all tables by their state-dict names, wherever they are."""
+        for _, order in named_orders(self.tables):
+            order.restore_dtype()
         resident = self.tables.named_parameters(prefix=TABLES_PREFIX.rstrip("."))
         return {**dict(resident), **dict(self.named_host_parts())}
 
@@ -150,11 +152,12 @@ class EngramMemory(nn.Module):
             `TypeError`: in training, if no optimizer of ours holds those tables: others never see them.
         """
         parts = [part for _, part in self.named_host_parts()]
-        unseen = any(not part.grad.applied and not hasattr(part, "optimized") for part in with_row_gradients(parts))
-        for part in parts:
-            part.grad = None
-        if unseen and self.training:
-            raise TypeError(f"a table in host memory or in files got a gradient that nothing applied: {ROWS_ALONE}")
+        try:
+            if self.training:
+                refuse_unapplied(parts)
+        finally:
+            for part in parts:
+                part.grad = None
 
     def names_without_ddp(self) -> list[str]:
         """State-dict names of what DDP leaves alone: rows are exchanged by themselves, hash constants never change."""
@@ -235,7 +238,13 @@ class EngramMemory(nn.Module):
 
     @torch.compiler.disable
     def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
-        """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run."""
+        """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run.
+
+        Raises:
+            `TypeError`: with gradients, if one of an earlier pass waits that no optimizer will apply.
+        """
+        if torch.is_grad_enabled():
+            refuse_unapplied(part for _, part in self.named_host_parts())
         fetches, rows = {}, rows.to("cpu")  # one wait for the device, for all layers and orders
         for layer, own in zip(self.layer_ids, rows, strict=True):
             device = layer_device(self.layers[str(layer)])

@@ -181,7 +181,7 @@ class OrderRows(nn.Module):
     Args:
         heights (`list[int]`): rows of each part.
         width (`int`): values in a row.
-        dtype (`torch.dtype`): type of the rows.
+        dtype (`torch.dtype`): type of the rows; no `.to(dtype)`, `.half()` or `part.data = ...` changes it for long.
         hold (`bool`, *optional*, defaults to `True`): whether to make parameters, or leave rows to be placed elsewhere.
     """
 
@@ -193,6 +193,7 @@ class OrderRows(nn.Module):
         self.absent = not hold  # rows are left out on purpose: without this mark, missing rows are an error
         self.part_height = heights[0]
         self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
+        self.register_state_dict_pre_hook(_restore_dtype)
         if hold:
             for number, height in enumerate(heights):
                 self.register_parameter(str(number), nn.Parameter(torch.zeros(height, width, dtype=dtype)))
@@ -210,10 +211,18 @@ class OrderRows(nn.Module):
             `RuntimeError`: if the table was not loaded.
         """
         if self._parameters:
+            self.restore_dtype()
             return list(self._parameters.values())
         if self.source is None:
             raise RuntimeError("this memory's tables were not loaded: model.place_memory('disk') or 'cpu' loads them.")
         return self.source.tensors()
+
+    def restore_dtype(self) -> None:
+        """Gives parts their own type again if others have changed it by `part.data = ...`, which no module is asked
+        about: PEFT's `prepare_model_for_kbit_training` makes every 16-bit parameter float32 in this way."""
+        for part in self._parameters.values():
+            if part.dtype != self.dtype:
+                part.data = part.data.to(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -232,7 +241,7 @@ class OrderRows(nn.Module):
         For rows that do not learn, and past the module's hooks.
         """
         if self.source is None:
-            return copy_few(list(self._parameters.values()), rows, buffer, slots)
+            return copy_few(self.parts(), rows, buffer, slots)
         return self.source.read_few(rows, buffer, slots)
 
     def forward(self, rows: torch.Tensor, brought: BroughtRows | None = None) -> torch.Tensor:
@@ -257,6 +266,26 @@ class OrderRows(nn.Module):
         if learns or torch.compiler.is_compiling():
             return gather_rows(rows, self.part_height, parts, self.anchor if learns else self.anchor.detach())
         return read_parts(rows, self.part_height, parts)  # an operator costs 10 microseconds more
+
+    def _apply(self, fn, recurse=True):
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor.new_empty(0))
+            return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        held = {name: row_gradient(part) for name, part in self.named_parameters()}
+        for name, part in self.named_parameters():
+            if held[name] is not None:
+                part.grad = None  # torch moves the storage of a gradient, and this one has none
+        super()._apply(keep_dtype, recurse)
+        for name, part in self.named_parameters():
+            if held[name] is not None:
+                add_row_gradient(part, held[name].rows.to(part.device), held[name].row_values.to(part.device))
+        return self
+
+
+def _restore_dtype(order: OrderRows, prefix: str, keep_vars: bool) -> None:
+    """What a state dict begins with; a function, so that orders can be copied and pickled."""
+    order.restore_dtype()
 
 
 class EngramTable(nn.Module):
@@ -341,21 +370,6 @@ class EngramTable(nn.Module):
         """As for any module, rows that are no parameters included."""
         for order in self.orders():
             order.requires_grad_(requires_grad)
-        return self
-
-    def _apply(self, fn, recurse=True):
-        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor.new_empty(0))
-            return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        held = {name: row_gradient(part) for name, part in self.named_parameters()}
-        for name, part in self.named_parameters():
-            if held[name] is not None:
-                part.grad = None  # torch moves the storage of a gradient, and this one has none
-        super()._apply(keep_dtype, recurse)
-        for name, part in self.named_parameters():
-            if held[name] is not None:
-                add_row_gradient(part, held[name].rows.to(part.device), held[name].row_values.to(part.device))
         return self
 
 

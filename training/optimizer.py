@@ -14,7 +14,7 @@ import torch
 from torch.optim import AdamW
 from transformers.utils import logging
 
-from ..gradient_engram import RowGradient
+from ..gradient_engram import ROW_OPTIMIZERS, RowGradient
 from ..overlay_engram import expect_writes, part_shape, read_part, write_part
 from ..placement_engram import own_rows
 from .processes import agreed, ranks_of, refuse_unexchanged
@@ -71,6 +71,7 @@ class EngramOptimizer(AdamW):
         self.generators: dict[str, torch.Generator] = {}
         self.seed, self.skipped_steps = seed, 0
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        ROW_OPTIMIZERS.add(self)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -210,9 +211,6 @@ class EngramOptimizer(AdamW):
             if not 0 <= param_group["anchor"] < float("inf"):
                 raise ValueError(f"anchor={param_group['anchor']} must be 0 (off) or positive: a pull per unit of lr.")
         super().add_param_group(param_group)
-        if param_group.get("rows"):
-            for part in param_group["params"]:
-                part.optimized = True  # its gradients reach an optimizer: `EngramMemory.drop_host_gradients`
 
     def _init_group(self, group, *lists) -> bool:
         return False if group.get("rows") else super()._init_group(group, *lists)
@@ -285,6 +283,7 @@ class EngramOptimizer(AdamW):
     def __setstate__(self, state: dict) -> None:
         numbers = state.pop("numbers", None)
         super().__setstate__(state)
+        ROW_OPTIMIZERS.add(self)
         if numbers is not None:  # copied or unpickled; torch calls this after loading as well
             self.generators = {}
             for kind, held in numbers.items():

@@ -13,6 +13,7 @@ Sources: Adam for tables: Engram (arXiv 2601.07372), section 4.1; one Adagrad nu
 Sinkhorn: the tables of DeepSeek-V4.1-Flash (beta 0.95, tau 1e-3, gamma 0.18, 11 rounds).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -44,10 +45,18 @@ class RowAdam:
             state.write("exp_avg", own, mean, generator)
             square = state.read("exp_avg_sq", own).mul_(decay_sq).addcmul_(grad, grad, value=1 - decay_sq)
             state.write("exp_avg_sq", own, square, generator)
-            # In float64: 1 - 0.999 has 3 correct digits less in float32.
-            scale, scale_sq = (1 - b ** step.double() for b in (decay, decay_sq))  # (piece,)
-            root = square.sqrt_().div_(scale_sq.sqrt_().float()[:, None]).add_(eps)
-            yield piece, mean.div_(scale.float()[:, None]).div_(root)
+            scale, scale_sq = (_bias_correction(b, step) for b in (decay, decay_sq))  # (piece,)
+            root = square.sqrt_().div_(scale_sq.sqrt_()[:, None]).add_(eps)
+            yield piece, mean.div_(scale[:, None]).div_(root)
+
+
+def _bias_correction(decay: float, steps: torch.Tensor) -> torch.Tensor:
+    """`1 - decay ** steps` `(rows,)` to the last digits of float32, which is the widest type that every device has.
+
+    The plain formula would lose three digits to the 1.
+    """
+    log = math.log(decay) if decay > 0 else -math.inf
+    return -torch.expm1(steps.float() * log)
 
 
 class RowAdagrad:

@@ -9,6 +9,7 @@ Run: pytest tests/integration/test_dtypes.py
 
 import pytest
 import torch
+from peft import prepare_model_for_kbit_training
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from engram_transformers import EngramForCausalLM
@@ -106,6 +107,22 @@ def test_a_change_of_type_leaves_tables_and_the_token_map_alone(change, dtype, t
     assert model.memory.hashing.token_map.dtype == torch.int64
     assert torch.equal(model.memory.hashing.token_map, token_map)
     assert model.dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("table", ["bfloat16", "float16"])
+def test_a_cast_that_asks_no_module_does_not_last(table, ids, tiny_engram, tmp_path):
+    """PEFT's own, before training over a quantised backbone: `parameter.data = parameter.data.to(torch.float32)`."""
+    model = tiny_engram(trained=True, engram_table_dtype=table)
+    before, expected = table_bits(model), step_by_step(model, ids)
+    for use in (lambda: step_by_step(model, ids), lambda: model.save_pretrained(tmp_path / "saved")):
+        prepare_model_for_kbit_training(model)
+        assert {part.dtype for part in model.memory.tables.parameters()} == {torch.float32}, "control: it was cast"
+        use()
+        assert {part.dtype for part in model.memory.tables.parameters()} == {TYPES[table]}
+    assert same_tables(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), before, table)
+    prepare_model_for_kbit_training(model)
+    assert torch.equal(step_by_step(model, ids), expected), "a step of decoding reads bytes"
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ resumed, frozen. It stays mapped from its file until an optimizer is made; a lar
 Run: pytest tests/integration/test_placement_training.py
 """
 
+import contextlib
+import gc
 import itertools
 import json
 import os
@@ -124,6 +126,57 @@ def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(p
     assert all(part.grad is not None for _, part in model.memory.named_host_parts())
     model.zero_grad()
     assert all(part.grad is None for _, part in model.memory.named_host_parts())
+
+
+@pytest.mark.parametrize("before", [None, "one that is gone", "one that holds them"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_loop_whose_optimizer_does_not_hold_the_tables_ends_at_its_second_pass(place, before, saved, ids):
+    """`optimizer.zero_grad()` never comes to them: their gradients would grow and nothing would learn."""
+    model = load(saved, place)
+    model.train_mode("memory")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = engram_optimizer(model) if before else None
+    if before == "one that is gone":
+        del other
+        gc.collect()
+    for step in range(2):
+        if step == 1 and before != "one that holds them":  # control: gradients of several passes may be gathered
+            with pytest.raises(TypeError, match=r"gradient that nothing applied: .* use EngramTrainer"):
+                model(input_ids=ids, labels=ids)
+            break
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model(input_ids=ids)
+    model.memory.tables.requires_grad_(False)  # as the message says
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("found", [1.0, float("inf")], ids=["finite", "inf"])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_a_scaler_on_a_device_reaches_rows_on_the_host(place, found, saved, ids, device):
+    """It copies its numbers to the host without waiting, because torch has no gradients there beside a device's."""
+
+    def unscaled(copies) -> list[torch.Tensor]:
+        model = load(saved, place).to("counting").train_mode("memory")
+        optimizer = engram_optimizer(model)
+        scaler = torch.amp.GradScaler("counting", init_scale=1024.0)
+        ids_there = ids.to("counting")
+        scaler.scale(model(input_ids=ids_there, labels=ids_there).loss).backward()
+        parts = [part for _, part in model.memory.named_host_parts()]
+        parts[0].grad.row_values[0, 0] *= found
+        before = {name: part.clone() for name, part in rows_of(model).items()}
+        with copies():
+            scaler.unscale_(optimizer)
+            values = [part.grad.row_values.clone() for part in parts]
+            scaler.step(optimizer)
+        learned = not all(torch.equal(part, before[name]) for name, part in rows_of(model).items())
+        assert learned == (found == 1.0), "a step with inf is left out"
+        return values
+
+    for late, right in zip(unscaled(device.late_copies), unscaled(contextlib.nullcontext), strict=True):
+        assert torch.equal(late, right) or found != 1.0
 
 
 def test_gradients_are_measured_in_the_same_order_wherever_tables_are(saved):

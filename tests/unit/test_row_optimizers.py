@@ -18,6 +18,7 @@ from engram_transformers.gradient_engram import RowGradient
 from engram_transformers.index_engram import RowIndex
 from engram_transformers.training import rows
 from engram_transformers.training.optimizer import EngramOptimizer
+from engram_transformers.training.rules import _bias_correction
 
 from ..conftest import examples
 
@@ -153,17 +154,19 @@ def test_rows_that_were_not_read_stay_and_have_no_state(rule):
 
 
 class Sizes(TorchDispatchMode):
-    """Notes the shape of what each operation makes."""
+    """Notes the shape and the type of what each operation makes."""
 
     def __init__(self):
         super().__init__()
         self.made: list[tuple[str, tuple]] = []
+        self.types: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         fresh = not func.is_view and "_." not in str(func) and isinstance(result, torch.Tensor)
         if fresh:
             self.made.append((str(func), tuple(result.shape)))
+            self.types.add(result.dtype)
         return result
 
 
@@ -194,8 +197,17 @@ def test_no_operation_depends_on_the_tables_height(rule):
             with Sizes() as sizes:
                 optimizer.step()
             made.append(sizes.made)
+        assert torch.float64 not in sizes.types and torch.float32 in sizes.types, "Apple's GPUs have no float64"
     assert made[:2] == made[2:]
     assert made[0], "control: operations were noted"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.999, 0.99999])
+def test_the_bias_correction_is_right_to_float32s_last_digits(decay):
+    steps = torch.tensor([1, 2, 3, 10, 1000, 10**6], dtype=torch.int32)
+    exact = 1 - decay ** steps.double()
+    torch.testing.assert_close(_bias_correction(decay, steps).double(), exact, rtol=3e-7, atol=0)
+    assert decay != 0.999 or float(((1 - decay ** steps.float()) / exact - 1).abs().max()) > 1e-6, "control: plain"
 
 
 def test_state_grows_by_halves():

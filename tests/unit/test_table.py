@@ -203,7 +203,7 @@ def test_torchs_zero_grad_drops_every_row_gradient():
     assert list(with_row_gradients(table.parameters())) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch's scaler takes no float16 gradients
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_clipping_and_scaler_reach_rows(dtype):
     table = filled([20, 30], 3, 1, dtype)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -245,8 +245,9 @@ def test_gradients_move_with_their_table():
         lambda module: module.to(torch.bfloat16),
         lambda module: module.to("cpu", torch.float16),
         lambda module: module.to("cpu"),
+        lambda module: [own.to(torch.bfloat16) for own in module.modules() if not list(own.children())][-1],
     ],
-    ids=["half", "float", "double", "to_bfloat16", "to_device_and_float16", "to_device"],
+    ids=["half", "float", "double", "to_bfloat16", "to_device_and_float16", "to_device", "each_module_by_itself"],
 )
 def test_no_change_of_type_reaches_a_table(change, dtype):
     module = torch.nn.ModuleDict(
