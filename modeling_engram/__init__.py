@@ -27,6 +27,7 @@ __all__ = [
     "EngramModel",
     "EngramRowsHook",
     "EngramTrainer",
+    "EngramTrainingArguments",
     "NgramHasher",
     "TokenCompressor",
     "attach_memory_offload",
@@ -46,9 +47,9 @@ EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def __getattr__(name: str):
-    # EngramTrainer pulls in transformers' Trainer, which inference does not need.
-    if name == "EngramTrainer":
-        from .training import EngramTrainer
+    # They pull in transformers' Trainer, which inference does not need.
+    if name in ("EngramTrainer", "EngramTrainingArguments"):
+        from . import training
 
-        return EngramTrainer
+        return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

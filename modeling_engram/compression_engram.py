@@ -161,6 +161,16 @@ def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int 
         shown = [f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" if i in ids else str(i) for i in different[:5]]
         raise ValueError(
             f"this tokenizer ({len(ids)} ids) gives another token map than the memory's in {len(different)} "
-            f"place(s); first ids that differ: {', '.join(shown)}. Use the tokenizer saved in the checkpoint's "
-            "folder: with another one n-grams would read other rows."
+            f"place(s); first ids that differ: {', '.join(shown)}. {what_to_do(stored, different, length)}"
         )
+
+
+def what_to_do(stored: torch.Tensor, different: list[int], length: int) -> str:
+    """What helps if a tokenizer differs from a token map at these ids, of which there are `length`."""
+    live = torch.nonzero(stored != DEAD).flatten()
+    if len(live) and different[0] > int(live[-1]):
+        return (
+            "They were added after the graft and have no rows: texts with them would shut the memory off there. "
+            f"model.resize_token_embeddings({length}) gives them rows; then save the model."
+        )
+    return "Use the tokenizer saved in the checkpoint's folder: with another one n-grams would read other rows."

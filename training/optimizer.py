@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 # Of five doses on SmolLM2 and FOLDOC the one with the lowest held-out loss (docs/training.md, "What a memory learns of
 # a domain"). The paper's 5 is for training from scratch and leaves a graft's table nearly empty.
 TABLE_LR_MULTIPLIER = 50.0
+LEARNING_RATE = 2e-3  # of dense weights, in the same runs
 STATE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What PEFT puts between a module's name and its weight when it wraps the module or keeps a trained copy of it.
 PROJECTION = re.compile(r"\.key_value(\.base_layer|\.original_module|\.modules_to_save\.[^.]+)*\.weight$")
@@ -60,7 +61,7 @@ class EngramOptimizer(AdamW):
     def __init__(
         self,
         params,
-        lr: float = 2e-3,
+        lr: float = LEARNING_RATE,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -292,7 +293,7 @@ class EngramOptimizer(AdamW):
 
 def engram_optimizer(
     model,
-    lr: float = 2e-3,
+    lr: float = LEARNING_RATE,
     table_lr_multiplier: float = TABLE_LR_MULTIPLIER,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -352,9 +353,9 @@ def engram_optimizer(
     names = {parameter: name for name, parameter in learnable(model) if parameter.requires_grad}
     for parameter, name in names.items():
         groups[group_of(name, parameter)].append(parameter)
-    rule = {"table_optimizer": table_optimizer, "table_state_dtype": table_state_dtype, "anchor": anchor}
+    rule = {"rows": True, "table_optimizer": table_optimizer, "table_state_dtype": table_state_dtype, "anchor": anchor}
     settings = {
-        "tables": {"lr": lr * table_lr_multiplier, "weight_decay": 0.0, "rows": True, **rule},
+        "tables": {"lr": lr * table_lr_multiplier, "lr_multiplier": table_lr_multiplier, "weight_decay": 0.0, **rule},
         "vectors": {"weight_decay": 0.0},
     }
     wanted = [{"name": name, "params": held, **settings.get(name, {})} for name, held in groups.items() if held]

@@ -10,12 +10,12 @@ a save goes on from the last whole checkpoint. Never trains wrongly in silence.
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -28,7 +28,7 @@ from ..pack_engram import ADAPTER_NAME, PACK_NAME, load_memory_pack, save_memory
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
 from ..saves_engram import INDEX_NAME, finish_saves
-from .optimizer import TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
+from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
 from .processes import RankPart, exchange_row_gradients
 
 
@@ -40,12 +40,23 @@ class EngramTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what a memory needs besides; see [`engram_optimizer`].
 
     Args:
+        learning_rate (`float`, *optional*, defaults to 2e-3): learning rate of the dense weights.
         table_lr_multiplier (`float`, *optional*, defaults to 50): times `learning_rate`, the learning rate of tables.
         table_optimizer (`str`, *optional*, defaults to `"adam"`): "adam", "adagrad" or "sinkhorn".
         table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
         anchor (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.
-    """
 
+    Example:
+
+    ```python
+    >>> from engram_transformers import EngramTrainer, EngramTrainingArguments
+
+    >>> trainer = EngramTrainer(model, EngramTrainingArguments("runs/train"), train_dataset=dataset)
+    ```"""
+
+    learning_rate: float = field(
+        default=LEARNING_RATE, metadata={"help": "The learning rate of the dense weights at the first step."}
+    )
     table_lr_multiplier: float = field(default=TABLE_LR_MULTIPLIER)
     table_optimizer: str = field(default="adam")
     table_state_dtype: str = field(default="float32")
@@ -59,11 +70,17 @@ class EngramTrainerMixin:
     """What makes any trainer of Trainer's kind train a memory: `class MyTrainer(EngramTrainerMixin, SFTTrainer)`.
 
     Raises:
-        `TypeError`: for a model without memory, or an optimizer that does not know rows.
-        `ValueError`: for tables that are not loaded.
+        `TypeError`: for a model without memory, a name or `model_init` in its place, or an optimizer that does not know
+            rows.
+        `ValueError`: for tables that are not loaded, another `optim` than AdamW, or tokens without rows.
     """
 
     def __init__(self, model=None, args=None, *positional, train_mode: str | None = None, **kwargs):
+        if kwargs.get("model_init") is not None:
+            raise TypeError(
+                "EngramTrainer takes the model itself, and not model_init: a table is not made anew for each trial. "
+                "Make the model first and pass it as model=."
+            )
         check_model(model)
         # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
         quantised = getattr(model, "is_quantized", False) and train_mode != "all"
@@ -77,6 +94,12 @@ class EngramTrainerMixin:
                 f"{type(self.optimizer).__name__} cannot write rows, the tables would stay as they are: pass "
                 "engram_transformers.training.engram_optimizer(model), or no optimizer."
             )
+        if self.optimizer is None:
+            check_optimizer_arguments(self.args, self.optimizer_cls_and_kwargs)
+            warn_of_foreign_rate(self.args)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's, or itself
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and self.engram.config.engram_token_map_sha256 is not None:
+            self.engram.check_tokenizer(tokenizer)
         word = train_mode or self.engram.config.engram_train_mode
         if word is None and self.optimizer is None:
             adapted = next(adapter_parameters(self.engram), None) is not None
@@ -105,6 +128,12 @@ class EngramTrainerMixin:
                 **own,
             )
         return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        # What is logged: Trainer takes the first group's, which is that of the tables.
+        groups = self.optimizer.param_groups
+        group = next((group for group in groups if not group.get("rows")), groups[0])
+        return float(group["lr"]) / (group.get("lr_multiplier") or 1)
 
     def _wrap_model(self, model, training=True, dataloader=None):
         left_out = left_out_of_ddp(self.engram)
@@ -219,24 +248,24 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
 
     Args:
         model ([`EngramForCausalLM`]): the model, or a PEFT model around it.
-        args (`TrainingArguments` or [`EngramTrainingArguments`]):
-            As for Trainer; `learning_rate` is that of the dense weights.
+        args ([`EngramTrainingArguments`] or `TrainingArguments`):
+            As for Trainer; `learning_rate` is that of the dense weights, also where it is logged.
         train_mode (`str`, *optional*):
             "memory", "tables", "memory+lora" or "all" (`model.train_mode`). What the model's configuration says if
             None, and "memory" if it says nothing.
         kwargs: further arguments of Trainer.
 
     Raises:
-        `TypeError`: for a model without memory, or an optimizer that does not know rows.
-        `ValueError`: for tables that are not loaded.
+        `TypeError`: for a model without memory, a name or `model_init` in its place, or an optimizer that does not know
+            rows.
+        `ValueError`: for tables that are not loaded, another `optim` than AdamW, or tokens without rows.
 
     Example:
 
     ```python
-    >>> from transformers import TrainingArguments
-    >>> from engram_transformers import EngramTrainer
+    >>> from engram_transformers import EngramTrainer, EngramTrainingArguments
 
-    >>> trainer = EngramTrainer(model, TrainingArguments("runs/train", learning_rate=2e-3), train_dataset=dataset)
+    >>> trainer = EngramTrainer(model, EngramTrainingArguments("runs/train"), train_dataset=dataset)
     >>> trainer.train()
     ```"""
 
@@ -244,10 +273,46 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
 # Arguments of ours that go to the optimizer.
 OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", "anchor")
 
+# The names of `optim` that mean the AdamW that EngramOptimizer is; one of them is Trainer's default.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+def check_optimizer_arguments(args: TrainingArguments, optimizer_class: tuple | None) -> None:
+    """Raises ValueError for arguments that choose an optimizer, because the memory needs one that writes rows."""
+    what = {
+        f"optim={str(args.optim.value)!r}": args.optim not in ADAMW,
+        "optim_args": bool(args.optim_args),
+        "optim_target_modules": bool(args.optim_target_modules),
+        "optimizer_cls_and_kwargs": optimizer_class is not None,
+    }
+    asked = [name for name, chosen in what.items() if chosen]
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)} would not be used: a memory is trained by EngramOptimizer, which is AdamW for dense "
+            "weights. Leave it out; EngramTrainingArguments(table_optimizer='adam' | 'adagrad' | 'sinkhorn', "
+            "table_state_dtype=...) chooses what tables are trained by."
+        )
+
+
+def warn_of_foreign_rate(args: TrainingArguments) -> None:
+    """Says it if the rate is the default of arguments that were not made for a memory."""
+    default = next(own.default for own in fields(args) if own.name == "learning_rate")
+    if args.learning_rate == default != LEARNING_RATE:
+        logger.warning(
+            f"learning_rate={args.learning_rate:g} is the default of {type(args).__name__}; a memory was measured with "
+            f"{LEARNING_RATE:g} and learns little at less: use engram_transformers.EngramTrainingArguments, whose "
+            f"default that is, or pass learning_rate={LEARNING_RATE:g}."
+        )
+
 
 def check_model(model) -> None:
     """Raises TypeError for a model without memory, ValueError for one whose tables are not loaded."""
     held = inside(model) if isinstance(model, torch.nn.Module) else None
+    if isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"EngramTrainer takes the model itself, got its name {str(model)!r}: load it with "
+            f"AutoModelForCausalLM.from_pretrained({str(model)!r}) and pass what that gives."
+        )
     if held is None:
         raise TypeError(
             f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "

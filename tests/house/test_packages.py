@@ -28,6 +28,7 @@ EXPORTS = [
     "EngramModel",
     "EngramRowsHook",
     "EngramTrainer",
+    "EngramTrainingArguments",
     "NgramHasher",
     "TokenCompressor",
     "attach_memory_offload",
