@@ -182,7 +182,7 @@ torch.set_num_threads(1)
 train(loaded(saved), texts(), folder)
 """
 KILLED_IN = {
-    "pack": ("module", "save_memory_pack"),
+    "pack": ("module", "save_changes"),
     "optimizer": ("class", "_save_optimizer_and_scheduler"),
     "random states": ("class", "_save_rng_state"),
 }
