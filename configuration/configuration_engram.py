@@ -90,6 +90,9 @@ class EngramConfig(PreTrainedConfig):
             end-of-sequence token, as Qwen4's memory does it). None, as in the paper, treats them like any text.
         engram_train_mode (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
             What is trained; set by `model.train_mode(...)` and restored by `from_pretrained`. None: not chosen yet.
+        engram_memory_pack (`str`, *optional*):
+            In the `config.json` of a folder whose weights are another checkpoint's and a memory pack's: the pack's file
+            name. Written by each save, and never by hand.
         engram_format_version (`int`, *optional*, defaults to 1):
             Version of the checkpoint format (docs/format.md).
         engram_token_map_sha256 (`str`, *optional*):
@@ -134,6 +137,7 @@ class EngramConfig(PreTrainedConfig):
     engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
     engram_train_mode: Literal["memory", "tables", "memory+lora", "all"] | None = None
+    engram_memory_pack: str | None = None
     engram_format_version: int = FORMAT_VERSION
     engram_token_map_sha256: str | None = None
     engram_hash_sha256: str | None = None

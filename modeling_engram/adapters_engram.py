@@ -21,25 +21,25 @@ from torch import nn
 from transformers.utils import cached_file, logging
 
 from .compat_engram import carries_adapters, mark_loaded, set_carries_adapters
+from .configuration_engram import EngramFormatError
 from .memory_engram import EngramMemory
 from .pack_engram import (
-    ADAPTER_NAME,
-    PACK_NAME,
+    base_digest,
     blocks_that_differ,
     changed_rows,
     dense_weights,
     load_memory_pack,
     named_parts,
-    save_memory_pack,
     stored_weights,
+    write_pack,
 )
+from .rows_engram import CheckpointTables
+from .saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, remove_checkpoint, said_pack
 
 
 logger = logging.get_logger(__name__)
 
-# Says in an adapter's settings that a memory belongs to it. A process that does not know this package gets PEFT's
-# warning about an unknown setting instead of silence.
-PACK_KEY = "engram_memory_pack"
+# A process that does not know this package gets PEFT's warning about the setting instead of silence.
 UNKNOWN_SETTING = rf"Unexpected keyword arguments \['{PACK_KEY}'\]"
 
 # Arguments that say where an adapter's files are.
@@ -172,10 +172,11 @@ def memory_beside(model: nn.Module, folders: list[Path]):
             "be kept whole with peft_model.merge_and_unload().save_pretrained(folder)."
         )
     for folder in folders:
+        remove_other_checkpoint(model, folder)
         if not travels:
             (folder / PACK_NAME).unlink(missing_ok=True)  # of an adapter that was here before
         elif folder is folders[0]:
-            save_memory_pack(model, folder / PACK_NAME)
+            write_pack(model, folder / PACK_NAME)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folders[0] / PACK_NAME, folder / f"{PACK_NAME}.part")
@@ -186,34 +187,62 @@ def memory_beside(model: nn.Module, folders: list[Path]):
             name_pack(folder / ADAPTER_NAME, model)
 
 
+def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
+    """Removes a checkpoint from an adapter's folder, if the adapter is not for it: it would be loaded as the base."""
+    base = model.checkpoint_tables
+    if base is not None and base.folder.resolve() == folder.resolve():
+        return
+    try:
+        kind = checkpoint_in(folder)
+        if kind is None or (kind == "whole" and base is not None and is_copy(model, CheckpointTables(folder), base)):
+            return
+    except (EngramFormatError, FileNotFoundError):
+        pass  # of another memory, or damaged
+    logger.warning(f"removed an older checkpoint from '{folder}': it is not the one that the adapter is for.")
+    remove_checkpoint(folder)
+
+
+def is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -> bool:
+    """Whether two checkpoints hold the same memory, as far as a pack's digest looks at it."""
+    none = {name: torch.empty(0, dtype=torch.int64) for name in named_parts(model)}
+    return base_digest(model.config, there, none) == base_digest(model.config, base, none)
+
+
 def name_pack(path: Path, model: nn.Module) -> None:
     """Writes into an adapter's settings that a memory belongs to it, and the checkpoint of both if none is named."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings[PACK_KEY] = PACK_NAME
     if not settings.get("base_model_name_or_path"):
-        settings["base_model_name_or_path"] = os.path.abspath(model.checkpoint_tables.folder)
+        settings["base_model_name_or_path"] = model.checkpoint_tables.name
+        settings["revision"] = settings.get("revision") or model.checkpoint_tables.revision
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     os.replace(draft, path)
 
 
 def find_pack(source: str | os.PathLike, **where) -> Path | None:
-    """The pack in an adapter's folder or repository; None if there is none.
+    """The pack that an adapter's settings name, in its folder or repository; None if they name none.
 
     Raises:
-        `FileNotFoundError`: if the adapter's settings say that there is one.
+        `FileNotFoundError`: if it is not there.
+        [`EngramFormatError`]: if there is one in the folder that they do not name.
     """
     settings = adapter_file(source, ADAPTER_NAME, **where)
     if settings is None:
         return None  # PEFT says what is missing
-    named = PACK_KEY in json.loads(settings.read_text(encoding="utf-8"))
-    pack = adapter_file(source, PACK_NAME, **where) if named or Path(source).is_dir() else None
+    named, is_local = said_pack(settings), Path(source).is_dir()
+    pack = adapter_file(source, PACK_NAME, **where) if named or is_local else None
     if named and pack is None:
         raise FileNotFoundError(
             f"the adapter '{source}' was saved with a memory, and {PACK_NAME} is not there: copy it again, or take "
             f"'{PACK_KEY}' out of its {ADAPTER_NAME} to load the adapter without."
         )
-    return pack
+    if pack is not None and not named and checkpoint_in(pack.parent) != "pack":
+        raise EngramFormatError(
+            f"'{pack}' lies beside an adapter whose settings do not name it: the save of one of them was interrupted. "
+            f"Save the adapter again, or delete the pack, or add '{PACK_KEY}': '{PACK_NAME}' to {ADAPTER_NAME}."
+        )
+    return pack if named else None
 
 
 def refuse_packs(source: str | os.PathLike, **where) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, logging
 
 from .compat_engram import carries_adapters
 from .configuration_engram import EngramFormatError
 from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
 from .mode_engram import set_train_mode
-from .pack_engram import ADAPTER_NAME, PACK_NAME, load_memory_pack, pack_path, read_pack_header
+from .pack_engram import base_of, load_memory_pack, read_pack_header, save_memory_pack
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -34,7 +35,19 @@ from .placement_engram import (
 )
 from .quantised_engram import only_state, quantization_in_graft
 from .rows_engram import CheckpointTables
-from .saves_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME, WITHOUT_TABLES_NAME, whole_save
+from .saves_engram import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    MEMORY_STEM,
+    MODEL_STEM,
+    PACK_NAME,
+    SINGLE_NAME,
+    WITHOUT_TABLES_NAME,
+    checkpoint_in,
+    read_undisturbed,
+    said_pack,
+    whole_save,
+)
 from .shards_engram import (
     DTYPE_NAMES,
     MAX_MEMORY_SHARD_SIZE,
@@ -82,18 +95,32 @@ class EngramCheckpointMixin:
 
         Raises:
             `FileNotFoundError`: if a file is missing.
+            `BlockingIOError`: if saves replaced the folder's files again and again while they were read.
             `ValueError`: for another word, or one that `device_map` contradicts.
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
         check_placement(engram_placement)
-        if holds_pack_alone(pretrained_model_name_or_path, kwargs):
-            return from_pack(
-                cls, pretrained_model_name_or_path, *model_args, engram_placement=engram_placement, **kwargs
-            )
+        path, folder = pretrained_model_name_or_path, None
+        if kwargs.get("state_dict") is None:
+            folder = local_checkpoint(path, kwargs.get("subfolder", ""))
+
+        def load():
+            pack = pack_in(path, folder, kwargs)
+            if pack is not None:
+                return from_pack(cls, pack, *model_args, engram_placement=engram_placement, **kwargs)
+            return cls.from_whole(path, *model_args, engram_placement=engram_placement, **kwargs)
+
+        return load() if folder is None else read_undisturbed(folder, load)
+
+    @classmethod
+    def from_whole(cls, pretrained_model_name_or_path, *model_args, engram_placement: str, **kwargs):
+        """As `from_pretrained`, from a checkpoint that is whole."""
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
         files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
+        if files.revision is not None:
+            kwargs["revision"] = files.revision  # whatever is pushed meanwhile
         said = engram_placement == "auto" and files.config is not None
         placement = files.placement(engram_placement)
         if placement != "device":
@@ -172,7 +199,7 @@ class EngramCheckpointMixin:
         state = self.state_dict() if state_dict is None else state_dict
         shards = {name: tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)}
         rest = {name: tensor for name, tensor in state.items() if name not in shards}
-        self.config.auto_map = dict(AUTO_MAP)
+        self.config.auto_map, self.config.engram_memory_pack = dict(AUTO_MAP), None
         # Backbone weights keep their modules' names; Transformers would go back to older names of some models.
         kwargs.setdefault("save_original_format", False)
         with whole_save(folder) as draft, only_state(self, rest):
@@ -226,6 +253,11 @@ class CheckpointFiles:
             self.config = None  # the tables are not in this checkpoint's files
         elif self.config is None:
             self.config = config_class.from_pretrained(given or path, **self.hub)
+        self.revision = None
+        if self.config is not None and self.folder is None:
+            self.revision = commit_of(self.locate(CONFIG_NAME).parent)
+        if self.revision is not None:
+            self.hub["revision"] = self.revision
 
     def placement(self, wanted: str) -> str:
         """Where the tables are to be.
@@ -351,37 +383,81 @@ def commit_of(folder: Path) -> str | None:
     return found and found[1]
 
 
-def holds_pack_alone(path, kwargs: dict) -> bool:
-    """Whether a folder holds what training changed, and not the checkpoint that it changed."""
-    if path is None or kwargs.get("state_dict") is not None or kwargs.get("subfolder"):
-        return False
-    folder = Path(path)
-    return (
-        (folder / PACK_NAME).is_file()
-        and (folder / "config.json").is_file()
-        and not (folder / INDEX_NAME).exists()
-        and not (folder / ADAPTER_NAME).exists()
-    )
+def save_changes(model, folder: str | os.PathLike) -> None:
+    """Saves a memory pack, and a configuration that says so: `from_pretrained(folder)` loads the pack and its base.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model, wherever its tables are.
+        folder (`str` or `os.PathLike`): an older checkpoint in it is replaced.
+
+    Raises:
+        `ValueError`: if the folder is the base's own, which the pack needs, or as for `save_memory_pack`.
+    """
+    folder = Path(folder)
+    files, _ = base_of(model, None)
+    if files.folder.resolve() == folder.resolve():
+        raise ValueError(
+            f"'{folder}' holds the checkpoint that a pack would name as its base: name another folder, or save the "
+            "model whole (model.save_pretrained(folder))."
+        )
+    config = copy.deepcopy(model.config)
+    config.engram_memory_pack = PACK_NAME
+    with whole_save(folder) as draft:
+        save_memory_pack(model, draft)
+        # Model first, configuration second: its copy replaces the door of the same name.
+        custom_object_save(model, draft, config=config)
+        config.auto_map = dict(AUTO_MAP)
+        config.save_pretrained(draft)
 
 
-def from_pack(cls, path, *model_args, **kwargs):
-    """The base of a folder's pack, with the pack's memory and the folder's train mode.
+def pack_in(path, folder: Path | None, kwargs: dict) -> Path | None:
+    """The pack that a checkpoint's configuration says its weights are; None if they are whole, or elsewhere.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder, a Hub id, or None.
+        folder (`Path`, *optional*): that of a local checkpoint.
+        kwargs (`dict`): of `from_pretrained`.
+
+    Raises:
+        As `checkpoint_in`.
+    """
+    if folder is not None:
+        return folder / PACK_NAME if checkpoint_in(folder) == "pack" else None
+    if path is None or kwargs.get("state_dict") is not None or Path(path).is_dir():
+        return None
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    settings = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if settings is None or not said_pack(Path(settings)):
+        return None
+    hub["revision"] = commit_of(Path(settings).parent) or hub.get("revision")
+    return Path(cached_file(path, PACK_NAME, **hub))
+
+
+def from_pack(cls, pack: Path, *model_args, **kwargs):
+    """The base of a pack, with the pack's memory and the train mode of the configuration beside it.
 
     Raises:
         `FileNotFoundError`: if the base is not where it was.
     """
-    base = read_pack_header(path).base
-    if os.path.isabs(base) and not os.path.isdir(base):
+    header = read_pack_header(pack)
+    if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
         raise FileNotFoundError(
-            f"'{path}' holds what training changed in '{base}', which is not there: put it back, or load the "
-            f"checkpoint from where it is and call load_memory_pack(model, '{pack_path(path)}', base=...)."
+            f"'{pack.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
+            f"the checkpoint from where it is and call load_memory_pack(model, '{pack}', base=...)."
         )
-    found = cls.from_pretrained(base, *model_args, **kwargs)
+    for name in ("subfolder", "revision"):  # of the pack's repository
+        kwargs.pop(name, None)
+    if header.revision is not None:
+        kwargs |= {"revision": header.revision, "subfolder": header.subfolder}
+    if isinstance(kwargs.get("config"), PreTrainedConfig):
+        kwargs["config"] = copy.deepcopy(kwargs["config"])
+        kwargs["config"].engram_memory_pack = None
+    found = cls.from_pretrained(header.base, *model_args, **kwargs)
     model = found[0] if isinstance(found, tuple) else found
     if model.memory.placement == "none":
         return found
-    load_memory_pack(model, path)
-    word = cls.config_class.from_pretrained(path).engram_train_mode
+    load_memory_pack(model, pack)
+    word = cls.config_class.from_pretrained(pack.parent).engram_train_mode
     if word is not None:
         set_train_mode(model, word, adapters_must_be_there=False)
         model.config.engram_train_mode = word

@@ -1,6 +1,6 @@
-"""Memory packs: what training changed in a memory, in one file beside the checkpoint that it changed.
+"""Memory packs: what training changed in a memory, in one file apart from the checkpoint that it changed.
 
-What it chooses: a pack names its base (a checkpoint on disk or on the Hub) and holds the rows that differ from it and
+What it chooses: a pack names its base (a folder, or a Hub id and its commit) and holds the rows that differ from it and
 the memory's dense weights, as they are and not as differences, so that base and pack give the trained memory bit for
 bit. The base's digest covers hash constants, token map, dense weights and a sample of rows of every part: reading all
 rows of a large table would cost more than the training.
@@ -25,11 +25,10 @@ from .configuration_engram import EngramFormatError
 from .overlay_engram import part_shape, read_part, write_part
 from .placement_engram import named_orders
 from .rows_engram import CheckpointTables, FilePart, FileRows
+from .saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, locked
 from .shards_engram import DTYPE_NAMES, read_header
 
 
-PACK_NAME = "memory_pack.safetensors"
-ADAPTER_NAME = "adapter_config.json"  # PEFT's, of an adapter that a pack may lie beside
 KIND = "engram-memory-pack"
 VERSION = "1"
 
@@ -53,6 +52,8 @@ class PackHeader:
 
     Args:
         base (`str`): folder or Hub id of the checkpoint that it changes.
+        revision (`str`, *optional*): the commit of a base on the Hub; None for a folder, and in older packs.
+        subfolder (`str`): where in its repository a base on the Hub is.
         base_sha256 (`str`): digest of that memory, as far as `base_digest` looks at it.
         digests (`dict[str, str]`): of hash constants and token map, as in `config.json`.
         provenance (`dict`): who made it, and whatever was handed over.
@@ -60,10 +61,22 @@ class PackHeader:
     """
 
     base: str
+    revision: str | None
+    subfolder: str
     base_sha256: str
     digests: dict[str, str]
     provenance: dict
     rows: dict[str, int]
+
+    @property
+    def base_name(self) -> str:
+        """The base as errors name it."""
+        return named_base(self.base, self.revision)
+
+
+def named_base(base: str, revision: str | None) -> str:
+    """A checkpoint as errors name it."""
+    return repr(base) if revision is None else f"{base!r} (revision {revision})"
 
 
 def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
@@ -79,7 +92,7 @@ def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
         `Path`: the file.
 
     Raises:
-        `ValueError`: if the model came from no checkpoint, or its tables are not loaded.
+        `ValueError`: if the model came from no checkpoint, its tables are not loaded, or the folder holds a whole one.
         [`EngramFormatError`]: if the base is of another memory.
 
     Example:
@@ -91,6 +104,17 @@ def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
     >>> model = AutoModelForCausalLM.from_pretrained("my-graft")
     >>> load_memory_pack(model, "my-pack")
     ```"""
+    path = pack_path(path)
+    if path.name == PACK_NAME and (path.parent / INDEX_NAME).exists() and not (path.parent / ADAPTER_NAME).exists():
+        raise ValueError(
+            f"'{path.parent}' holds a whole checkpoint, and loading would not know which of both is meant: name "
+            "another folder or file for the pack, or save the model whole (model.save_pretrained(folder))."
+        )
+    return write_pack(model, path, base, **provenance)
+
+
+def write_pack(model, path: Path, base: str | os.PathLike | None = None, **provenance) -> Path:
+    """Writes a pack's file; see `save_memory_pack`."""
     check_loaded(model)
     files, name = base_of(model, base)
     parts = named_parts(model)
@@ -106,23 +130,24 @@ def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
         "kind": KIND,
         "version": VERSION,
         "base": name,
+        **({} if files.revision is None else {"base_revision": files.revision, "base_subfolder": files.subfolder}),
         "base_sha256": base_digest(model.config, files, changed),
         "digests": json.dumps({field: getattr(model.config, field) for field in DIGESTS}),
         "provenance": json.dumps({"transformers": transformers_version, "torch": torch.__version__, **provenance}),
         "rows": json.dumps({name: len(rows) for name, rows in changed.items() if len(rows)}),
     }
-    path = pack_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".part-*-{path.name}"):
-        stale.unlink()  # from a process that was killed in the middle of a save
-    draft = path.with_name(f".part-{os.getpid()}-{path.name}")
-    try:
-        save_file(tensors, draft, metadata)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with locked(path.parent):  # so that a draft that is there is nobody's any more
+        for stale in path.parent.glob(f".part-*-{path.name}"):
+            stale.unlink()  # from a process that was killed in the middle of a save
+        draft = path.with_name(f".part-{os.getpid()}-{path.name}")
+        try:
+            save_file(tensors, draft, metadata)
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
     return path
 
 
@@ -150,7 +175,7 @@ def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
             raise EngramFormatError(
                 f"'{path}' is of another memory: its {field} is {str(header.digests.get(field))[:16]}..., the model's "
                 f"{str(getattr(model.config, field))[:16]}.... Load the checkpoint that it was made from: "
-                f"{header.base!r}."
+                f"{header.base_name}."
             )
     parts = named_parts(model)
     dense = dense_weights(model)
@@ -202,7 +227,8 @@ def read_pack_header(path: str | os.PathLike) -> PackHeader:
         )
     try:
         held = {name: json.loads(metadata[name]) for name in ("digests", "provenance", "rows")}
-        return PackHeader(metadata["base"], metadata["base_sha256"], **held)
+        where = {"revision": metadata.get("base_revision"), "subfolder": metadata.get("base_subfolder", "")}
+        return PackHeader(metadata["base"], base_sha256=metadata["base_sha256"], **where, **held)
     except (KeyError, ValueError) as error:
         raise EngramFormatError(f"'{path}' has a damaged header ({error!r}): copy it again.") from error
 
@@ -245,7 +271,7 @@ def base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, st
             "this memory came from no checkpoint, and a pack holds what differs from one: name it (base=...), or keep "
             "the model whole (model.save_pretrained(folder))."
         )
-    return files, os.path.abspath(files.folder) if files.locate is None else str(model.config.name_or_path)
+    return files, files.name
 
 
 def base_digest(config, files: CheckpointTables, changed: dict[str, torch.Tensor]) -> str:
@@ -286,19 +312,20 @@ def matching_base(model, base, header: PackHeader, changed: dict[str, torch.Tens
         files, name = base_of(model, base)
         if base_digest(model.config, files, changed) == header.base_sha256:
             return files
-        tried.append(name)
-    if base is None and Path(header.base, "config.json").is_file():
+        tried.append(named_base(name, files.revision))
+    if base is None and header.revision is None and Path(header.base, "config.json").is_file():
         files = model.tables_of(Path(header.base))
         if base_digest(model.config, files, changed) == header.base_sha256:
             return files
-        tried.append(header.base)
+        tried.append(repr(header.base))
     if not tried:
         raise FileNotFoundError(
-            f"the pack changes the memory of {header.base!r}, which is not here: name the folder (base=...)."
+            f"the pack changes the memory of {header.base_name}, which is not here: name the folder (base=...)."
         )
     raise EngramFormatError(
-        f"the pack changes the memory of {header.base!r} (digest {header.base_sha256[:16]}...); "
-        f"{' and '.join(map(repr, tried))} has other rows or weights. Load the pack's base, or name it (base=...)."
+        f"the pack changes the memory of {header.base_name} (digest {header.base_sha256[:16]}...); "
+        f"{' and '.join(tried)} has other rows or weights. Load the pack's base"
+        f"{f' (revision={header.revision!r})' if header.revision else ''}, or name it (base=...)."
     )
 
 

@@ -160,7 +160,7 @@ class CheckpointTables:
 
     Args:
         folder (`Path`): the folder of the index.
-        locate (callable, *optional*): gives the path of a file of the index by its name, fetching it if needed.
+        locate ([`HubFiles`], *optional*): of a checkpoint on the Hub; fetches a file of the index by its name.
     """
 
     def __init__(self, folder: Path, locate=None):
@@ -168,6 +168,21 @@ class CheckpointTables:
         self.files: dict[str, ShardFile] = {}
         self.headers: dict[str, dict] = {}
         self.weight_map = read_index(self.folder)
+
+    @property
+    def name(self) -> str:
+        """By which another process finds the checkpoint: a Hub id, or a folder."""
+        return os.path.abspath(self.folder) if self.locate is None else self.locate.repository
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a checkpoint on the Hub."""
+        return None if self.locate is None else self.locate.revision
+
+    @property
+    def subfolder(self) -> str:
+        """Where in its repository a checkpoint on the Hub is."""
+        return "" if self.locate is None else self.locate.subfolder
 
     def part(self, name: str) -> FilePart:
         """Where a tensor lies.

@@ -1,21 +1,31 @@
-"""Saves: a checkpoint's files are replaced whole or not at all, whenever a process dies.
+"""Saves: what a folder holds, and how its files are replaced: whole or not at all, whenever a process dies.
 
-What it chooses: a draft is written and flushed in a folder inside the checkpoint's (`.saving-*`), then marked complete,
-then moved file by file. What a killed process leaves is settled by whoever saves or reads next: a draft that is marked
-is moved on from where that stopped, one that is not is removed. The first file to be moved is the configuration: until
-then the old checkpoint is whole and is read, from then on the new one is.
-Promises: a save that runs is not disturbed by another one (it waits), nor by a reader. Never removes a finished draft.
+What it chooses: `config.json` says what the weights of a folder are. With `engram_memory_pack` they are those of
+another checkpoint and a memory pack; without, they are in the files that the index names. A save removes what an
+earlier one left that would be read with it, adapters included.
+A draft is written and flushed in a folder inside the checkpoint's (`.saving-*`), then marked complete, then moved file
+by file. What a killed process leaves is settled by whoever saves or reads next: a draft that is marked is moved on from
+where that stopped, one that is not is removed. The first file to be moved is the configuration: until then the old
+checkpoint is whole and is read, from then on the new one is.
+Promises: a save that runs is not disturbed by another one (it waits), nor by a reader; a reader gets the old checkpoint
+or the new one, or an error. Never removes a finished draft, nor a file of another name than saves give.
 Source: docs/format.md.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from transformers.utils import logging
+
+from .configuration_engram import EngramFormatError
 
 
 try:
@@ -23,6 +33,8 @@ try:
 except ImportError:  # Windows: saves are not kept apart there
     fcntl = None
 
+
+logger = logging.get_logger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 # The same without the tables: what is loaded when they stay in their files. Its file names count from the checkpoint's
@@ -34,10 +46,80 @@ SINGLE_NAME = "model.safetensors"
 MODEL_STEM = "model"
 MEMORY_STEM = "engram-memory"
 WEIGHT_FILE = re.compile(rf"{SINGLE_NAME}|({MODEL_STEM}|{MEMORY_STEM})-\d{{5}}-of-\d{{5}}\.safetensors")
+PACK_NAME = "memory_pack.safetensors"
+# Says in `config.json`, or in an adapter's settings, that the folder's pack belongs to it, by the pack's file name.
+PACK_KEY = "engram_memory_pack"
+# PEFT's. Transformers puts an adapter that lies in a checkpoint's folder on top of the checkpoint.
+ADAPTER_NAME = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_NAME, "adapter_model.safetensors", "adapter_model.bin")
 
 SAVING_PREFIX = ".saving-"
 # In a draft: the names of its files, written when all of them are on the disk.
 COMPLETE_NAME = ".complete.json"
+
+# How often a folder is read before an error says that it is being saved, and how long moves of files are waited for.
+TRIES = 4
+SECONDS_TO_WAIT = 10.0
+
+
+def checkpoint_in(folder: Path) -> str | None:
+    """What a folder's own weights are, as its `config.json` says; an adapter beside them does not count.
+
+    Args:
+        folder (`Path`): a local folder.
+
+    Returns:
+        `str`: "pack" (those of another checkpoint, and a memory pack), "whole", or None for no Engram checkpoint.
+
+    Raises:
+        `FileNotFoundError`: if the pack is not there.
+        [`EngramFormatError`]: if there is a pack, or an index, that does not fit what is said.
+    """
+    finish_saves(folder)
+    said, has_index, has_pack = said_pack(folder / CONFIG_NAME), (folder / INDEX_NAME).is_file(), has_own_pack(folder)
+    if said and not (folder / PACK_NAME).is_file():
+        raise FileNotFoundError(
+            f"'{folder / CONFIG_NAME}' says that the memory is in {PACK_NAME}, which is not there: copy it again."
+        )
+    if has_index and (said or has_pack):
+        raise EngramFormatError(
+            f"'{folder}' holds a whole checkpoint ({INDEX_NAME}) and a memory pack ({PACK_NAME}), and its config.json "
+            f"{'names the pack' if said else 'does not name the pack'}: they are of two saves. If the pack is what you "
+            f"want, move it into another folder and call load_memory_pack(model, path) on a model of its base; "
+            f"if the checkpoint is, delete {PACK_NAME}{f' and {PACK_KEY} in config.json' if said else ''}."
+        )
+    if has_index:
+        return "whole"
+    # Before `config.json` said it, a pack without an index was the sign.
+    return "pack" if said or (has_pack and (folder / CONFIG_NAME).is_file()) else None
+
+
+def said_pack(settings: Path) -> bool:
+    """Whether a `config.json`, or an adapter's settings, says that a memory pack belongs to it."""
+    try:
+        return json.loads(settings.read_text(encoding="utf-8")).get(PACK_KEY) is not None
+    except (OSError, ValueError, AttributeError):  # not there, or not ours: whoever reads the rest of it says so
+        return False
+
+
+def has_own_pack(folder: Path) -> bool:
+    """Whether a folder has a pack that is not an adapter's."""
+    return (folder / PACK_NAME).is_file() and not said_pack(folder / ADAPTER_NAME)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file of this name in a checkpoint's folder is read as a part of it."""
+    return name in (PACK_NAME, *ADAPTER_FILES) or WEIGHT_FILE.fullmatch(name) is not None
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes the configuration, indexes, weights, pack and adapter of a checkpoint; what is not ours stays."""
+    with locked(folder):
+        for name in (CONFIG_NAME, *INDEX_NAMES):
+            (folder / name).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if is_own(path.name):
+                path.unlink()
 
 
 @contextmanager
@@ -76,9 +158,63 @@ def finish_saves(folder: Path) -> None:
         return
     with suppress(OSError), locked(folder, wait=False):
         for marker in drafts:
-            begun = not (marker.parent / CONFIG_NAME).exists() or not (folder / INDEX_NAME).exists()
-            if begun and marker.exists():
+            if is_begun(marker, folder) and marker.exists():
                 settle(marker.parent, folder)
+
+
+def is_begun(marker: Path, folder: Path) -> bool:
+    """Whether files of a complete draft may have been moved already, so that the old checkpoint is not whole."""
+    return not (marker.parent / CONFIG_NAME).exists() or not (folder / CONFIG_NAME).exists()
+
+
+def read_undisturbed(folder: Path, read: Callable):
+    """What `read()` returns, called again if a save moved files of the folder meanwhile.
+
+    Args:
+        folder (`Path`): a checkpoint's folder.
+        read (callable): reads it.
+
+    Raises:
+        `BlockingIOError`: if the folder was saved again and again.
+    """
+    problem = None
+    for _ in range(TRIES):
+        before = wait_for_moves(folder)
+        try:
+            found = read()
+        except Exception as error:
+            if identity(folder) == before:
+                raise
+            problem = error
+        else:
+            if identity(folder) == before:
+                return found
+    raise BlockingIOError(
+        errno.EAGAIN,
+        "a save into this folder is under way, and was at each of several tries: load it again",
+        str(folder),
+    ) from problem
+
+
+def wait_for_moves(folder: Path) -> tuple | None:
+    """Waits until no save is moving files, for some seconds; the `identity` of what is there then."""
+    end = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        finish_saves(folder)
+        seen = identity(folder)
+        moving = any(is_begun(marker, folder) for marker in folder.glob(f"{SAVING_PREFIX}*/{COMPLETE_NAME}"))
+        if not moving or time.monotonic() > end:
+            return seen
+        time.sleep(0.01)
+
+
+def identity(folder: Path) -> tuple | None:
+    """What is another after each save: its configuration is a new file, and the first that is moved."""
+    try:
+        status = (folder / CONFIG_NAME).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
@@ -149,8 +285,10 @@ def publish(draft: Path, folder: Path) -> None:
         if name in left or name not in fresh:
             (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if WEIGHT_FILE.fullmatch(path.name) and path.name not in fresh:
+        if is_own(path.name) and path.name not in fresh:
             path.unlink()
+            if path.name == ADAPTER_NAME:
+                logger.warning(f"removed an older adapter from '{folder}': it would be put on top of what is saved.")
     flush(folder)
     for name in sorted(left, key=lambda name: (name in INDEX_NAMES, name)):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ a save goes on from the last whole checkpoint. Never trains wrongly in silence.
 import json
 import os
 import shutil
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -17,17 +18,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from ..adapters_engram import inside
+from ..checkpoint_engram import save_changes
 from ..compat_engram import check_parent, left_out_of_ddp
 from ..gradient_engram import row_gradient
 from ..mode_engram import adapter_parameters
-from ..pack_engram import ADAPTER_NAME, PACK_NAME, load_memory_pack, save_memory_pack
+from ..pack_engram import load_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
-from ..saves_engram import INDEX_NAME, finish_saves
+from ..saves_engram import ADAPTER_NAME, PACK_NAME, WITHOUT_TABLES_NAME, checkpoint_in, remove_checkpoint
 from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
 from .processes import RankPart, exchange_row_gradients
 
@@ -74,6 +76,9 @@ class EngramTrainerMixin:
             rows.
         `ValueError`: for tables that are not loaded, another `optim` than AdamW, or tokens without rows.
     """
+
+    # Whether what is saved is for the Hub, whatever the arguments say.
+    is_pushing = False
 
     def __init__(self, model=None, args=None, *positional, train_mode: str | None = None, **kwargs):
         if kwargs.get("model_init") is not None:
@@ -181,38 +186,61 @@ class EngramTrainerMixin:
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:  # written last, it says that the others are there
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        try:
+        sets_aside = self.args.should_save and not self.reads_from(folder)
+        with older_set_aside(folder) if sets_aside else nullcontext():
+            self.accelerator.wait_for_everyone()  # other ranks write into the folder too
             super()._save_checkpoint(model, trial)
-        except BaseException:
-            if self.args.should_save and not is_whole(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.saves_changes or not self.args.should_save:
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save or not self.saves_changes(output_dir):
             super()._save(output_dir, state_dict)
             return
-        output_dir = self.args.output_dir if output_dir is None else output_dir
-        os.makedirs(output_dir, exist_ok=True)
-        save_memory_pack(self.engram, output_dir)
-        self.engram.config.save_pretrained(output_dir)
+        save_changes(self.engram, output_dir)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
-    @property
-    def saves_changes(self) -> bool:
-        """Whether a checkpoint need hold no more than a pack: the memory alone is trained, and its graft is on disk."""
+    def saves_changes(self, output_dir: str | os.PathLike) -> bool:
+        """Whether a folder need hold no more than a pack.
+
+        So it is if the memory alone is trained, and its graft stays where others than this run find it.
+        """
         files = self.engram.checkpoint_tables
         alone = self.engram.config.engram_train_mode in ("memory", "tables") and self.engram is self.accelerator_model
         if not alone or files is None:
             return False
-        # A checkpoint of this very run is no graft to stand on: Trainer deletes old ones.
-        run = Path(self.args.output_dir).resolve()
-        own = files.folder.resolve()
-        return not (own.parent == run and own.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"))
+        if files.locate is not None:  # on the Hub
+            return True
+        if self.args.push_to_hub or self.is_pushing:  # nobody finds a folder of this machine
+            return False
+        # A pack needs its graft: not one that this save or this run replaces, nor a checkpoint that Trainer deletes.
+        own, run = files.folder.resolve(), Path(self.args.output_dir).resolve()
+        of_this_run = own.parent == run and own.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        return not (self.reads_from(run) or self.reads_from(output_dir) or of_this_run)
+
+    def reads_from(self, folder: str | os.PathLike) -> bool:
+        """Whether the model's tables came from the files of a folder."""
+        files = self.engram.checkpoint_tables
+        return files is not None and files.folder.resolve() == Path(folder).resolve()
+
+    def push_to_hub(self, *args, **kwargs):
+        self.is_pushing = True
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self.is_pushing = False
+
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        # Trainer uploads what lies in `output_dir`, after it has copied there what it knows of a checkpoint.
+        pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
+        under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if pushes and under_way and not self.args.hub_always_push:
+            return
+        if pushes:
+            self._finish_current_push()  # of the files that are replaced now
+            bring_unknown_files(Path(checkpoint_folder), Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     @property
     def accelerator_model(self):
@@ -220,27 +248,26 @@ class EngramTrainerMixin:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        finish_saves(folder)
-        if (folder / ADAPTER_NAME).exists():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif (folder / PACK_NAME).exists():
-            load_memory_pack(self.engram, folder)
-        elif self.engram.memory.placement == "disk" and (folder / INDEX_NAME).exists():
-            load_around_tables(self.engram, folder)
-        else:
+        if not self.load_own_checkpoint(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        finish_saves(best)
-        if (best / PACK_NAME).exists() and not (best / ADAPTER_NAME).exists():
-            logger.info(f"Loading the best memory from {best} (score: {self.state.best_metric}).")
-            load_memory_pack(self.engram, best)
-        elif self.engram.memory.placement == "disk" and (best / INDEX_NAME).exists():
-            load_around_tables(self.engram, best)
-        else:
+        if not self.load_own_checkpoint(best):
             super()._load_best_model()
+            return
+        logger.info(f"Loaded the best memory from {best} (score: {self.state.best_metric}).")
+
+    def load_own_checkpoint(self, folder: Path) -> bool:
+        """Loads a checkpoint that Trainer cannot load by itself; whether this was one."""
+        kind = None if (folder / ADAPTER_NAME).exists() else checkpoint_in(folder)
+        if kind == "pack":
+            load_memory_pack(self.engram, folder)
+        elif kind == "whole" and self.engram.memory.placement == "disk":
+            load_around_tables(self.engram, folder)
+        else:
+            return False
+        return True
 
 
 class EngramTrainer(EngramTrainerMixin, Trainer):
@@ -353,16 +380,59 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
+@contextmanager
+def older_set_aside(folder: Path):
+    """A checkpoint's folder is empty when the block begins; what was in it comes back if the block fails.
+
+    A folder of the same name is an earlier run's. It goes when the new checkpoint is whole.
+    """
+    older = folder.with_name(f"_older-{folder.name}")  # Trainer uploads no names that begin so
+    if older.exists() and not is_whole(folder):  # left by a run that was killed while it wrote this checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        shutil.rmtree(older, ignore_errors=True)
+        folder.rename(older)
+    try:
+        yield
+    except BaseException:
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            if older.exists():
+                older.rename(folder)
+        raise
+    finally:
+        if is_whole(folder):
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def bring_unknown_files(checkpoint: Path, folder: Path) -> None:
+    """Copies what Trainer does not know of a checkpoint into a folder, and removes what an earlier one left there."""
+    if (checkpoint / ADAPTER_NAME).exists():  # the folder may be its base's
+        (folder / PACK_NAME).unlink(missing_ok=True)
+    else:
+        remove_checkpoint(folder)
+    code = [path.name for path in checkpoint.glob("*_engram.py")]
+    for name in (PACK_NAME, WITHOUT_TABLES_NAME, *code):
+        if (checkpoint / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(checkpoint / name, folder / name)
+
+
 def load_around_tables(model, folder: Path) -> None:
     """Loads a whole checkpoint into a model whose tables are in files: they are read from the checkpoint's."""
     tables = CheckpointTables(folder)
     parts = {name: tables.part(name) for name in tables.weight_map if not name.startswith(TABLES_PREFIX)}
-    rest = {name: part.within(part.file.map()) for name, part in parts.items()}
-    missing = model.load_state_dict(rest, strict=False)
-    lost = [name for name in missing.missing_keys if not name.startswith(TABLES_PREFIX)]
-    if lost or missing.unexpected_keys:
+    mappings = {file: file.map() for file in {part.file for part in parts.values()}}  # each takes a descriptor
+    rest = {name: part.within(mappings[part.file]) for name, part in parts.items()}
+    result = model.load_state_dict(rest, strict=False)
+    # A tensor that has several names (tied embeddings) is stored under one of them.
+    held = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(held[name]) for name in rest if name in held}
+    missing = [name for name in result.missing_keys if id(held.get(name)) not in loaded]
+    lost = [name for name in missing if not name.startswith(TABLES_PREFIX)]
+    if lost or result.unexpected_keys:
         raise ValueError(
-            f"'{folder}' does not fit the model: {lost[:3]} missing, {missing.unexpected_keys[:3]} unknown."
+            f"'{folder}' does not fit the model: {lost[:3]} missing, {result.unexpected_keys[:3]} unknown."
         )
     reread_tables(model.memory.tables, tables)
     model.checkpoint_tables = tables

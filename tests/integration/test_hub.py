@@ -194,6 +194,37 @@ def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, with_hub, ti
     assert torch.tensor(len(card["content"])) > 0
 
 
+TRAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from engram_transformers import EngramTrainer
+from engram_transformers.training import EngramTrainingArguments
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+text = {"input_ids": torch.arange(3, 19), "labels": torch.arange(3, 19)}
+settings = {"max_steps": 2, "save_steps": 2, "save_strategy": "steps", "report_to": [], "use_cpu": True}
+hub = {"push_to_hub": True, "hub_strategy": "every_save", "hub_model_id": "me/memory", "hub_token": "hf_stand_in"}
+arguments = EngramTrainingArguments(sys.argv[2], **settings, **hub)
+EngramTrainer(model, arguments, train_dataset=[text] * 4, train_mode=sys.argv[3]).train()
+model.save_pretrained(sys.argv[4])
+"""
+
+
+@pytest.mark.parametrize("mode", ["memory", "all"])
+def test_what_a_run_pushes_while_it_trains_is_the_whole_model(mode, hub, with_hub, tiny_engram, tmp_path):
+    tiny_engram(trained=True).save_pretrained(tmp_path / "graft")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "memory_pack.safetensors").write_bytes(b"of an earlier run")
+    with_hub(TRAIN, tmp_path / "graft", run, mode, tmp_path / "trained")
+    sent = {line["value"]["path"] for line in hub.commit if line["key"] in ("file", "lfsFile")}
+    expected = {path.relative_to(tmp_path / "trained").as_posix() for path in (tmp_path / "trained").rglob("*.*")}
+    assert expected <= sent, sorted(expected - sent)
+    assert "memory_pack.safetensors" not in sent
+    pushed, trained = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run, tmp_path / "trained"))
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, pushed.state_dict()[name]), name
+
+
 GRAFT = """
 import sys
 from engram_transformers.conversion.cli import app

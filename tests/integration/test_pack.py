@@ -7,6 +7,7 @@ Run: pytest tests/integration/test_pack.py
 import errno
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramFormatError, load_memory_pack, save_memory_pack
 from engram_transformers import pack_engram as packs
+from engram_transformers.checkpoint_engram import save_changes
 from engram_transformers.overlay_engram import part_shape, write_part
 from engram_transformers.pack_engram import PACK_NAME, dense_weights, named_parts, read_pack_header
 
@@ -281,3 +283,90 @@ def test_a_base_that_differs_in_one_row_is_refused(row, saved, tmp_path, monkeyp
         load_memory_pack(other, tmp_path / "pack", base=tmp_path / "other")
     assert same(state(other), before)
     load_memory_pack(loaded(saved), tmp_path / "pack")  # control
+
+
+def test_a_folder_with_a_pack_and_a_whole_checkpoint_is_refused(saved, tmp_path):
+    folder = tmp_path / "graft"
+    shutil.copytree(saved, folder)
+    model = loaded(saved)
+    change(model)
+    with pytest.raises(ValueError, match="graft' holds a whole checkpoint.*name another folder"):
+        save_memory_pack(model, folder)
+    assert same(state(loaded(folder)), state(loaded(saved))), "control: nothing was written"
+    shutil.copy(save_memory_pack(model, tmp_path / "pack"), folder)
+    with pytest.raises(EngramFormatError, match="does not name the pack: they are of two saves"):
+        loaded(folder)
+    (folder / PACK_NAME).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"engram_memory_pack": PACK_NAME}))
+    with pytest.raises(FileNotFoundError, match=f"{PACK_NAME}, which is not there"):
+        loaded(folder)
+
+
+def test_two_saves_of_a_pack_into_one_folder_wait_for_each_other(saved, tmp_path, monkeypatch):
+    model, written, go_on = loaded(saved), threading.Event(), threading.Event()
+    change(model)
+    problems = []
+
+    def slowly(tensors, draft, metadata):
+        save_file(tensors, draft, metadata)
+        if threading.current_thread() is first:
+            written.set()
+            go_on.wait(10)
+
+    def save():
+        try:
+            save_memory_pack(model, tmp_path)
+        except OSError as error:
+            problems.append(error)
+
+    monkeypatch.setattr(packs, "save_file", slowly)
+    first, second = threading.Thread(target=save), threading.Thread(target=save)
+    first.start()
+    assert written.wait(10)
+    second.start()
+    second.join(0.2)
+    go_on.set()
+    first.join(10)
+    second.join(10)
+    assert not problems
+    assert same(state(load_memory_pack(loaded(saved), tmp_path)), state(model))
+
+
+# The Hub, as its client lays out files in the cache.
+
+
+def publish(folder, cache, name: str, commit: str, branch: str = "main") -> None:
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / branch).write_text(commit)
+
+
+@pytest.mark.parametrize("subfolder", ["", "inner"])
+def test_a_pack_on_the_hub_loads_with_the_commit_of_its_base(subfolder, saved, tmp_path):
+    cache, old, new = tmp_path / "cache", "a" * 40, "b" * 40
+    shutil.copytree(saved, tmp_path / "graft" / subfolder)
+    publish(tmp_path / "graft", cache, "me/graft", old, branch="v1")
+    where = {"cache_dir": cache, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained("me/graft", revision="v1", subfolder=subfolder, **where)
+    model.train_mode("tables")
+    expected = change(model)
+    # The branch moves on: the pack's base does not.
+    moved_on = loaded(saved)
+    change(moved_on, seed=5)
+    moved_on.save_pretrained(tmp_path / "other" / subfolder)
+    publish(tmp_path / "other", cache, "me/graft", new, branch="v1")
+    save_changes(model, tmp_path / "trained")
+    header = read_pack_header(tmp_path / "trained")
+    assert (header.base, header.revision, header.subfolder) == ("me/graft", old, subfolder)
+    publish(tmp_path / "trained", cache, "me/trained", new)
+    for place in PLACES:
+        again = AutoModelForCausalLM.from_pretrained("me/trained", engram_placement=place, **where)
+        assert same(state(again), expected)
+        assert (again.memory.placement, again.config.engram_train_mode) == (place, "tables")
+    save_changes(again, tmp_path / "next")
+    assert read_pack_header(tmp_path / "next").revision == old, "what is trained on has the same base"
+    other = AutoModelForCausalLM.from_pretrained("me/graft", revision="v1", subfolder=subfolder, **where)
+    with pytest.raises(EngramFormatError, match=rf"'me/graft' \(revision {old}\).*revision='{old}'"):
+        load_memory_pack(other, tmp_path / "trained")

@@ -1,5 +1,6 @@
 """Checkpoints of EngramTrainer: a run that trains the memory alone saves what changed, goes on bit for bit wherever the
-tables are, also after it was killed in the middle of a save; the best one comes back; another memory's is refused.
+tables are, also after it was killed in the middle of a save; the best one comes back; another memory's is refused; what
+a folder held before is not taken for what was saved into it.
 
 Run: pytest tests/integration/test_trainer_checkpoints.py
 """
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from engram_transformers import EngramFormatError, EngramTrainer
 from engram_transformers.pack_engram import PACK_NAME, read_pack_header
 from engram_transformers.training import EngramTrainingArguments
 from engram_transformers.training.trainer import last_whole_checkpoint
 
+from ..tiny import engram_on
 from .placed import loaded
 
 
@@ -165,10 +167,10 @@ def test_the_memory_alone_is_trained_unless_told_otherwise(saved, dataset, tmp_p
 CHILD = """
 import os, sys, torch
 from tests.integration.test_trainer_checkpoints import EngramTrainer, loaded, texts, train
-from engram_transformers.training import trainer as training
+from engram_transformers import checkpoint_engram
 
 saved, folder, place, name = sys.argv[1:]
-holder = training if place == "module" else EngramTrainer
+holder = checkpoint_engram if place == "module" else EngramTrainer
 real, seen = getattr(holder, name), []
 
 def die(*args, **kwargs):
@@ -264,3 +266,66 @@ def test_a_memory_without_a_file_is_saved_whole(tiny_engram, dataset, tmp_path):
     assert not (checkpoint / PACK_NAME).exists()
     assert same(state(loaded(checkpoint)), state(model))
     assert json.loads((checkpoint / "config.json").read_text())["engram_train_mode"] == "memory"
+
+
+# Folders that hold something already.
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_a_memory_that_is_saved_over_its_graft_comes_back(place, saved, dataset, tmp_path):
+    graft = tmp_path / "graft"
+    shutil.copytree(saved, graft)
+    (graft / "notes.txt").write_text("not ours")
+    untrained = state(loaded(graft))
+    model = loaded(graft, place)
+    train(model, dataset, tmp_path / "run", save_strategy="no").save_model(graft)
+    assert not same(state(model), untrained), "control"
+    assert same(state(loaded(graft)), state(model))
+    assert (graft / "notes.txt").read_text() == "not ours"
+    model = loaded(graft, place)
+    train(model, dataset, graft, save_steps=STEPS)  # the run's folder is the graft's
+    assert not (graft / f"checkpoint-{STEPS}" / PACK_NAME).exists(), "a later save_model() replaces its graft"
+
+
+@pytest.mark.parametrize("modes", [("memory", "all"), ("all", "memory")])
+def test_a_run_in_the_folder_of_an_earlier_one_loads_and_resumes_its_own_checkpoints(modes, saved, dataset, tmp_path):
+    ended = []
+    for number, mode in enumerate(modes):
+        model = loaded(saved).train_mode(mode)
+        train(model, dataset, tmp_path, learning_rate=1e-2 / (number + 1), max_steps=2).save_model()
+        ended.append(state(model))
+    assert not same(*ended), "control"
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        assert same(state(loaded(folder)), ended[1])
+    model = loaded(saved).train_mode(modes[1])
+    train(model, dataset, tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=2)
+    assert same(state(model), ended[1])
+
+
+def test_a_save_that_fails_gives_an_earlier_runs_checkpoint_back(run, saved, dataset, tmp_path, monkeypatch):
+    shutil.copytree(run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    earlier = {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EngramTrainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(loaded(saved), dataset, tmp_path, learning_rate=1e-3)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == earlier
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_embeddings_come_back_around_tables_on_disk(tied, dataset, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    engram_on(LlamaConfig(vocab_size=4104, tie_word_embeddings=tied, **sizes)).save_pretrained(tmp_path / "graft")
+    model = loaded(tmp_path / "graft", "disk").train_mode("all")
+    best = {"eval_strategy": "steps", "eval_steps": STEPS, "save_steps": STEPS, "load_best_model_at_end": True}
+    train(model, dataset, tmp_path / "run", **best)
+    ended = state(model)
+    weights = model.backbone.get_input_embeddings().weight, model.backbone.get_output_embeddings().weight
+    assert (weights[0] is weights[1]) == tied
+    again = loaded(tmp_path / "graft", "disk").train_mode("all")
+    train(again, dataset, tmp_path / "run", resume=str(tmp_path / "run" / f"checkpoint-{STEPS}"))
+    assert same(state(again), ended)

@@ -16,14 +16,18 @@ import pytest
 
 from engram_transformers import saves_engram
 from engram_transformers.saves_engram import (
+    ADAPTER_FILES,
     COMPLETE_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     INDEX_NAMES,
+    PACK_NAME,
     SAVING_PREFIX,
     SINGLE_NAME,
     WITHOUT_TABLES_NAME,
     finish_saves,
+    read_undisturbed,
+    remove_checkpoint,
     whole_save,
 )
 from engram_transformers.shards_engram import read_index, shard_name
@@ -270,3 +274,42 @@ def test_a_file_system_without_locks_is_saved_to(tmp_path, monkeypatch):
     monkeypatch.setattr(saves_engram, "fcntl", None)  # a system that knows none
     save(tmp_path, 1)
     assert contents(tmp_path) == expected(1, b"new")
+
+
+def test_a_save_leaves_a_folder_as_if_it_had_been_empty_of_saves(tmp_path):
+    for name in (PACK_NAME, *ADAPTER_FILES, SINGLE_NAME, "notes.txt", "optimizer.safetensors"):
+        (tmp_path / name).write_bytes(b"old")
+    save(tmp_path, 1)
+    assert contents(tmp_path) == expected(1, b"new") | {"notes.txt": b"old", "optimizer.safetensors": b"old"}
+    remove_checkpoint(tmp_path)
+    assert set(contents(tmp_path)) == {"generation_config.json", "notes.txt", "optimizer.safetensors"}
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_reader_that_a_save_disturbed_reads_again(raises, tmp_path):
+    save(tmp_path, 1, b"old")
+    seen = []
+
+    def read_configuration():
+        found = (tmp_path / CONFIG_NAME).read_bytes()
+        seen.append(found)
+        if len(seen) == 1:
+            save(tmp_path, 2)
+            if raises:
+                raise FileNotFoundError("a shard")
+        return found
+
+    assert read_undisturbed(tmp_path, read_configuration) == b"new"
+    assert seen == [b"old", b"new"]
+
+
+def test_a_reader_raises_its_own_error_and_one_that_is_always_disturbed_says_so(tmp_path):
+    save(tmp_path, 1)
+
+    def missing():
+        raise FileNotFoundError("a shard")
+
+    with pytest.raises(FileNotFoundError, match="a shard"):
+        read_undisturbed(tmp_path, missing)
+    with pytest.raises(BlockingIOError, match="a save into this folder is under way"):
+        read_undisturbed(tmp_path, lambda: save(tmp_path, 1))
