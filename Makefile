@@ -4,21 +4,23 @@
 # VENV=/path              another place for the environment
 # TORCH_INDEX=URL         where torch comes from: the index of CPU builds by default, so that no CUDA libraries are
 #                         fetched; empty for PyPI's own build, or an index from https://pytorch.org/get-started
+# LOCK=                   the newest version of everything that setup.py allows, and not those of requirements/lock.txt
 # ARGS="--no-control"     arguments for the demo or for pytest
 # WORKERS=2               processes that share the tests, one thread each
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= 2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+LOCK ?= requirements/lock.txt
 DONOR ?= runs/donor
 ARGS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: bench bench-long demo docs test test-all test-foreign test-unit donor quality style clean
+.PHONY: bench bench-long demo docs test test-all test-foreign test-unit donor lock quality style clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -37,15 +39,15 @@ docs: $(VENV)/.dev
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(VENV)/.dev donor
-	ENGRAM_DONOR=$(DONOR) $(PYTEST) -m "not slow" $(ARGS)
+	ENGRAM_LOCK=$(LOCK) ENGRAM_DONOR=$(DONOR) $(PYTEST) $(ARGS)
 
-# Also the slow ones, and 40 times as many examples of every property, other ones each time.
+# 40 times as many examples of every property, other ones each time.
 test-all: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(PYTEST) --hypothesis-profile=wide $(ARGS)
 
 # What Transformers and accelerate test their own models with, on ours and theirs: docs/foreign-tests.md.
 test-foreign: $(VENV)/.dev
-	$(PIP) install --quiet --editable ".[foreign]"
+	$(INSTALL) --editable ".[foreign]"
 	$(BIN)/python -m tests.foreign
 
 test-unit: $(VENV)/.dev
@@ -72,19 +74,29 @@ style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Writes the lock anew: the newest version of everything that goes with requirements/pins.txt, for every Python and
+# system that setup.py allows. After it, run `make test`.
+lock: $(VENV)/.python
+	$(PIP) install --quiet $$(grep -o 'uv==[0-9.]*' setup.py)
+	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra demo --extra foreign \
+		--constraints requirements/pins.txt --no-annotate --output-file requirements/lock.txt setup.py
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-$(VENV)/.torch:
+$(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
-	$(if $(TORCH_INDEX),$(PIP) install --quiet --retries 0 --timeout 20 --index-url $(TORCH_INDEX) torch==$(TORCH) ||) \
-		$(PIP) install --quiet torch==$(TORCH)
+	touch $@
+
+# Without its dependencies, because an index of CPU builds holds only some versions of them.
+$(VENV)/.torch: $(VENV)/.python $(LOCK)
+	$(if $(TORCH_INDEX),$(INSTALL) --retries 0 --timeout 20 --no-deps --index-url $(TORCH_INDEX) torch ||) $(INSTALL) torch
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch setup.py
-	$(PIP) install --quiet --editable ".[demo]"
+	$(INSTALL) --editable ".[demo]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch setup.py
-	$(PIP) install --quiet --editable ".[dev,demo]"
+	$(INSTALL) --editable ".[dev,demo]"
 	touch $@

@@ -5,18 +5,24 @@ Run with `pytest tests/house/test_packages.py`.
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import engram_transformers
 
 
 ROOT = Path(__file__).parents[2]
+LOCK = ROOT / "requirements" / "lock.txt"
 SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
 NOT_INSTALLED = {"tests", "examples", "benchmarks"}
 EXPORTS = [
@@ -95,15 +101,33 @@ def test_the_version_stands_in_one_place():
     assert "version" not in (ROOT / "pyproject.toml").read_text(encoding="utf-8").replace("target-version", "")
 
 
-def test_oldest_versions_are_no_newer_than_tested_ones():
-    def number(version: str) -> list[int]:
-        return [int(part) for part in version.split(".")]
+def locked(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """Name -> version in requirements/lock.txt, for this Python and system or for another one."""
+    lines = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    wanted = [Requirement(line) for line in lines]
+    held = [one for one in wanted if one.marker is None or one.marker.evaluate(environment)]
+    assert len({canonicalize_name(one.name) for one in held}) == len(held)
+    return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in held}
 
-    tested = assigned("TESTED")
-    for requirement in assigned("REQUIRED"):
-        name, oldest = re.match(r"([\w_]+)>=([\d.]+)", requirement).groups()
-        if name in tested:
-            assert number(oldest) <= number(tested[name]), name
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_lock_holds_a_version_of_everything_that_the_package_asks_for(python):
+    versions = locked({"python_version": python, "python_full_version": f"{python}.1"})
+    for requirement in map(Requirement, assigned("REQUIRED")):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_what_make_installed_is_what_the_lock_says():
+    """`make test` says which lock it installed from; an environment that somebody made differently has none."""
+    if not os.environ.get("ENGRAM_LOCK"):
+        pytest.skip("not run by `make test`, or with LOCK= for the newest versions")
+    versions = locked()
+    here = {canonicalize_name(one.metadata["Name"]): Version(one.version) for one in distributions()}
+    for own in ("engram-transformers", "pip"):
+        here.pop(own, None)
+    here.pop("setuptools", None)  # of Python's own venv, where torch does not ask for it
+    assert {"torch", "transformers", "peft", "pytest"} <= set(here)
+    assert {name: version.public for name, version in here.items()} == {name: versions.get(name) for name in here}
 
 
 def test_the_command_leads_to_a_function():
