@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: bench bench-long demo docs test test-all test-foreign test-unit donor lock quality style clean
+.PHONY: bench bench-long demo docs test test-all test-foreign test-latest test-unit test-versions donor lock quality style clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -44,6 +44,16 @@ test: $(VENV)/.dev donor
 # 40 times as many examples of every property, other ones each time.
 test-all: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(PYTEST) --hypothesis-profile=wide $(ARGS)
+
+# The core tests on other versions than the locked ones, and checkpoints between them: VERSIONS="5.20.2 oldest" for some,
+# with names of tests/versions/__main__.py. The ends of the range need Python 3.10 and 3.13. Table: runs/versions.json.
+test-versions: $(VENV)/.dev
+	WORKERS=$(WORKERS) $(BIN)/python -m tests.versions $(VERSIONS)
+
+# The same on whatever the index has today, also above the range: the early warning.
+test-latest: $(VENV)/.dev
+	rm -rf runs/versions/latest
+	WORKERS=$(WORKERS) $(BIN)/python -m tests.versions latest
 
 # What Transformers and accelerate test their own models with, on ours and theirs: docs/foreign-tests.md.
 test-foreign: $(VENV)/.dev

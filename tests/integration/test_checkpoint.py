@@ -17,6 +17,9 @@ from engram_transformers.compat_engram import CACHE
 from engram_transformers.saves_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
 
 
+pytestmark = pytest.mark.core
+
+
 @pytest.fixture
 def ids():
     return torch.randint(3, 4000, (2, 15))

@@ -15,6 +15,8 @@ from engram_transformers.compat_engram import CACHE
 from .backbones import BACKBONES
 
 
+pytestmark = pytest.mark.core
+
 TOLERANCE = 1e-5
 
 

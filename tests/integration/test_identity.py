@@ -17,6 +17,8 @@ from engram_transformers.conversion import graft
 from .backbones import BACKBONES, READS_PADS, unmapped
 
 
+pytestmark = pytest.mark.core
+
 ALL = BACKBONES | READS_PADS
 FIELDS = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
 

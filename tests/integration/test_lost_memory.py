@@ -18,6 +18,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 
+pytestmark = pytest.mark.core
+
 IDS = torch.arange(24, device="cpu").view(2, 12) * 7 + 5
 TOLERANCE = 1e-5
 

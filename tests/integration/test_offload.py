@@ -35,6 +35,8 @@ from ..counting_device import counted
 from .placed import TOLERANCE, loaded, logits, repeating_texts, same
 
 
+pytestmark = pytest.mark.core
+
 ONE = {"": "counting:0"}
 BY_PARTS = {"backbone": "counting:0", "memory.hashing": "counting:0", "memory.layers": "counting:0"}
 TABLES_ON_HOST = {**BY_PARTS, "memory.tables": "cpu"}

@@ -26,6 +26,8 @@ from .adapted import TOLERANCE, adapted, ids, logits, lora, near, stir
 from .backbones import BACKBONES
 
 
+pytestmark = pytest.mark.core
+
 # PEFT 0.21 loses a bare configuration's layers of Mixtral when it renames its experts, in the plain donor too.
 KNOWN = [
     name

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.core
+
 SCRIPT = """
 import json, sys
 folder, block, trust, code = sys.argv[1], sys.argv[2] == "block", sys.argv[3] == "trust", sys.argv[4]

@@ -15,6 +15,9 @@ from engram_transformers.training import engram_optimizer
 from .backbones import BACKBONES
 
 
+pytestmark = pytest.mark.core
+
+
 @pytest.fixture
 def dataset():
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,8 @@ from engram_transformers.cache_engram import EngramCacheLayer
 from engram_transformers.compat_engram import CACHE, CHECKPOINTS_RUN_HOOKS, NEW_NAME, OLD_NAME, is_checkpointing
 
 
+pytestmark = pytest.mark.core
+
 IDS = torch.arange(24, device="cpu").view(2, 12) * 7 + 5
 LEFT = torch.ones_like(IDS)
 TOLERANCE = 1e-5  # of logits in float32, read with a cache and without
