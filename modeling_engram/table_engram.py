@@ -87,7 +87,12 @@ def check_bounds(low: int, high: int, height: int) -> None:
 OPERATORS = f"engram_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 
 
-@torch.library.custom_op(f"{OPERATORS}::gather_rows_2", mutates_args=())
+# Schemas are written out because torch 2.6 reads none off an annotation `list[torch.Tensor]`.
+@torch.library.custom_op(
+    f"{OPERATORS}::gather_rows_2",
+    mutates_args=(),
+    schema="(Tensor rows, SymInt part_height, Tensor[] parts, Tensor anchor) -> Tensor",
+)
 def gather_rows(rows: torch.Tensor, part_height: int, parts: list[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
     """`read_parts` with a backward that leaves a `RowGradient` on each part."""
     return read_parts(rows, part_height, parts)
@@ -98,7 +103,11 @@ def gathered_shape(rows, part_height, parts, anchor):
     return parts[0].new_empty(*rows.shape, parts[0].shape[1])
 
 
-@torch.library.custom_op(f"{OPERATORS}::leave_row_gradients_2", mutates_args=())
+@torch.library.custom_op(
+    f"{OPERATORS}::leave_row_gradients_2",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor values, SymInt part_height, Tensor[] parts) -> Tensor",
+)
 def leave_row_gradients(
     rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
 ) -> torch.Tensor:

@@ -72,6 +72,7 @@ def adapters_off(model):
     return Off()
 
 
+@pytest.mark.native_peft
 @pytest.mark.parametrize("order", [memory_first, lora_first], ids=lambda order: order.__name__)
 def test_lora_and_memory_add_up_in_either_order(order, tiny_donor, tiny_engram, reference):
     model = order(tiny_donor, tiny_engram)
@@ -88,6 +89,7 @@ def test_lora_and_memory_add_up_in_either_order(order, tiny_donor, tiny_engram, 
         assert not near(both, logits(other)), "control: both change what the model says"
 
 
+@pytest.mark.native_peft
 def test_a_donor_of_peft_gives_a_model_with_its_adapter(tiny_donor, tiny_engram):
     model = lora_first(tiny_donor, tiny_engram)
     assert type(model) is EngramForCausalLM

@@ -17,6 +17,7 @@ from engram_transformers import EngramForCausalLM
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 
 
+@pytest.mark.native_peft
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_the_code_of_the_page_runs(tiny_donor, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,7 @@ UNKNOWN_TO_TRANSFORMERS = {"DoRA": r"PeftModel\.from_pretrained", "VeRA": "does 
 ROUTES = [by_peft, by_peft_as_second, by_load_adapter]
 
 
+@pytest.mark.native_peft
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_adapter_of_the_donor_says_what_it_says_there(name, route, tiny_donor, tiny_engram, tmp_path):
@@ -88,6 +89,7 @@ def rename(folder, old, new):
     save_file({key.replace(old, new): tensor for key, tensor in weights.items()}, folder / "adapter_model.safetensors")
 
 
+@pytest.mark.native_peft
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_weights_that_have_no_place_are_an_error(route, tiny_donor, tiny_engram, tmp_path):
     adapted(tiny_donor()).save_pretrained(tmp_path)
@@ -105,6 +107,7 @@ def test_peft_alone_leaves_them_at_zero_in_silence(tiny_donor, tmp_path):
     assert torch.equal(logits(model.eval()), logits(tiny_donor())), "this is what the error above is for"
 
 
+@pytest.mark.native_peft
 def test_a_refused_adapter_leaves_those_that_are_there(tiny_donor, tiny_engram, tmp_path):
     adapted(tiny_donor(), 1).save_pretrained(tmp_path)
     rename(tmp_path, "model.layers.", "model.blocks.")
@@ -130,6 +133,7 @@ def test_an_adapter_of_a_model_with_memory_is_not_the_donors_and_peft_says_so(ti
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_donor(), tmp_path)), logits(adapted(tiny_engram())))
 
 
+@pytest.mark.native_peft
 def test_a_donor_that_carries_an_adapter_itself_can_be_grafted(tiny_donor, tiny_engram, tmp_path):
     adapted(tiny_donor()).save_pretrained(tmp_path)
     donor = tiny_donor()

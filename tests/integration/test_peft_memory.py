@@ -308,6 +308,7 @@ def test_a_graft_that_was_saved_first_is_the_base_of_its_adapters(tiny_engram, t
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
 
 
+@pytest.mark.native_peft
 def test_a_model_that_carries_its_adapter_itself_saves_the_memory_beside_it(saved, trained, tmp_path):
     model = by_load_adapter(saved, trained[0], "cpu")
     train(model, amount=0.5)

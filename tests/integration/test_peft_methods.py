@@ -17,6 +17,7 @@ from .adapted import adapted, ids, logits, lora, near, stir
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
     pytest.mark.filterwarnings("ignore:.*torch_dtype"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated"),  # PEFT's own use, in prompt learning
 ]
 
 # What the donor's sizes (32 wide) need of each method.
@@ -209,6 +210,7 @@ def test_layers_are_not_replicated_under_a_memory(tiny_engram):
         get_peft_model(tiny_engram(), lora(layer_replication=[[0, 3], [2, 4]]))
 
 
+@pytest.mark.native_peft
 def test_refusals_hold_for_a_second_adapter_and_for_models_that_carry_adapters_themselves(tiny_engram):
     model = adapted(tiny_engram(trained=True))
     with pytest.raises(ValueError, match="reaches the memory"):

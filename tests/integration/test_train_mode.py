@@ -43,6 +43,7 @@ def test_a_word_names_what_learns(place, saved):
         assert model.config.engram_train_mode == word
 
 
+@pytest.mark.native_peft
 @pytest.mark.parametrize("native", [False, True], ids=["peft", "transformers"])
 def test_memory_and_lora_learn_together(native, saved):
     model = loaded(saved)
