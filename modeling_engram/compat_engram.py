@@ -121,7 +121,9 @@ def undo_compile(module: nn.Module) -> None:
 
 def has_global_hooks() -> bool:
     """Whether a hook is registered that runs at every module."""
-    return torch.nn.modules.module._has_any_global_hook()
+    hooks = torch.nn.modules.module  # `_has_any_global_hook`, which asks all of them, is younger than torch 2.6
+    forward = hooks._global_forward_pre_hooks or hooks._global_forward_hooks
+    return bool(forward or hooks._global_backward_pre_hooks or hooks._global_backward_hooks)
 
 
 def in_forward_mode() -> bool:
