@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: bench bench-long demo docs test test-all test-foreign test-latest test-unit test-versions donor lock quality style clean
+.PHONY: bench bench-long demo docs test test-all test-foreign test-latest test-unit test-versions donor lock quality style wheel clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -91,8 +91,18 @@ lock: $(VENV)/.python
 	$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --extra dev --extra demo --extra foreign \
 		--constraints requirements/pins.txt --no-annotate --output-file requirements/lock.txt setup.py
 
+# dist/engram_transformers-*.whl, installed into an empty environment and imported there with what it asks for.
+wheel: $(VENV)/.dev
+	rm -rf build dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip install --quiet --no-deps dist/engram_transformers-*.whl
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$(echo build/wheel/lib/python*/site-packages)/zz_base.pth"
+	cd build && wheel/bin/python -c 'import engram_transformers as e; print(e.EngramForCausalLM, e.EngramTrainer, e.__file__)'
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
