@@ -34,7 +34,7 @@ from .pack_engram import (
     write_pack,
 )
 from .rows_engram import CheckpointTables
-from .saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, remove_checkpoint, said_pack
+from .saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, locked, remove_checkpoint, said_pack
 
 
 logger = logging.get_logger(__name__)
@@ -179,12 +179,14 @@ def memory_beside(model: nn.Module, folders: list[Path]):
             write_pack(model, folder / PACK_NAME)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folders[0] / PACK_NAME, folder / f"{PACK_NAME}.part")
-            os.replace(folder / f"{PACK_NAME}.part", folder / PACK_NAME)
+            with locked(folder):
+                shutil.copyfile(folders[0] / PACK_NAME, folder / f"{PACK_NAME}.part")
+                os.replace(folder / f"{PACK_NAME}.part", folder / PACK_NAME)
     yield
     if travels:
         for folder in folders:
-            name_pack(folder / ADAPTER_NAME, model)
+            with locked(folder):
+                name_pack(folder / ADAPTER_NAME, model)
 
 
 def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:

@@ -140,6 +140,35 @@ def test_one_changed_dense_weight_is_enough(saved, tmp_path):
     assert (tmp_path / PACK_NAME).exists()
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_older_checkpoint_in_an_adapters_folder_is_not_taken_for_its_base(learns, saved, tmp_path):
+    other = loaded(saved)
+    for weight in other.backbone.parameters():
+        weight.data.mul_(1.5)
+    train(other).save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("not ours")
+    model = adapted(loaded(saved), seed=4)
+    if learns:
+        train(model.get_base_model())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_an_older_adapter_in_a_checkpoints_folder_is_not_put_on_top(saved, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    model = loaded(saved)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_pack_that_an_adapters_settings_do_not_name_is_an_error(saved, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    drop_key(tmp_path)
+    with pytest.raises(EngramFormatError, match="lies beside an adapter whose settings do not name it"):
+        loaded(saved).load_adapter(tmp_path)
+
+
 def test_an_older_pack_does_not_stay_beside_a_newer_adapter(saved, trained, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(trained[0], folder)
