@@ -25,6 +25,7 @@ REQUIRED = [
     "huggingface_hub>=1.0",
     "peft>=0.18",
     "numpy>=1.26",
+    "psutil>=5.9",
     "typer>=0.12",
     "rich>=13",
     "matplotlib>=3.8",
