@@ -8,6 +8,8 @@ earlier pass.
 Source: accelerate 1.15 `hooks.py`; docs/offload.md.
 """
 
+from functools import partial
+
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
@@ -80,7 +82,9 @@ class EngramRowsHook(ModelHook):
         else:  # transformers looks at where an embedding's weight is
             module.__dict__["weight"] = torch.empty(parts["weight"].shape, dtype=parts["weight"].dtype, device="meta")
         self.handles = [
-            module.register_state_dict_post_hook(self.add_to_state_dict),
+            module.register_state_dict_post_hook(
+                partial(self.add_to_state_dict)
+            ),  # torch marks it: a method takes none
             module.register_load_state_dict_pre_hook(self.take_from_state_dict),
         ]
         return module
