@@ -82,9 +82,7 @@ class EngramRowsHook(ModelHook):
         else:  # transformers looks at where an embedding's weight is
             module.__dict__["weight"] = torch.empty(parts["weight"].shape, dtype=parts["weight"].dtype, device="meta")
         self.handles = [
-            module.register_state_dict_post_hook(
-                partial(self.add_to_state_dict)
-            ),  # torch marks it: a method takes none
+            module.register_state_dict_post_hook(partial(self.add_to_state_dict)),  # it is marked: no method
             module.register_load_state_dict_pre_hook(self.take_from_state_dict),
         ]
         return module
