@@ -26,6 +26,7 @@ REQUIRED = [
     "huggingface_hub>=1.31",
     "peft>=0.20",  # transformers refuses an older one
     "numpy>=1.26",
+    "psutil>=5.9",
     "typer>=0.12",  # the `engram` command; transformers needs it too
     "rich>=13",  # tables of the `engram` command; typer needs it too
 ]

@@ -119,8 +119,10 @@ def graft(
             **({} if preset is None else PRESETS[preset]) | given,
         )
     files = list(folder.glob("*.safetensors"))
-    size, taken = sum(f.stat().st_size for f in files), sum(f.stat().st_blocks * 512 for f in files)
-    progress.print(f"{len(files)} weight files, {size:,} bytes ({taken:,} on disk)", highlight=False)
+    size = sum(f.stat().st_size for f in files)
+    blocks = [getattr(f.stat(), "st_blocks", None) for f in files]  # Windows does not count them
+    taken = "" if None in blocks else f" ({sum(blocks) * 512:,} on disk)"
+    progress.print(f"{len(files)} weight files, {size:,} bytes{taken}", highlight=False)
     print(folder)
 
 

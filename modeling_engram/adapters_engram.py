@@ -206,7 +206,7 @@ def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
 
 def is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -> bool:
     """Whether two checkpoints hold the same memory, as far as a pack's digest looks at it."""
-    none = {name: torch.empty(0, dtype=torch.int64) for name in named_parts(model)}
+    none = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in named_parts(model)}
     return base_digest(model.config, there, none) == base_digest(model.config, base, none)
 
 

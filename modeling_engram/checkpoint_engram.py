@@ -287,7 +287,8 @@ class CheckpointFiles:
         shapes = [shape for name, (shape, _) in self.expected.items() if name.startswith(TABLES_PREFIX)]
         table_bytes = sum(map(math.prod, shapes)) * getattr(torch, self.config.engram_table_dtype).itemsize
         total = total_size(self.index_folder()) or table_bytes
-        free = free_memory(device_map, self.kwargs.get("max_memory"))
+        place = torch.get_default_device() if device_map is None else device_map  # as Transformers takes it
+        free = free_memory(place, self.kwargs.get("max_memory"))
         return choose_placement(table_bytes, max(0, total - table_bytes), *free)
 
     def check(self, placement: str) -> None:

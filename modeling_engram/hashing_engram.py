@@ -25,9 +25,17 @@ HANDFUL = 8
 MANY = 2**14
 
 
+def on_meta() -> bool:
+    """Whether modules are being made without storage, to be filled from a checkpoint."""
+    return torch.empty(0).device.type == "meta"
+
+
 def identity_map(config) -> torch.Tensor:
-    """The token map of a memory without compression: every id of the vocabulary is a class of its own."""
-    return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="cpu")
+    """The token map of a memory without compression: every id of the vocabulary is a class of its own.
+
+    Without storage where modules are made so: a checkpoint's map is to come, and this one must not be taken for it.
+    """
+    return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
 
 
 class NgramHasher(nn.Module):

@@ -25,7 +25,7 @@ from .configuration_engram import EngramFormatError
 from .overlay_engram import part_shape, read_part, write_part
 from .placement_engram import named_orders
 from .rows_engram import CheckpointTables, FilePart, FileRows
-from .saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, locked
+from .saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, flush, locked
 from .shards_engram import DTYPE_NAMES, read_header
 
 
@@ -143,8 +143,7 @@ def write_pack(model, path: Path, base: str | os.PathLike | None = None, **prove
         draft = path.with_name(f".part-{os.getpid()}-{path.name}")
         try:
             save_file(tensors, draft, metadata)
-            with open(draft, "rb") as file:
-                os.fsync(file.fileno())
+            flush(draft)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ Source: Engram (arXiv 2601.07372), section 2.5; docs/offload.md.
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil  # accelerate needs it
 import torch
 from accelerate.utils import get_max_memory
 from torch import nn
@@ -44,6 +45,10 @@ GROUPS = (
 )
 
 
+# Words of a device map that mean every accelerator there is.
+ALL_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def check_placement(placement: str) -> str:
     """Raises ValueError for a word that is no placement."""
     if placement not in PLACEMENTS:
@@ -72,24 +77,48 @@ def choose_placement(table_bytes: int, other_bytes: int, device_free: int | None
 
 
 def free_memory(device_map, max_memory: Mapping | None = None) -> tuple[int | None, int]:
-    """Free bytes of the accelerators that a device map may use (None if it uses none), and of the host.
+    """Free bytes of the accelerators that a device map may use, and of the host.
+
+    None for the accelerators if it uses none, or if they share the host's memory (Apple's, NVIDIA's integrated ones):
+    what is free of it is one number. Accelerators that the map does not use are not asked.
 
     Args:
         device_map (`str`, `int`, `torch.device`, `dict`, *optional*): as for `from_pretrained`.
         max_memory (mapping, *optional*): as for `from_pretrained`.
     """
-    budget = get_max_memory(dict(max_memory) if max_memory else None)
-    host = min(budget.get("cpu", 0), group_limit())
-    devices = {place: size for place, size in budget.items() if place not in ("cpu", "disk")}
-    if device_map is None or not devices:
-        return None, host
-    if isinstance(device_map, dict):
-        used = [place_number(place) for place in device_map.values() if str(place) not in ("cpu", "disk", "meta")]
-        return (sum(devices.get(place, 0) for place in set(used)) if used else None), host
-    if str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return sum(devices.values()), host
-    place = place_number(device_map)
-    return (None if place == "cpu" else devices.get(place, 0)), host
+    budget = get_max_memory(dict(max_memory)) if max_memory else {}
+    host = min(budget.get("cpu", 0) if max_memory else host_memory(), group_limit())
+    if isinstance(device_map, str) and device_map in ALL_DEVICES:
+        budget = budget or get_max_memory()  # it asks every accelerator, as whoever loads the model to all of them does
+        shared = not max_memory and "cpu" not in budget  # accelerate counts memory that two places share once
+        sizes = [] if shared else [size for place, size in budget.items() if place not in ("cpu", "disk", "mps")]
+    else:
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        used = {place_number(place) for place in places if str(place) not in ("None", "cpu", "disk", "meta")}
+        sizes = [budget.get(place, 0) if max_memory else device_memory(place) for place in used]
+    sizes = [size for size in sizes if size is not None]
+    return (sum(sizes) if sizes else None), host
+
+
+def host_memory() -> int:
+    """Free bytes of host memory, without a look at any accelerator."""
+    return psutil.virtual_memory().available
+
+
+def device_memory(place: int | str) -> int | None:
+    """Free bytes of one accelerator, 0 if it is not there; None if it shares the host's memory.
+
+    To ask makes a context on the accelerator, half a gigabyte on a GPU: the others are left alone.
+    """
+    try:
+        device = torch.device(place)
+        accelerator = torch.get_device_module(device)
+        if not hasattr(accelerator, "mem_get_info"):  # Apple's
+            return None
+        properties = getattr(accelerator, "get_device_properties", lambda device: None)(device)
+        return None if getattr(properties, "is_integrated", False) else accelerator.mem_get_info(device)[0]
+    except (AssertionError, RuntimeError):  # no such device, or torch was built without it
+        return 0
 
 
 def place_number(place) -> int | str:
@@ -256,8 +285,6 @@ def own_rows(tables: EngramTables) -> int:
     on_host = [rows for rows in held if isinstance(rows, HostRows)]
     mapped = [rows for rows in on_host if any(part.requires_grad and is_mapped(part) for part in rows.parts)]
     copied = sum(rows.nbytes for rows in mapped)
-    if not copied:  # to ask for free memory wakes every accelerator
-        return 0
     if copied > COPIED_AT_ONCE * free_memory(None)[1]:
         return 0
     for rows in mapped:

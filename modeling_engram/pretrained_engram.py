@@ -39,7 +39,7 @@ from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig, EngramFormatError
 from .constants_engram import check_constants, derive_constants
 from .gradient_engram import with_row_gradients
-from .hashing_engram import NgramHasher, identity_map
+from .hashing_engram import NgramHasher, identity_map, on_meta
 from .layer_engram import EngramLayer
 from .memory_engram import WITHOUT_MEMORY, EngramMemory, Reads, insert_memory, layer_device
 from .mode_engram import set_train_mode
@@ -445,11 +445,6 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
-
-
-def on_meta() -> bool:
-    """Whether modules are being made without storage, to be filled from a checkpoint."""
-    return torch.empty(0).device.type == "meta"
 
 
 def leaves_conversions_to_base_model() -> bool:

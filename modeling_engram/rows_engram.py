@@ -13,6 +13,7 @@ import copy
 import math
 import mmap
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ FEW_ROWS = 256
 # microseconds). Rows of one page need no more: the page is there after the first.
 NEAR = 512
 
+# As bytes (Windows would change line ends), and not by processes that are started.
+OPEN = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 NO_WAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
 # A private mapping is counted against RAM and swap unless it says that it needs none.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0) if os.name == "posix" else 0
@@ -46,14 +49,12 @@ class ShardFile:
 
     Raises:
         `FileNotFoundError`: if it is not there.
-        `NotImplementedError`: on a system without positioned reads.
     """
 
     def __init__(self, path: str | os.PathLike):
-        if not hasattr(os, "preadv"):
-            raise NotImplementedError("rows on disk need positioned reads (Linux, macOS): use engram_placement='cpu'.")
         self.path = Path(path)
-        self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = os.open(self.path, OPEN)
+        self.one_at_a_time = threading.Lock()  # where a read moves the place of the next one
         self.identity = self.seen()
 
     def seen(self) -> tuple[int, int]:
@@ -83,7 +84,7 @@ class ShardFile:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+                count = self.read_some(buffer[done:], offset + done)
             except OSError as error:
                 raise OSError(
                     error.errno,
@@ -96,9 +97,19 @@ class ShardFile:
                 raise EngramFormatError(f"'{self.path}' ends before byte {offset + len(buffer):,}: it is truncated.")
             done += count
 
+    def read_some(self, buffer: memoryview, offset: int) -> int:
+        """Reads as many bytes at a place as the system gives at once; how many."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.descriptor, [buffer], offset)
+        with self.one_at_a_time:  # Windows
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            found = os.read(self.descriptor, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
     def read_resident(self, buffer: memoryview, offset: int) -> bool:
         """Fills a buffer if all of it is in the page cache; whether it was."""
-        if NO_WAIT is None:
+        if NO_WAIT is None or not hasattr(os, "preadv"):
             return False
         try:
             return os.preadv(self.descriptor, [buffer], offset, NO_WAIT) == len(buffer)
@@ -116,6 +127,8 @@ class ShardFile:
         Unlike safetensors' mapping it may be larger than RAM and swap.
         """
         self.check()
+        if os.name != "posix":
+            return mmap.mmap(self.descriptor, self.identity[0], access=mmap.ACCESS_COPY)
         flags, access = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(self.descriptor, self.identity[0], flags=flags, prot=access)
 

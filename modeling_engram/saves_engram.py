@@ -122,6 +122,10 @@ def remove_checkpoint(folder: Path) -> None:
                 path.unlink()
 
 
+# What systems and file systems answer that do not flush folders.
+NOT_FLUSHED = (errno.EACCES, errno.EBADF, errno.EINVAL)
+
+
 @contextmanager
 def whole_save(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files replace a checkpoint's when the block ends well, and vanish when it does not.
@@ -305,11 +309,14 @@ def draft_files(draft: Path) -> dict[str, Path]:
 
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
+    is_folder = path.is_dir()
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        # Windows flushes what can be written to alone, and does not open folders.
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not (is_folder and error.errno in NOT_FLUSHED):
+            raise

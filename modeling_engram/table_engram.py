@@ -87,11 +87,16 @@ def check_bounds(low: int, high: int, height: int) -> None:
 OPERATORS = f"engram_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 
 
+# Which rows lie in which part is worked out on the host: CUDA graphs cannot capture that. Older torch has no such tag.
+NOT_CAPTURED = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
 # Schemas are written out because torch 2.6 reads none off an annotation `list[torch.Tensor]`.
 @torch.library.custom_op(
     f"{OPERATORS}::gather_rows_2",
     mutates_args=(),
     schema="(Tensor rows, SymInt part_height, Tensor[] parts, Tensor anchor) -> Tensor",
+    **NOT_CAPTURED,
 )
 def gather_rows(rows: torch.Tensor, part_height: int, parts: list[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
     """`read_parts` with a backward that leaves a `RowGradient` on each part."""

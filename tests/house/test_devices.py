@@ -22,7 +22,7 @@ FACTORIES = {
 FOLLOW_THE_DEFAULT = {
     "modeling_engram/layer_engram.py": {"Projection.__init__", "EngramLayer.__init__"},
     "modeling_engram/table_engram.py": {"OrderRows.__init__"},
-    "modeling_engram/pretrained_engram.py": {"on_meta"},
+    "modeling_engram/hashing_engram.py": {"on_meta"},
 }
 
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

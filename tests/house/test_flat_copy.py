@@ -22,7 +22,9 @@ FILES = sorted(FOLDER.glob("*_engram.py"))
 FLAT = {**{path.name: path for path in FILES}, DOOR.name: REAL_CONFIGURATION}
 
 # What everybody who can load a Transformers model has, and accelerate, whose hooks keep tables off the device.
-BRINGS_ALONG = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "accelerate"}
+BRINGS_ALONG = {
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "accelerate", "psutil"),
+}
 
 
 def relative_imports(path: Path) -> list[ast.ImportFrom]:

@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.training import engram_optimizer
@@ -135,3 +135,9 @@ def test_a_layer_of_the_memory_goes_with_its_decoder_layer(kind, device, tiny_do
     assert found == {"0": "cpu" if kind == "on two devices" else "counting", "2": "counting"}
     assert {name: table.order2[0].device.type for name, table in model.memory.tables.items()} == found
     assert same(logits(fill_memory(model), ids), expected)
+
+
+def test_a_model_without_storage_has_no_token_map_that_could_be_taken_for_a_checkpoint_s(saved):
+    config = AutoConfig.from_pretrained(saved)
+    with torch.device("meta"):
+        assert EngramForCausalLM(config).memory.hashing.token_map.is_meta

@@ -1,7 +1,7 @@
 """The words of a placement and what "auto" makes of them: which place has room, what a device map says of the tables,
 and how much memory a machine, a device map or a container leaves.
 
-Memory sizes are given to `get_max_memory` and to files in the form of a control group's; nothing is measured here.
+Memory sizes are given in place of the machine's, and to files like a control group's; nothing is measured here.
 Run: pytest tests/unit/test_placement.py
 """
 
@@ -18,6 +18,7 @@ from engram_transformers.placement_engram import (
     ROOM_TO_SPARE,
     check_placement,
     choose_placement,
+    device_memory,
     free_memory,
     group_limit,
     mapped_place,
@@ -101,29 +102,79 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize(("device_map", "given_memory", "expected"), FREE.values(), ids=FREE)
-def test_free_memory_is_that_of_the_devices_that_a_map_may_use(device_map, given_memory, expected, monkeypatch):
-    def sizes(memory):
-        words = {"1KB": 1000, "2KB": 2000}
-        return dict(TWO_CARDS) if memory is None else {place: words.get(size, size) for place, size in memory.items()}
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with two cards; says which of them were asked."""
+    asked = []
 
-    monkeypatch.setattr(placement_engram, "get_max_memory", sizes)
+    def card(place):
+        asked.append(place)
+        return TWO_CARDS.get(place, 0)
+
+    def budget(memory=None):
+        words = {"1KB": 1000, "2KB": 2000}
+        if memory is not None:
+            return {place: words.get(size, size) for place, size in memory.items()}
+        asked.extend([0, 1])
+        return dict(TWO_CARDS)
+
+    monkeypatch.setattr(placement_engram, "host_memory", lambda: TWO_CARDS["cpu"])
+    monkeypatch.setattr(placement_engram, "device_memory", card)
+    monkeypatch.setattr(placement_engram, "get_max_memory", budget)
     monkeypatch.setattr(placement_engram, "GROUPS", ())
+    return asked
+
+
+@pytest.mark.parametrize(("device_map", "given_memory", "expected"), FREE.values(), ids=FREE)
+def test_free_memory_is_that_of_the_devices_that_a_map_may_use(device_map, given_memory, expected, machine):
     assert free_memory(device_map, given_memory) == expected
 
 
-def test_without_an_accelerator_the_host_is_all_there_is(monkeypatch):
-    monkeypatch.setattr(placement_engram, "get_max_memory", lambda memory: {"cpu": 8000})
-    monkeypatch.setattr(placement_engram, "GROUPS", ())
+ASKED = {
+    "no device map": (None, None, []),
+    "the CPU": ("cpu", None, []),
+    "a map of the host": ({"a": "cpu", "b": "disk"}, None, []),
+    "one card": ("cuda:1", None, [1]),
+    "a map of one card": ({"a": 1, "b": "cuda:1", "c": "cpu"}, None, [1]),
+    "max_memory": ("auto", {0: 300, "cpu": 70}, []),
+    "auto": ("auto", None, [0, 1]),
+}
+
+
+@pytest.mark.parametrize(("device_map", "given_memory", "expected"), ASKED.values(), ids=ASKED)
+def test_a_card_that_is_not_in_question_is_not_asked(device_map, given_memory, expected, machine):
+    """To ask makes a context on it, which takes its memory for as long as the process lives."""
+    free_memory(device_map, given_memory)
+    assert machine == expected
+
+
+@pytest.mark.parametrize("budget", [{"mps": 8000}, {0: 8000}], ids=["Apple's", "NVIDIA's integrated"])
+def test_memory_that_a_device_shares_with_the_host_counts_once(budget, machine, monkeypatch):
+    """accelerate names the device alone there; the host is not without memory."""
+    monkeypatch.setattr(placement_engram, "get_max_memory", lambda memory=None: dict(budget))
+    monkeypatch.setattr(placement_engram, "device_memory", lambda place: None)
+    for device_map in (None, "auto", *budget, {"": next(iter(budget))}):
+        assert free_memory(device_map) == (None, 8000)
+
+
+def test_without_an_accelerator_the_host_is_all_there_is(machine, monkeypatch):
+    monkeypatch.setattr(placement_engram, "get_max_memory", lambda memory=None: {"cpu": 8000})
     for device_map in (None, "auto", "sequential", {"": "cpu"}):
         assert free_memory(device_map) == (None, 8000)
 
 
-def test_accelerate_s_own_numbers_are_asked():
-    """Without a stand-in: what is free here is more than nothing and less than 1 PB."""
+def test_what_is_free_here_is_a_number_that_can_be():
+    """Without a stand-in: more than nothing and less than 1 PB."""
     device, host = free_memory(None)
     assert device is None
     assert 1 << 20 < host < 1 << 50
+
+
+def test_a_device_s_own_numbers_are_asked(counting_device):
+    with counting_device.total_memory(1 << 20):
+        assert device_memory("counting") == counting_device.mem_get_info()[0] <= 1 << 20
+    assert device_memory("cuda:7") == (0 if not torch.cuda.is_available() else device_memory("cuda:7"))
+    assert device_memory("mps") is None
 
 
 # What files of two control groups hold (limit, and what is in use), and how much they leave.
@@ -152,7 +203,7 @@ def test_a_container_leaves_what_its_limit_is_above_what_it_uses(files, expected
             (folder / "memory.stat").write_text(texts[1])
     monkeypatch.setattr(placement_engram, "GROUPS", tuple(groups))
     assert group_limit() == expected
-    monkeypatch.setattr(placement_engram, "get_max_memory", lambda memory: {"cpu": 3000})
+    monkeypatch.setattr(placement_engram, "host_memory", lambda: 3000)
     assert free_memory(None) == (None, min(3000, expected))
 
 

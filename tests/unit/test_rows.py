@@ -14,6 +14,7 @@ import pickle
 import re
 import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -421,3 +422,14 @@ def test_an_error_that_the_kernel_gives_is_reported():
     with pytest.raises(OSError, match="Input/output error.*/proc/self/mem") as caught:
         unreadable.read(torch.tensor([3, 1]))
     assert caught.value.errno == errno.EIO
+
+
+def test_a_system_without_positioned_reads_reads_the_same_from_many_threads(table, folder, monkeypatch):
+    """Windows: the place in the file is moved and read from under a lock."""
+    rows = stored(folder, cut(table, 3))
+    monkeypatch.delattr(os, "preadv")
+    asked = [torch.randint(len(table), (50,), generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(rows.read, asked))
+    assert all(map(same, found, (table[numbers] for numbers in asked)))
+    assert rows.read_resident(asked[0]) is None, "nobody can say there what is in the page cache"

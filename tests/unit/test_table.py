@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engram_transformers import table_engram
 from engram_transformers.gradient_engram import (
     RowGradient,
     add_row_gradient,
@@ -279,3 +280,8 @@ def test_gradients_pass_to_what_reads_a_table_with_all_its_neighbours():
     (table(rows) * scale).sum().backward()
     assert math.isclose(scale.grad.item(), whole(table)[0][[1, 2]].sum().item(), rel_tol=1e-6)
     assert table.order2[0].grad.row_values.tolist() == [[3.0, 3.0], [3.0, 3.0]]
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_the_gather_says_that_cuda_graphs_cannot_capture_it():
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops, table_engram.OPERATORS).gather_rows_2.default.tags

@@ -5,6 +5,7 @@ Run: pytest tests/unit/test_whole_save.py
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -116,6 +117,22 @@ def test_a_disk_that_is_full_when_the_draft_is_flushed_leaves_the_old_checkpoint
         save(tmp_path, 2)
     assert contents(tmp_path) == before
     assert not drafts(tmp_path)
+
+
+def test_a_system_that_flushes_no_folder_and_nothing_opened_for_reading_saves(tmp_path, monkeypatch):
+    """Windows: `os.fsync` needs a handle that may write, and there is none of a folder."""
+    real, flushed = os.fsync, []
+
+    def fsync(handle):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed.append(handle)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(tmp_path, 2)
+    assert read(tmp_path) == expected(2, b"new")
+    assert flushed
 
 
 def test_a_process_killed_at_any_operation_of_a_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
