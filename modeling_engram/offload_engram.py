@@ -8,6 +8,8 @@ earlier pass.
 Source: accelerate 1.15 `hooks.py`; docs/offload.md.
 """
 
+import functools
+
 import torch
 from accelerate.hooks import ModelHook, SequentialHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
@@ -80,7 +82,8 @@ class EngramRowsHook(ModelHook):
         else:  # transformers looks at where an embedding's weight is
             module.__dict__["weight"] = torch.empty(parts["weight"].shape, dtype=parts["weight"].dtype, device="meta")
         self.handles = [
-            module.register_state_dict_post_hook(self.add_to_state_dict),
+            # Torch marks the function that it is given, and a bound method takes no mark.
+            module.register_state_dict_post_hook(functools.partial(self.add_to_state_dict)),
             module.register_load_state_dict_pre_hook(self.take_from_state_dict),
         ]
         return module
