@@ -81,7 +81,7 @@ def graft(
     seed: Annotated[int | None, typer.Option(help="Seed of the hash and of the fresh dense weights.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
     max_memory_shard_size: Annotated[str, typer.Option(help="Largest memory file.")] = "8GB",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run the donor's own code.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that the tokenizer brings.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a donor on the Hub.")] = None,
     token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
     subfolder: Annotated[str, typer.Option(help="Where in the folder or repository the donor is.")] = "",

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ..checkpoint_engram import AUTO_MAP, commit_of, number_rest_files
 from ..configuration import EngramConfig, EngramFormatError
 from ..configuration.configuration_engram import foreign_config_message
 from ..constants_engram import derive_constants
-from ..donor_engram import load_donor, recipe
+from ..donor_engram import load_donor, recipe, refuse_own_code
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..placement_engram import TABLES_PREFIX
@@ -76,7 +75,8 @@ def graft(
         engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and the middle if None.
         tokenizer (`str` or `os.PathLike`, *optional*): folder or id of the tokenizer, if the donor has none.
         max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): largest memory file.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run the donor's own code.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the tokenizer brings; a donor that
+            brings its own is refused.
         revision (`str`, *optional*): branch, tag or commit of a donor on the Hub.
         token (`str` or `bool`, *optional*): for a private or gated donor; the one you are logged in with if None.
         subfolder (`str`, *optional*, defaults to `""`): where in the folder or repository the donor is.
@@ -104,12 +104,13 @@ def graft(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
     folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
-    donor_config = read_donor_config(folder, trust_remote_code)
+    donor_config = read_donor_config(folder)
     hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
     tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
     donor_config.dtype = donor_config.dtype or stored_dtype(folder)
-    backbone = partial(AutoModelForCausalLM.from_config, trust_remote_code=trust_remote_code)
-    made = recipe(donor_config, tok, backbone, engram_layer_ids=engram_layer_ids, **engram_fields)
+    made = recipe(
+        donor_config, tok, AutoModelForCausalLM.from_config, engram_layer_ids=engram_layer_ids, **engram_fields
+    )
     config, token_map = made.config, made.token_map
     # A graft loads wherever its tables have no room, and holes take no disk: what counts is a save of trained rows.
     say_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
@@ -129,7 +130,7 @@ def graft(
         write_weights(draft, empty, config, token_map, shard_bytes)
         problem = dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
-            rewrite_donor_files(draft, folder, tok, trust_remote_code)
+            rewrite_donor_files(draft, folder, tok)
             write_weights(draft, empty, config, token_map, shard_bytes)
             problem_left = dry_load(draft)
             if problem_left:
@@ -190,7 +191,7 @@ def _indexed_files(index: Path) -> list[str]:
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
-def read_donor_config(folder: Path, trust_remote_code: bool):
+def read_donor_config(folder: Path):
     """The donor's configuration; refuses models that have a memory already, and other packages' adapters."""
     path = folder / "config.json"
     if not path.is_file():
@@ -208,7 +209,8 @@ def read_donor_config(folder: Path, trust_remote_code: bool):
             f"'{folder}' is quantised by torchao, whose files name their tensors a second time and cannot be taken "
             "over: graft the donor that it was made from, and pass quantization_config to from_pretrained."
         )
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    refuse_own_code(raw.get("model_type"))
+    return AutoConfig.from_pretrained(folder)
 
 
 def donor_weight_files(folder: Path) -> list[Path]:
@@ -266,11 +268,11 @@ def reuse_donor_files(draft: Path, folder: Path) -> bool:
     return bool(files)
 
 
-def rewrite_donor_files(draft: Path, folder: Path, tok, trust_remote_code: bool) -> None:
+def rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
     """Loads the donor strictly and saves it in the form that Transformers gives it today, file by file."""
     for path in [*draft.glob("*.safetensors"), draft / INDEX_NAME]:
         path.unlink(missing_ok=True)
-    model, _ = load_donor(str(folder), tok, trust_remote_code)
+    model, _ = load_donor(str(folder), tok)
     with tempfile.TemporaryDirectory(dir=draft) as rewritten:
         model.save_pretrained(rewritten, save_original_format=False)  # the names that the modules have
         number_rest_files(Path(rewritten))

@@ -1,16 +1,17 @@
 """Donors: the model that receives an Engram memory, and the configuration that fits it.
 
 Promises: a donor is complete (no weight of it missing, none left over) and its tokenizer is its own; the configuration
-records the token map's digest. Never unpickles code and never trusts remote code unless told to.
+records the token map's digest. Never unpickles code, and never runs code that comes with a donor unless told to.
 Source: docs/design.md, "Grafting".
 """
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .checkpoint_engram import HUB_ARGUMENTS
 from .compression_engram import TokenCompressor, token_map_sha256
@@ -25,7 +26,7 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
     Args:
         donor (`PreTrainedModel` or `str`): a causal language model, a folder or a Hub id.
         tokenizer (`PreTrainedTokenizerBase`, `str` or None): the donor's tokenizer; None for a folder or id.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): for donors with code of their own.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): for tokenizers with code of their own.
         kwargs: arguments of `from_pretrained`.
 
     Returns:
@@ -33,19 +34,20 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
 
     Raises:
         `TypeError`: if the donor is no model, or a model comes without a tokenizer.
-        `ValueError`: if the donor has a memory already, or its files do not hold every weight.
+        `ValueError`: if the donor has a memory already or code of its own, or its files do not hold every weight.
     """
     if isinstance(donor, PreTrainedModel):
         if tokenizer is None:
             raise TypeError("from_donor(model) needs the model's tokenizer as well: pass tokenizer=...")
         if kwargs:
             raise TypeError(f"unexpected arguments for a donor that is loaded already: {sorted(kwargs)}.")
+        refuse_own_code(donor.config.model_type, type(donor))
     else:
         source = str(donor)
         found = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        donor, info = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, trust_remote_code=trust_remote_code, **kwargs
-        )
+        with suppress(OSError):  # adapters and GGUF files have none; from_pretrained says what else is missing
+            refuse_own_code(PreTrainedConfig.get_config_dict(source, **found)[0].get("model_type"))
+        donor, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
         refuse_incomplete_donor(source, info)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **found)
@@ -56,6 +58,23 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
             "the donor already has an Engram memory: load it with from_pretrained, or graft its own donor."
         )
     return donor, tokenizer
+
+
+def refuse_own_code(model_type: str | None, model_class: type = PreTrainedModel) -> None:
+    """Raises ValueError for a donor that brings code of its own: what is saved of its graft could not be loaded.
+
+    Args:
+        model_type (`str`, *optional*): of its configuration.
+        model_class (`type`, *optional*): the donor's, if it is loaded already.
+    """
+    own = model_class.__module__.startswith("transformers_modules.")  # where `trust_remote_code=True` puts code
+    if own or (model_type is not None and model_type not in CONFIG_MAPPING):
+        raise ValueError(
+            f"the donor (model_type {model_type!r}) brings code of its own, or is of a type that this Transformers "
+            "does not know: a graft holds no code of donors, so what is saved of it could not be loaded. Use one that "
+            "Transformers has a class for (a newer version may), or register yours with AutoConfig.register and "
+            "AutoModelForCausalLM.register wherever the graft is loaded."
+        )
 
 
 def refuse_incomplete_donor(source: str, info: dict) -> None:

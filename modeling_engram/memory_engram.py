@@ -267,6 +267,18 @@ class EngramMemory(nn.Module):
         return full.cumsum(1) - full.long()  # the last position still belongs to its document
 
 
+def refuse_copied_code(model: nn.Module) -> None:
+    """Raises TypeError for a model whose memory is made by another copy of this code, such as a checkpoint's own."""
+    for module in model.modules():
+        memory = type(module._modules.get("memory"))
+        if memory.__name__ == EngramMemory.__name__ and memory is not EngramMemory:
+            raise TypeError(
+                f"this model was loaded with its checkpoint's own copy of the code ({memory.__module__}, by "
+                "trust_remote_code=True), which this package cannot train or save: import engram_transformers and load "
+                "it again with from_pretrained without trust_remote_code."
+            )
+
+
 def layer_device(layer: EngramLayer) -> torch.device:
     """Where a layer computes, also while accelerate or FSDP keep its weights elsewhere."""
     projection = layer.key_value

@@ -147,7 +147,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             donor (`PreTrainedModel` or `str`): a causal language model (taken over, not copied), a folder or a Hub id.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): the donor's; found by itself for a folder or id.
             engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and middle if None.
-            trust_remote_code (`bool`, *optional*, defaults to `False`): for donors that bring code of their own.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Runs the code of a tokenizer that brings its own. A donor that does is refused: a graft cannot carry it.
             kwargs: other fields of [`EngramConfig`] (`engram_vocab_size=200_000`, `engram_head_dim=48`, ...), or
                 `**PRESETS["engram-27b"]`; for a folder or id also arguments of `from_pretrained` (`dtype`, ...).
                 Without `engram_vocab_size`, all tables together take at most 2 bytes for each parameter of the

@@ -15,9 +15,10 @@ from torch.optim import AdamW
 from transformers.utils import logging
 
 from ..gradient_engram import ROW_OPTIMIZERS, RowGradient
+from ..memory_engram import refuse_copied_code
 from ..overlay_engram import expect_writes, part_shape, read_part, write_part
 from ..placement_engram import own_rows
-from .processes import agreed, ranks_of, refuse_unexchanged
+from .processes import agreed, ranks_of, refuse_deepspeed, refuse_unexchanged
 from .restoring import check_state
 from .rounding import rounded
 from .rows import RowState
@@ -329,7 +330,9 @@ def engram_optimizer(
         "backbone" (adapters included), as far as they have parameters.
 
     Raises:
-        `ValueError`: if nothing requires a gradient, a setting is none of those named here, or a rate is negative.
+        `TypeError`: for a model with its checkpoint's own copy of the code.
+        `ValueError`: with DeepSpeed, if nothing requires a gradient, a setting is none of those named here, or a rate
+            is negative.
 
     Example:
 
@@ -345,6 +348,8 @@ def engram_optimizer(
         raise ValueError(
             f"table_lr_multiplier={table_lr_multiplier} must be 0 or positive: tables learn at lr times it."
         )
+    refuse_copied_code(model)
+    refuse_deepspeed()
     choose_what_learns(model)
     selection = getattr(getattr(model, "memory", None), "row_selection", None)
     if selection is not None:  # parts are new objects after place_memory or a copy

@@ -7,6 +7,7 @@ some rank read them; ranks whose tables or parts differ get an error and no upda
 Source: torch's DistributedDataParallel (mean over ranks); docs/processes.md.
 """
 
+import os
 import zlib
 from collections.abc import Iterable
 
@@ -99,6 +100,21 @@ def refuse_unexchanged(parts: Iterable[torch.Tensor]) -> None:
             f"row gradients were not exchanged between the {ranks_of(None)} processes: call "
             "engram_transformers.training.exchange_row_gradients(model) on every rank, after backward() and before "
             "clipping, or use EngramTrainer."
+        )
+
+
+def refuse_deepspeed(args=None) -> None:
+    """Raises ValueError where DeepSpeed is to train: its buckets and partitions know no gradients of rows.
+
+    Args:
+        args (`TrainingArguments`, *optional*): what a trainer was given.
+    """
+    # The variable is what `accelerate launch` says to the processes that it starts.
+    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "DeepSpeed cannot train a memory: row gradients do not reach its buckets, and the tables would stay as "
+            "they are. Use DistributedDataParallel (torchrun), or shard with engram_transformers.training's "
+            "shard_backbone and shard_tables."
         )
 
 

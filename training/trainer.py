@@ -25,13 +25,14 @@ from ..adapters_engram import inside
 from ..checkpoint_engram import save_changes
 from ..compat_engram import check_parent, left_out_of_ddp
 from ..gradient_engram import row_gradient
+from ..memory_engram import refuse_copied_code
 from ..mode_engram import adapter_parameters
 from ..pack_engram import load_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
 from ..saves_engram import ADAPTER_NAME, PACK_NAME, WITHOUT_TABLES_NAME, checkpoint_in, remove_checkpoint
 from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
-from .processes import RankPart, exchange_row_gradients
+from .processes import RankPart, exchange_row_gradients, refuse_deepspeed
 
 
 logger = logging.get_logger(__name__)
@@ -74,7 +75,7 @@ class EngramTrainerMixin:
     Raises:
         `TypeError`: for a model without memory, a name or `model_init` in its place, or an optimizer that does not know
             rows.
-        `ValueError`: for tables that are not loaded, another `optim` than AdamW, or tokens without rows.
+        `ValueError`: for DeepSpeed, tables that are not loaded, another `optim` than AdamW, or tokens without rows.
     """
 
     # Whether what is saved is for the Hub, whatever the arguments say.
@@ -87,6 +88,7 @@ class EngramTrainerMixin:
                 "Make the model first and pass it as model=."
             )
         check_model(model)
+        refuse_deepspeed(args)
         # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
         quantised = getattr(model, "is_quantized", False) and train_mode != "all"
         if quantised:
@@ -341,6 +343,8 @@ def check_model(model) -> None:
             f"AutoModelForCausalLM.from_pretrained({str(model)!r}) and pass what that gives."
         )
     if held is None:
+        if isinstance(model, torch.nn.Module):
+            refuse_copied_code(model)
         raise TypeError(
             f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "
             "EngramForCausalLM.from_donor(model, tokenizer)."

@@ -220,3 +220,34 @@ def test_copies_never_share_later_writes(tmp_path):
         file.write(b"changed")
     assert not (tmp_path / "source").read_bytes().startswith(b"changed")
     assert (tmp_path / "copy").stat().st_ino != (tmp_path / "source").stat().st_ino
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+raise SystemExit("a donor's code was run")
+"""
+
+
+def test_a_donor_with_code_of_its_own_is_refused_before_its_code_runs(donor_folder, tiny_tokenizer, tmp_path):
+    folder, donor = donor_folder()
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_llama", "auto_map": classes}))
+    for trust in (True, False):
+        with pytest.raises(ValueError, match="'own_llama'.*brings code of its own.*could not be loaded"):
+            EngramForCausalLM.from_donor(folder, trust_remote_code=trust, **FIELDS)
+        with pytest.raises(ValueError, match="'own_llama'.*brings code of its own.*could not be loaded"):
+            graft(folder, tmp_path / "graft", trust_remote_code=trust, **FIELDS)
+    assert not (tmp_path / "graft").exists()
+    donor.config.model_type = "own_llama"
+    with pytest.raises(ValueError, match="brings code of its own"):
+        EngramForCausalLM.from_donor(donor, tiny_tokenizer, **FIELDS)
+    # Control: a type that Transformers knows is loaded by its class, whatever code lies there.
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
+    model = EngramForCausalLM.from_donor(folder, **FIELDS)
+    assert type(model.backbone).__name__ == "LlamaForCausalLM"

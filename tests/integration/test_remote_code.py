@@ -99,3 +99,30 @@ def test_without_package_and_without_trust_nothing_is_run(saved, tmp_path):
     done = run(saved[0], tmp_path, "block", "no")
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr
+
+
+TRAINED = """
+import engram_transformers
+from engram_transformers import EngramTrainer
+from engram_transformers.training import engram_optimizer
+for make in (EngramTrainer, engram_optimizer):
+    try:
+        make(model)
+    except TypeError as error:
+        print(error)
+again = AutoModelForCausalLM.from_pretrained(folder)
+print(type(engram_optimizer(again)).__name__)
+"""
+
+
+def test_a_model_with_its_own_copy_of_the_code_is_refused_in_training_with_what_to_do(saved, tmp_path):
+    folder, _ = saved
+    script = SCRIPT.split("model.save_pretrained")[0].rsplit("again = ", 1)[0] + TRAINED
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, str(folder), "", "trust", ""]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *refused, control = done.stdout.splitlines()
+    assert len(refused) == 2 and control == "EngramOptimizer"
+    for line in refused:
+        assert "transformers_modules" in line and "import engram_transformers" in line and "from_pretrained" in line

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments
 
 from engram_transformers import EngramTrainer, EngramTrainingArguments
+from engram_transformers.training import engram_optimizer
 
 from ..tiny import GOLDEN
 
@@ -89,3 +90,13 @@ def test_tokens_that_were_added_after_the_graft_are_refused_until_they_have_rows
     assert model.get_input_embeddings().num_embeddings == size
     known = before >= 0
     assert torch.equal(model.memory.hashing.token_map[known], before[known]), "what was learned stays where it is"
+
+
+def test_deepspeed_is_refused_wherever_it_is_asked_for(tiny_engram, tmp_path, monkeypatch):
+    args = EngramTrainingArguments(str(tmp_path), **QUIET)
+    args.deepspeed = {"zero_optimization": {"stage": 2}}  # with the package, transformers takes it at once
+    with pytest.raises(ValueError, match="DeepSpeed cannot train a memory.*shard_backbone"):
+        EngramTrainer(tiny_engram(), args)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed cannot train a memory"):
+        engram_optimizer(tiny_engram())

@@ -83,8 +83,10 @@ def test_the_first_block_learns_and_its_memory_switched_off_is_the_donor(report)
     losses = dict(re.findall(r"^(donor|with memory|memory off) (\d+\.\d+)$", report["first"], re.MULTILINE))
     assert losses["memory off"] == losses["donor"]
     assert float(losses["with memory"]) < float(losses["donor"]) - LEAST_LEARNED
-    printed = re.findall(r"_loss\"\]\)  # (\d+\.\d+)", blocks()[0][1])
-    assert [float(number) for number in printed] == pytest.approx([float(loss) for loss in losses.values()], abs=0.3)
+    donor, trained, off = (float(n) for n in re.findall(r"_loss\"\]\)  # (\d+\.\d+)", blocks()[0][1]))
+    assert (donor, off) == pytest.approx((float(losses["donor"]), float(losses["memory off"])), abs=0.01)
+    # No seed is set on the page, and the memory's projections begin with random weights.
+    assert trained == pytest.approx(float(losses["with memory"]), abs=0.6)
 
 
 def test_the_first_block_takes_less_than_two_gigabytes_more_than_the_donor(report):
