@@ -63,7 +63,9 @@ PRIVATE_NAMES = (
     ),
     PrivateName("torch.nn.modules.module._global_forward_pre_hooks", "whether a hook looks on at every module", "none"),
     PrivateName("torch.nn.modules.module._global_forward_hooks", "whether a hook looks on at every module", "none"),
-    PrivateName("torch.nn.modules.module._global_backward_pre_hooks", "whether a hook looks on at every module", "none"),
+    PrivateName(
+        "torch.nn.modules.module._global_backward_pre_hooks", "whether a hook looks on at every module", "none"
+    ),
     PrivateName("torch.nn.modules.module._global_backward_hooks", "whether a hook looks on at every module", "none"),
     PrivateName("torch.autograd.forward_ad._current_level", "whether forward-mode gradients are asked for", "none"),
     PrivateName("torch.Tensor._version", "whether a hash constant was written to", "none"),
