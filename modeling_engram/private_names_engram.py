@@ -61,12 +61,16 @@ PRIVATE_NAMES = (
         "a replica without several GPUs",
         "nn.parallel.replicate wants GPUs",
     ),
-    PrivateName("torch.nn.modules.module._global_forward_pre_hooks", "whether a hook looks on at every module", "none"),
-    PrivateName("torch.nn.modules.module._global_forward_hooks", "whether a hook looks on at every module", "none"),
+    PrivateName(
+        "torch.nn.modules.module._global_forward_pre_hooks", "hooks that run at every module", "none to list them"
+    ),
+    PrivateName("torch.nn.modules.module._global_forward_hooks", "hooks that run at every module", "none to list them"),
     PrivateName(
         "torch.nn.modules.module._global_backward_pre_hooks", "whether a hook looks on at every module", "none"
     ),
-    PrivateName("torch.nn.modules.module._global_backward_hooks", "whether a hook looks on at every module", "none"),
+    PrivateName(
+        "torch.nn.modules.module._global_backward_hooks", "hooks that run at every module", "none to list them"
+    ),
     PrivateName("torch.autograd.forward_ad._current_level", "whether forward-mode gradients are asked for", "none"),
     PrivateName("torch.Tensor._version", "whether a hash constant was written to", "none"),
     PrivateName(
