@@ -133,15 +133,17 @@ def test_generation_carries_each_token_s_rows_once(place, late, device, saved, c
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_rows_go_from_pinned_buffers_of_their_size_on_streams_beside_the_layers(place, device, saved, control, ids):
+def test_rows_go_from_pinned_buffers_of_their_size_on_a_stream_beside_the_layers(place, device, saved, control, ids):
     model, there = loaded(saved, place).to("counting"), ids.to("counting")
     model(input_ids=there)
     with counted() as block, torch.no_grad():
         model(input_ids=there)
     copies = [step for step in block.steps if step.what == "h2d"]
-    assert len(copies) == 2 * 2 * 2  # rows and places, of two orders of two layers
+    # What is there at once goes together; an order of a layer that waits for a disk by itself.
+    assert len(copies) == 1 if place == "cpu" else len(copies) <= 2 * 2
     assert sum(step.bytes for step in copies) == travel(control, ids)[0] == block.h2d
     assert all(step.pinned and step.non_blocking and step.stream != 0 for step in copies)
+    assert len({step.stream for step in copies}) == 1
     assert block.pinned == 0
     assert max(step.bytes for step in copies) <= block.pinned_peak <= block.h2d
     products = [number for number, step in enumerate(block.steps) if step.name in ("aten::mm", "aten::addmm")]
