@@ -102,7 +102,7 @@ def gathered_shape(rows, part_height, parts, anchor):
     return parts[0].new_empty(*rows.shape, parts[0].shape[1])
 
 
-@torch.library.custom_op(f"{OPERATORS}::leave_row_gradients_2", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::leave_row_gradients_2", mutates_args=(), **NOT_CAPTURED)
 def leave_row_gradients(
     rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
 ) -> torch.Tensor:

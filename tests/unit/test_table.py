@@ -299,5 +299,7 @@ def test_gradients_pass_to_what_reads_a_table_with_all_its_neighbours():
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
-def test_the_gather_says_that_cuda_graphs_cannot_capture_it():
-    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops, table_engram.OPERATORS).gather_rows_2.default.tags
+@pytest.mark.parametrize("name", ["gather_rows_2", "leave_row_gradients_2"])
+def test_operators_that_look_for_rows_say_that_cuda_graphs_cannot_capture_them(name):
+    operators = getattr(torch.ops, table_engram.OPERATORS)
+    assert torch.Tag.cudagraph_unsafe in getattr(operators, name).default.tags
