@@ -2,13 +2,16 @@
 
 What it chooses: one short-lived thread for each forward pass, not a pool: it ends when its rows are there, so that a
 fork, a dropped model or an interrupt leaves nothing behind. Few rows that are in memory are read at once, without one.
-Promises: unique rows travel, and one small number for each read; a fetch that fails raises where its rows are needed,
+Promises: unique rows travel, and one small number for each read; what is there at once goes to a device in one copy, on
+that device's one stream for rows; a fetch that fails raises where its rows are needed,
 and one whose thread died is done again there; a wait never hangs. Never changes a table.
 Source: Engram (arXiv 2601.07372), section 2.5 (addresses are known before the first layer runs, so reads can be hidden
 behind the layers in front).
 """
 
+import functools
 import threading
+from itertools import islice
 
 import torch
 from transformers.utils import logging
@@ -46,20 +49,23 @@ class RowFetch:
         self.copied = None
         self.numbers: list[torch.Tensor] = []
 
-    def try_at_once(self) -> bool:
-        """Fetches a few rows if no disk must be waited for; whether they are there."""
-        if len(self.rows) <= FEW_ROWS:
-            unique, places = self.unique_rows()
-            values = self.source.read_resident(unique)
-            if values is not None:
-                self.finish(unique, places, values)
-        return self.there.is_set()
+    def read_at_once(self) -> bool:
+        """Reads a few rows if no disk must be waited for; whether they were read and wait for `deliver`."""
+        if len(self.rows) > FEW_ROWS:
+            return False
+        unique, places = self.unique_rows()
+        values = self.source.read_resident(unique)
+        if values is None:
+            return False
+        self.brought = BroughtRows(values, places.view(self.shape), unique)
+        return True
 
     def run(self) -> None:
         """Fetches the rows; an error is kept for whoever waits for them."""
         try:
             unique, places = self.unique_rows()
-            self.finish(unique, places, self.source.read(unique))
+            self.brought = BroughtRows(self.source.read(unique), places.view(self.shape), unique)
+            deliver([self])
         except Exception as error:  # what ends a thread without one is seen by whoever waits
             self.error = error
             self.there.set()
@@ -69,15 +75,6 @@ class RowFetch:
         if self.device.type == "cpu" and (len(self.rows) <= FEW_ROWS or self.source.kind == "cpu"):
             return self.rows, torch.arange(len(self.rows), device="cpu")  # finding repeats costs more than reading them
         return torch.unique(self.rows, return_inverse=True)
-
-    def finish(self, rows: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-        """Sends rows on to the device, if there is one to send them to."""
-        places = places.view(self.shape)
-        if self.device.type != "cpu":
-            (values, *self.numbers), self.copied = send([values, *numbers_of(places, values)], self.device)
-            places = self.numbers[0]
-        self.brought = BroughtRows(values, places, rows)
-        self.there.set()
 
     def result(self) -> BroughtRows:
         """The rows, waited for, in the order of what is computed on their device.
@@ -110,7 +107,9 @@ class RowFetch:
 
 def fetch_ahead(fetches: list[RowFetch]) -> None:
     """Begins fetches in their order, in the background unless they are there at once."""
-    waiting = [fetch for fetch in fetches if not fetch.try_at_once()]
+    read = [fetch.read_at_once() for fetch in fetches]
+    deliver([fetch for fetch, there in zip(fetches, read, strict=True) if there])
+    waiting = [fetch for fetch, there in zip(fetches, read, strict=True) if not there]
     if not waiting:
         return
     thread = threading.Thread(target=run_all, args=(waiting,), name="engram-fetch", daemon=True)
@@ -158,46 +157,78 @@ def narrow(places: torch.Tensor, count: int) -> torch.Tensor:
     return places
 
 
+def deliver(fetches: list[RowFetch]) -> None:
+    """Sends rows that were read on to their devices, all rows for one device in one copy."""
+    for device in dict.fromkeys(fetch.device for fetch in fetches):
+        group = [fetch for fetch in fetches if fetch.device == device]
+        if device.type != "cpu":
+            held = [[one.brought.values, *numbers_of(one.brought.places, one.brought.values)] for one in group]
+            sent, copied = send([tensor for tensors in held for tensor in tensors], device)
+            sent = iter(sent)
+            for fetch, tensors in zip(group, held, strict=True):
+                fetch.brought.values, *fetch.numbers = islice(sent, len(tensors))
+                fetch.brought.places, fetch.copied = fetch.numbers[0], copied
+        for fetch in group:
+            fetch.there.set()
+
+
 class SideCopy:
-    """Copies that were made on a stream of their own, and the event behind them."""
+    """A copy that was made on a device's stream for rows, and the event behind it.
 
-    def __init__(self, streams, device: torch.device):
-        self.streams, self.device = streams, device
-        self.stream = streams.Stream(device=device)
-        self.event = streams.Event()
+    Args:
+        packed (`torch.Tensor`): bytes on the host.
+        device (`torch.device`): where they go, with its index.
+    """
 
-    def send(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Begins to copy pinned tensors to the device."""
-        with self.streams.stream(self.stream):
-            sent = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
-            self.event.record(self.stream)
-        return sent
+    def __init__(self, packed: torch.Tensor, device: torch.device):
+        self.streams, self.device = getattr(torch, device.type), device
+        self.event, stream = self.streams.Event(), side_stream(device)
+        with self.streams.stream(stream):
+            self.sent = packed.to(device, non_blocking=True)
+            self.event.record(stream)
 
     def wait(self, sent: list[torch.Tensor]) -> None:
-        """Lets what is computed from now on wait for the copies."""
+        """Lets what is computed from now on wait for the copy."""
         current = self.streams.current_stream(self.device)
         current.wait_event(self.event)
         for tensor in sent:
             tensor.record_stream(current)  # its memory is not reused before that is done
 
 
+@functools.cache
+def side_stream(device: torch.device):
+    """The one stream on which rows go to a device: a caching allocator reuses memory within a stream alone."""
+    return getattr(torch, device.type).Stream(device=device)
+
+
 def send(tensors: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], SideCopy | None]:
     """Sends host tensors to a device, beside what it computes if it can: the copies, and what to wait for."""
     streams = getattr(torch, device.type, None)
-    if not all(hasattr(streams, name) for name in ("Stream", "Event", "stream", "current_stream")):
+    if not all(hasattr(streams, name) for name in ("Stream", "Event", "stream", "current_stream", "current_device")):
         return [tensor.to(device) for tensor in tensors], None
-    copy = SideCopy(streams, device)
-    return copy.send([pinned(tensor) for tensor in tensors]), copy
+    if device.index is None:
+        device = torch.device(device.type, streams.current_device())
+    # The widest types first: then each tensor begins at a multiple of its items' size, with nothing in between.
+    order = sorted(range(len(tensors)), key=lambda place: -tensors[place].itemsize)
+    packed, slots, begin = pinned_bytes(sum(tensor.nbytes for tensor in tensors)), {}, 0
+    for place in order:
+        tensor = tensors[place]
+        slots[place] = slice(begin, begin + tensor.nbytes)
+        packed[slots[place]].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        begin += tensor.nbytes
+    copy = SideCopy(packed, device)
+    there = [copy.sent[slots[place]].view(tensor.dtype) for place, tensor in enumerate(tensors)]  # flat
+    return [sent.view(tensor.shape) for sent, tensor in zip(there, tensors, strict=True)], copy
 
 
-def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in memory that a device can read by itself; the tensor as it is where there is none to be had."""
+def pinned_bytes(size: int) -> torch.Tensor:
+    """Room `(size,)` in memory that a device can read by itself; in any memory where there is none to be had."""
     try:
-        return tensor.pin_memory()
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:
         logger.debug(error)
         logger.warning_once(
             "No pinned memory for rows on their way to the device: they go through pageable memory, which is slower. "
             "Raise the limit of locked memory (ulimit -l)."
         )
-        return tensor
+        return torch.empty(size, dtype=torch.uint8, device="cpu")

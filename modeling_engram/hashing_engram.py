@@ -6,6 +6,7 @@ reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's NgramHashMapping for the heads' order.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,9 @@ HANDFUL = 8
 # Remainders from which on `QuickRemainders` are quicker than divisions.
 MANY = 2**14
 
+# Kinds of device on which a PyTorch that we allow may round int64 to float32: MPS before PyTorch 2.8.
+IN_DOUBT = {"mps"}
+
 
 def on_meta() -> bool:
     """Whether modules are being made without storage, to be filled from a checkpoint."""
@@ -36,6 +40,15 @@ def identity_map(config) -> torch.Tensor:
     Without storage where modules are made so: a checkpoint's map is to come, and this one must not be taken for it.
     """
     return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def has_exact_remainders(kind: str) -> bool:
+    """Whether a kind of device divides products of the size that hashing makes as integers; computed once on it."""
+    factors, prime = (2**40 + 3, 2**22 + 1), 1_000_003
+    first, second = (torch.tensor([factor], device=kind) for factor in factors)
+    return torch.remainder(first * second, torch.tensor([prime], device=kind)).item() == factors[0] * factors[1] % prime
 
 
 class NgramHasher(nn.Module):
@@ -158,7 +171,15 @@ class NgramHasher(nn.Module):
         """Hashes `(layers, orders, heads, batch, length)` of mixed products.
 
         Positions are last: one divisor for many numbers in a row takes half as long as one for each.
+
+        Raises:
+            `RuntimeError`: on a device whose remainders are rounded.
         """
+        if mixed.device.type in IN_DOUBT and not has_exact_remainders(mixed.device.type):
+            raise RuntimeError(
+                f"torch {torch.__version__} rounds the remainders of large integers on '{mixed.device.type}', so every "
+                "row of the memory would be a wrong one: install torch 2.8 or newer, or keep the model on the CPU."
+            )
         return torch.remainder(mixed[:, :, None], self.primes[..., None, None])
 
     def hash_ids(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:

@@ -258,7 +258,11 @@ class EngramMemory(nn.Module):
         """Where documents end by `engram_reset_token_ids`, `(batch, length)`; None if there are none."""
         if not self.reset_token_ids:
             return None
-        return torch.isin(ids, torch.tensor(self.reset_token_ids, device=ids.device))
+        # Compared with numbers: a tensor of them would be a copy to the device that the host waits for, in every pass.
+        ends = ids == self.reset_token_ids[0]  # (batch, length)
+        for token in self.reset_token_ids[1:]:
+            ends |= ids == token
+        return ends
 
     def segments(self, ends: torch.Tensor, cache: EngramCacheLayer | None) -> torch.Tensor:
         """Numbers the documents, `(batch, span + length)`, from the flags `(batch, length)` of their last positions."""

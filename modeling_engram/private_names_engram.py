@@ -64,7 +64,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "torch.nn.modules.module._global_forward_pre_hooks", "hooks that run at every module", "none to list them"
     ),
-    PrivateName("torch.nn.modules.module._global_forward_hooks", "hooks that run at every module", "none to list them"),
+    PrivateName("torch.nn.modules.module._global_forward_hooks", "hooks that run everywhere", "none to list them"),
     PrivateName(
         "torch.nn.modules.module._global_backward_pre_hooks", "whether a hook looks on at every module", "none"
     ),

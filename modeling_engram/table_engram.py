@@ -112,12 +112,17 @@ def gathered_shape(rows, part_height, parts, anchor):
     f"{OPERATORS}::leave_row_gradients_2",
     mutates_args=(),
     schema="(Tensor rows, Tensor values, SymInt part_height, Tensor[] parts) -> Tensor",
+    **NOT_CAPTURED,
 )
 def leave_row_gradients(
     rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
 ) -> torch.Tensor:
     """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's, a zero."""
     rows, values = sum_rows(rows.flatten(), values.reshape(-1, values.shape[-1]))  # (touched,), (touched, width)
+    if len(parts) == 1:  # nothing to be found, so nothing to wait for
+        if parts[0].requires_grad and len(rows):
+            add_row_gradient(parts[0], rows, values)
+        return torch.zeros(1, device="cpu")
     place = part_of(rows, part_height, len(parts))
     for index, part in enumerate(parts):
         if not part.requires_grad:

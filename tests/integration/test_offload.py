@@ -135,15 +135,17 @@ def test_generation_carries_each_token_s_rows_once(place, late, device, saved, c
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_rows_go_from_pinned_buffers_of_their_size_on_streams_beside_the_layers(place, device, saved, control, ids):
+def test_rows_go_from_pinned_buffers_of_their_size_on_a_stream_beside_the_layers(place, device, saved, control, ids):
     model, there = loaded(saved, place).to("counting"), ids.to("counting")
     model(input_ids=there)
     with counted() as block, torch.no_grad():
         model(input_ids=there)
     copies = [step for step in block.steps if step.what == "h2d"]
-    assert len(copies) == 2 * 2 * 2  # rows and places, of two orders of two layers
+    # What is there at once goes together; an order of a layer that waits for a disk by itself.
+    assert len(copies) == 1 if place == "cpu" else len(copies) <= 2 * 2
     assert sum(step.bytes for step in copies) == travel(control, ids)[0] == block.h2d
     assert all(step.pinned and step.non_blocking and step.stream != 0 for step in copies)
+    assert len({step.stream for step in copies}) == 1
     assert block.pinned == 0
     assert max(step.bytes for step in copies) <= block.pinned_peak <= block.h2d
     products = [number for number, step in enumerate(block.steps) if step.name in ("aten::mm", "aten::addmm")]
@@ -198,7 +200,7 @@ def test_a_training_step_carries_rows_up_and_their_gradients_down(device, saved,
     gradients = sum(part.grad.rows.nbytes + part.grad.row_values.nbytes for part in parts.values())
     rows_up, numbers_down = travel(control, ids)
     assert crossed["cpu"] == (rows_up, numbers_down + gradients)
-    assert crossed["device"] == (0, 4), "control: four questions whether a part was read"
+    assert crossed["device"] == (0, 0), "control: where the table learns on the device, nothing crosses"
     for name, parameter in models["device"].named_parameters():
         if name in parts:
             assert torch.equal(parts[name].grad.rows, parameter.grad.rows.cpu())

@@ -15,6 +15,7 @@ from engram_transformers.compat_engram import CACHE
 from engram_transformers.gradient_engram import RowGradient
 from engram_transformers.training import EngramTrainer
 
+from ..counting_device import counted
 from .test_generation import TOLERANCE, in_chunks
 
 
@@ -149,6 +150,15 @@ def test_segments_are_checked(documents, tiny_engram):
 
 def resetting(tiny_engram, **fields) -> EngramForCausalLM:
     return tiny_engram(trained=True, engram_reset_token_ids=[END], **fields)
+
+
+def test_reset_tokens_are_found_on_a_device_without_a_copy_to_it(tiny_engram, counting_device):
+    memory, ids = tiny_engram(engram_reset_token_ids=[END, 7]).memory, torch.tensor([[7, 3, END], [5, -1, 7]])
+    there = ids.to("counting")
+    with counted() as crossed:
+        ends = memory.resets(there)
+    assert (crossed.h2d_copies, crossed.d2h_copies) == (0, 0)
+    assert torch.equal(ends.cpu(), torch.isin(ids, torch.tensor([END, 7])))
 
 
 @torch.no_grad()

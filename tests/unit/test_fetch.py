@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.fetch_engram import RowFetch, fetch_ahead, narrow
+from engram_transformers.fetch_engram import RowFetch, deliver, fetch_ahead, narrow
 from engram_transformers.rows_engram import FEW_ROWS, FileRows, HostRows
 
 from ..counting_device import counted, load
@@ -110,7 +110,9 @@ def right(brought, wanted: torch.Tensor) -> bool:
 
 
 def at_once(fetch: RowFetch) -> None:
-    assert fetch.try_at_once() == (len(fetch.rows) <= FEW_ROWS)
+    if fetch.read_at_once():
+        deliver([fetch])
+    assert fetch.there.is_set() == (len(fetch.rows) <= FEW_ROWS)
 
 
 WAYS = {"at once": at_once, "ahead": lambda fetch: fetch_ahead([fetch]), "where they are needed": lambda fetch: None}
@@ -146,7 +148,7 @@ def test_a_device_gets_unique_rows_and_one_small_number_for_each_read(unique, it
         if ahead:
             fetch_ahead([fetch])
         brought = fetch.result()
-    assert (crossed.h2d, crossed.h2d_copies) == (unique * 8 + 3 * unique * itemsize, 2)
+    assert (crossed.h2d, crossed.h2d_copies) == (unique * 8 + 3 * unique * itemsize, 1)
     assert crossed.d2h == 0
     assert torch.equal(brought.values[brought.places].cpu(), table[wanted])
 
@@ -193,7 +195,7 @@ def test_copies_go_beside_what_the_device_computes_and_are_waited_for(begin, dev
         used = brought.values[brought.places] * 1
     copies = [step for step in crossed.steps if step.what == "h2d"]
     use = next(step for step in reversed(crossed.steps) if step.what == "op")
-    assert [(copy.non_blocking, copy.pinned) for copy in copies] == [(True, True)] * 2
+    assert [(copy.non_blocking, copy.pinned) for copy in copies] == [(True, True)]
     assert all(copy.stream not in (0, use.stream) and crossed.comes_after(use, copy) for copy in copies)
     assert {s.stream for s in crossed.steps if s.what == "record_stream"} == {use.stream}, "memory is kept for the use"
     expected = TABLE[MANY] * 1
@@ -210,10 +212,28 @@ def test_without_pinned_memory_rows_are_right_and_it_is_said_once(begin, device,
             fetch.result()
     assert right(fetches[0].result(), torch.arange(9)) and right(fetches[1].result(), torch.arange(700, 709))
     assert caplog.text.count("No pinned memory") == 1 and "ulimit -l" in caplog.text
-    assert [step.pinned for step in crossed.steps if step.what == "h2d"] == [False] * 4
+    assert [step.pinned for step in crossed.steps if step.what == "h2d"] == [False] * 2
     caplog.clear()
     fetch = RowFetch(rows, MANY, device)  # there is some again
     assert right(fetch.result(), MANY) and not caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_rows_of_a_pass_go_in_one_copy_and_always_on_the_same_stream(dtype, device):
+    table = torch.arange(4000.0).view(-1, 4).to(dtype)
+    streams = set()
+    for begin in range(3):
+        wanted = [torch.arange(begin, begin + count).repeat(2) for count in (1, 3, 5)]
+        fetches = [RowFetch(HostRows([table]), rows, device) for rows in wanted]
+        with counted() as crossed:
+            fetch_ahead(fetches)
+        copies = [step for step in crossed.steps if step.what == "h2d"]
+        assert [(copy.bytes, copy.pinned) for copy in copies] == [(9 * table[0].nbytes + 18, True)]
+        streams |= {copy.stream for copy in copies}
+        for rows, fetch in zip(wanted, fetches, strict=True):
+            brought = fetch.result()
+            assert same(brought.values.cpu()[brought.places.cpu()], table[rows])
+    assert len(streams) == 1
 
 
 def test_layers_are_served_in_order_by_one_thread(rows):

@@ -3,11 +3,14 @@
 Run: pytest tests/unit/test_hashing.py
 """
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from engram_transformers import NgramHasher, hashing_engram, quick_hashing_engram
 from engram_transformers.compression_engram import DEAD
@@ -301,3 +304,35 @@ def test_constants_made_in_inference_mode_are_never_stale(length, monkeypatch):
         hasher.primes += 2
         assert not torch.equal(hasher(classes), before)
     assert torch.equal(hasher(classes), by_operators(hasher, classes, None)[1])
+
+
+class Rounded(TorchFunctionMode):
+    """Remainders as MPS had them before PyTorch 2.8."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.remainder:
+            return func(*(number.float() for number in args)).long()
+        return func(*args, **kwargs or {})
+
+
+def test_a_device_that_rounds_remainders_is_refused(monkeypatch, counting_device):
+    ids = torch.arange(2 * HANDFUL)[None] % VOCABULARY
+    hasher = make_hasher(3, 2)
+    expected = hasher(None, input_ids=ids)[1]
+    there = hasher.to("counting")
+    monkeypatch.setattr(hashing_engram, "IN_DOUBT", {"counting"})
+    for mode in (contextlib.nullcontext, Rounded):
+        hashing_engram.has_exact_remainders.cache_clear()
+        with mode(), contextlib.ExitStack() as stack:
+            if mode is Rounded:
+                stack.enter_context(pytest.raises(RuntimeError, match="'counting'.* install torch 2.8"))
+            assert torch.equal(there(None, input_ids=ids.to("counting"))[1].cpu(), expected), "the control"
+    hashing_engram.has_exact_remainders.cache_clear()
+
+
+def test_the_question_whether_remainders_are_exact_does_not_break_a_graph(monkeypatch):
+    hasher = make_hasher(3, 2)
+    monkeypatch.setattr(hashing_engram, "IN_DOUBT", {"cpu"})
+    compiled = torch.compile(lambda mixed: hasher.divided(mixed), backend="eager", fullgraph=True)
+    mixed = torch.randint(0, 2**62, (2, 2, 1, 5))
+    assert torch.equal(compiled(mixed), hasher.divided(mixed))

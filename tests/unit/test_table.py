@@ -21,6 +21,8 @@ from engram_transformers.gradient_engram import (
 )
 from engram_transformers.table_engram import EngramTable
 
+from ..counting_device import counted
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -274,6 +276,20 @@ def test_a_table_moves_between_devices():
     assert [tuple(parameter.shape) for parameter in table.parameters()] == [(10, 3), (10, 3)]
 
 
+@pytest.mark.parametrize(("parts", "waits"), [(1, 0), (2, 2)])
+def test_a_gradient_of_one_part_is_left_without_waiting_for_the_device(parts, waits, counting_device):
+    table, control = (filled([10], 2, parts) for _ in range(2))
+    rows = torch.tensor([[[[1, 7, 1]]]])
+    read, there = table.to("counting")(rows.to("counting")), control(rows)
+    with counted() as crossed:
+        read.sum().backward()
+    there.sum().backward()
+    assert crossed.d2h_copies == waits, "each part of several is asked whether it was read"
+    for part, expected in zip(table.parameters(), control.parameters(), strict=True):
+        assert torch.equal(part.grad.rows.cpu(), expected.grad.rows)
+        assert torch.equal(part.grad.row_values.cpu(), expected.grad.row_values)
+
+
 def test_gradients_pass_to_what_reads_a_table_with_all_its_neighbours():
     table, scale = filled([10], 2, 1), torch.tensor(3.0, requires_grad=True)
     rows = torch.tensor([[[[1]], [[2]]]])
@@ -283,5 +299,7 @@ def test_gradients_pass_to_what_reads_a_table_with_all_its_neighbours():
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
-def test_the_gather_says_that_cuda_graphs_cannot_capture_it():
-    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops, table_engram.OPERATORS).gather_rows_2.default.tags
+@pytest.mark.parametrize("name", ["gather_rows_2", "leave_row_gradients_2"])
+def test_operators_that_look_for_rows_say_that_cuda_graphs_cannot_capture_them(name):
+    operators = getattr(torch.ops, table_engram.OPERATORS)
+    assert torch.Tag.cudagraph_unsafe in getattr(operators, name).default.tags
