@@ -203,9 +203,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "transformers.Trainer._save", "a checkpoint of a trained memory is what changed", _TRAINER_HOOK, "overridden"
     ),
-    PrivateName(
-        "transformers.Trainer._finish_current_push", "a push ends before files change", _TRAINER_HOOK, "in place"
-    ),
+    PrivateName("transformers.Trainer._finish_current_push", "a push ends first", _TRAINER_HOOK, "in place"),
     PrivateName("transformers.Trainer._push_from_checkpoint", "a push has the memory too", _TRAINER_HOOK, "overridden"),
     PrivateName(
         "transformers.Trainer._load_from_checkpoint", "resuming from what changed", _TRAINER_HOOK, "overridden"
