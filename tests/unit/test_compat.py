@@ -49,7 +49,7 @@ def test_forward_takes_a_cache_by_its_new_name_and_by_its_old_one(tiny_engram):
 def test_the_old_name_gives_transformers_own_warning(tiny_engram, tiny_donor):
     for model in (tiny_engram(), tiny_donor()):
         with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
-            model(IDS, **{CACHE: None})
+            model(IDS, **{OLD_NAME: None})
 
 
 @torch.no_grad()
