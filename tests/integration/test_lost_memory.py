@@ -17,6 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
+from engram_transformers.compat_engram import CHECKPOINTS_RUN_HOOKS
+
 
 pytestmark = pytest.mark.core
 
@@ -73,6 +75,10 @@ def test_a_model_that_is_compiled_in_part_or_whole_reads_its_memory(how, model):
     wanted, plain = logits(model), donors(model)
     assert not same(wanted, plain), "control: the memory must be seen"
     compiled = COMPILED[how](model)
+    if how == "regions" and CHECKPOINTS_RUN_HOOKS:  # layers of Transformers before 5.23, compiled, run no hooks
+        with pytest.raises(RuntimeError, match="was not added"):
+            logits(compiled)
+        return
     for _ in range(2):
         assert same(logits(compiled), wanted)
     with model.without_memory():

@@ -9,8 +9,11 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engram_transformers import compat_engram
 from engram_transformers.cache_engram import EngramCacheLayer
@@ -46,7 +49,7 @@ def test_forward_takes_a_cache_by_its_new_name_and_by_its_old_one(tiny_engram):
 def test_the_old_name_gives_transformers_own_warning(tiny_engram, tiny_donor):
     for model in (tiny_engram(), tiny_donor()):
         with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
-            model(IDS, **{CACHE: None})
+            model(IDS, **{OLD_NAME: None})
 
 
 @torch.no_grad()
@@ -125,6 +128,12 @@ def test_a_cache_begun_under_inference_mode_goes_on_without_it(tiny_engram, tiny
         assert torch.cat(rest, dim=1).sub(whole[:, 8:]).abs().max() < TOLERANCE
         cache.reset()
         assert model(IDS[:, :8], **{CACHE: cache}).logits.sub(whole[:, :8]).abs().max() < TOLERANCE
+
+
+def test_checkpoints_are_refused_before_the_transformers_that_runs_hooks_once():
+    """Up to 5.22 a layer's call is what is run again, hooks and all; from 5.23 on it is its forward."""
+    assert ("__call__" in vars(GradientCheckpointingLayer)) == CHECKPOINTS_RUN_HOOKS
+    assert (Version(transformers.__version__) < Version("5.23")) == CHECKPOINTS_RUN_HOOKS
 
 
 @pytest.mark.skipif(CHECKPOINTS_RUN_HOOKS, reason="refused under this Transformers: the next test")
