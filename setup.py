@@ -21,13 +21,13 @@ PACKAGES = {
 REQUIRED = [
     "torch>=2.6",  # transformers refuses an older one
     "transformers>=5.20.2,<5.25",
-    "accelerate>=1.10",
+    "accelerate>=1.15",
     "safetensors>=0.8",
     "huggingface_hub>=1.31",
     "peft>=0.20",  # transformers refuses an older one
     "numpy>=1.26",
     "psutil>=5.9",
-    "typer>=0.12",  # the `engram` command; transformers needs it too
+    "typer>=0.15.4",  # the `engram` command; older ones do not know `str | None`
     "rich>=13",  # tables of the `engram` command; typer needs it too
 ]
 TRL = ["trl>=1.16; python_version >= '3.11'"]  # brings datasets
