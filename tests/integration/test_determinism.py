@@ -361,7 +361,7 @@ cache = DynamicCache(config=donor.config)
 with torch.no_grad():
     for first in range(0, 60, size):
         last = min(60, first + size)
-        model(ids[:, first:last], attention_mask=mask[:, :last], **{CACHE: cache}, use_cache=True)
+        model(ids[:, first:last], attention_mask=mask[:, :last], cache=cache, use_cache=True)
 rows = [torch.cat(asked[place::2], dim=1).tolist() for place in (0, 1)]
 print(json.dumps({"rows": rows, "threads": torch.get_num_threads()}))
 """

@@ -322,7 +322,7 @@ class FilesOnHub(Hub):
     """Gives the files of `server.folder`; keeps the names that were asked for in `server.asked`."""
 
     def answer_file(self):
-        name = self.path.partition("/resolve/main/")[2]
+        name = self.path.partition("/resolve/")[2].partition("/")[2]  # behind "main", or a commit
         path = self.server.folder / name
         self.server.asked.append(name)
         if not name or not path.is_file():
