@@ -45,7 +45,7 @@ STATIC_ROLLBACK = ("assisted, static cache", "prompt lookup, static cache")
 if CACHE == "past_key_values":  # before 5.24
     REFUSALS |= {(row, way): "not supported with Static cache" for row in ROWS for way in STATIC_ROLLBACK}
 else:
-    for row in ("mistral", "qwen2", "smollm3", "gemma2", "gemma3", "gpt_oss"):  # windows over static caches
+    for row in ("mistral", "phi3", "qwen2", "smollm3", "gemma2", "gemma3", "gpt_oss"):  # windows over static caches
         REFUSALS |= {(row, way): "requires a cache that can be cropped" for way in STATIC_ROLLBACK}
 for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
     REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in STATIC_ROLLBACK}
