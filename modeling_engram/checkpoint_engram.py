@@ -249,15 +249,16 @@ class CheckpointFiles:
         given = kwargs.get("config")
         self.config = given if isinstance(given, PreTrainedConfig) else None
         is_adapter = path is not None and self.folder is None and Path(path).is_dir()
-        if kwargs.get("state_dict") is not None or path is None or is_adapter:
+        elsewhere = kwargs.get("state_dict") is not None or path is None or is_adapter
+        self.revision = None
+        if self.folder is None and not elsewhere:
+            self.revision = commit_of(self.locate(CONFIG_NAME).parent)
+        if self.revision is not None:  # the configuration too is of this commit, whatever is pushed meanwhile
+            self.hub["revision"] = self.revision
+        if elsewhere:
             self.config = None  # the tables are not in this checkpoint's files
         elif self.config is None:
             self.config = config_class.from_pretrained(given or path, **self.hub)
-        self.revision = None
-        if self.config is not None and self.folder is None:
-            self.revision = commit_of(self.locate(CONFIG_NAME).parent)
-        if self.revision is not None:
-            self.hub["revision"] = self.revision
 
     def placement(self, wanted: str) -> str:
         """Where the tables are to be.

@@ -189,6 +189,8 @@ class EngramTrainerMixin:
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         sets_aside = self.args.should_save and not self.reads_from(folder)
+        if self.args.should_save and not sets_aside:  # written last: until then the folder does not count as whole
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         with older_set_aside(folder) if sets_aside else nullcontext():
             self.accelerator.wait_for_everyone()  # other ranks write into the folder too
             super()._save_checkpoint(model, trial)
@@ -411,8 +413,8 @@ def older_set_aside(folder: Path):
 
 def bring_unknown_files(checkpoint: Path, folder: Path) -> None:
     """Copies what Trainer does not know of a checkpoint into a folder, and removes what an earlier one left there."""
-    if (checkpoint / ADAPTER_NAME).exists():  # the folder may be its base's
-        (folder / PACK_NAME).unlink(missing_ok=True)
+    if (checkpoint / ADAPTER_NAME).exists() or checkpoint_in(checkpoint) is None:
+        (folder / PACK_NAME).unlink(missing_ok=True)  # no more: the folder may be that of the adapters' base
     else:
         remove_checkpoint(folder)
     code = [path.name for path in checkpoint.glob("*_engram.py")]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from engram_transformers import EngramFormatError, EngramTrainer
 from engram_transformers.pack_engram import PACK_NAME, read_pack_header
 from engram_transformers.training import EngramTrainingArguments
-from engram_transformers.training.trainer import last_whole_checkpoint
+from engram_transformers.training.trainer import bring_unknown_files, last_whole_checkpoint
 
 from ..tiny import engram_on
 from .placed import loaded
@@ -314,6 +314,33 @@ def test_a_save_that_fails_gives_an_earlier_runs_checkpoint_back(run, saved, dat
         train(loaded(saved), dataset, tmp_path, learning_rate=1e-3)
     assert {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == earlier
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_save_into_the_folder_that_the_model_reads_from_counts_as_half_written_until_it_ends(
+    saved, dataset, tmp_path, monkeypatch
+):
+    folder = tmp_path / "checkpoint-2"
+    loaded(saved).save_pretrained(folder)
+    (folder / "trainer_state.json").write_text('{"global_step": 2}')
+    assert last_whole_checkpoint(tmp_path) == str(folder)  # the control
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EngramTrainer, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(AutoModelForCausalLM.from_pretrained(folder), dataset, tmp_path)
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+def test_adapters_in_subfolders_leave_the_folder_of_their_base_as_it_is(saved, tmp_path):
+    base, checkpoint = tmp_path / "base", tmp_path / "base" / "checkpoint-2"
+    shutil.copytree(saved, base)
+    (checkpoint / "other").mkdir(parents=True)
+    (checkpoint / "other" / "adapter_config.json").write_text("{}")
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    bring_unknown_files(checkpoint, base)
+    assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("tied", [True, False])
