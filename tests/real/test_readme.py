@@ -85,8 +85,8 @@ def test_the_first_block_learns_and_its_memory_switched_off_is_the_donor(report)
     assert float(losses["with memory"]) < float(losses["donor"]) - LEAST_LEARNED
     donor, trained, off = (float(n) for n in re.findall(r"_loss\"\]\)  # (\d+\.\d+)", blocks()[0][1]))
     assert (donor, off) == pytest.approx((float(losses["donor"]), float(losses["memory off"])), abs=0.01)
-    # No seed is set on the page, and the memory's projections begin with random weights.
-    assert trained == pytest.approx(float(losses["with memory"]), abs=0.6)
+    # The page sets a seed; other processors round otherwise.
+    assert trained == pytest.approx(float(losses["with memory"]), abs=0.1)
 
 
 def test_the_first_block_takes_less_than_two_gigabytes_more_than_the_donor(report):
