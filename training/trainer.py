@@ -81,7 +81,7 @@ class EngramTrainerMixin:
     # Whether what is saved is for the Hub, whatever the arguments say.
     is_pushing = False
 
-    def __init__(self, model=None, args=None, *positional, train_mode: str | None = None, **kwargs):
+    def __init__(self, model=None, args=None, *, train_mode: str | None = None, **kwargs):
         if kwargs.get("model_init") is not None:
             raise TypeError(
                 "EngramTrainer takes the model itself, and not model_init: a table is not made anew for each trial. "
@@ -93,7 +93,7 @@ class EngramTrainerMixin:
         quantised = getattr(model, "is_quantized", False) and train_mode != "all"
         if quantised:
             model.is_quantized = False
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(model, args=args, **kwargs)  # by name: TRL's trainers have others in its place
         if quantised:
             model.is_quantized = True
         if self.optimizer is not None and not isinstance(self.optimizer, EngramOptimizer):
@@ -115,6 +115,7 @@ class EngramTrainerMixin:
             logger.warning(f"training {what} alone (train_mode={word!r}).")
         if word is not None:
             self.engram.train_mode(word)
+        refuse_moving_reference(self)
 
     @property
     def engram(self):
@@ -409,6 +410,28 @@ def older_set_aside(folder: Path):
     finally:
         if is_whole(folder):
             shutil.rmtree(older, ignore_errors=True)
+
+
+def refuse_moving_reference(trainer) -> None:
+    """Refuses TRL's trainers of preferences where the reference would be trained with the model.
+
+    With a PEFT model they take the model with its adapters switched off for the reference; a memory stays on in it.
+
+    Raises:
+        `ValueError`: naming the ways out.
+    """
+    if getattr(trainer, "ref_model", trainer) is not None or not hasattr(trainer.model, "peft_config"):
+        return
+    precomputed = getattr(trainer.args, "precompute_ref_log_probs", False)
+    memory = trainer.engram.memory
+    learns = any(part.requires_grad for part in [*memory.named_parts().values(), *memory.layers.parameters()])
+    if learns and not precomputed and getattr(trainer.args, "beta", 0):
+        raise ValueError(
+            f"{type(trainer).__name__} has no ref_model and takes the PEFT model with its adapters off for one, where "
+            "the memory that is trained stays on: the reference would move with the model. Pass ref_model= (the graft, "
+            "loaded again), set precompute_ref_log_probs=True, or freeze the memory (train the adapters alone with "
+            "TRL's own trainer)."
+        )
 
 
 def bring_unknown_files(checkpoint: Path, folder: Path) -> None:

@@ -317,3 +317,26 @@ def test_a_selection_of_rows_holds_in_sft(texts, arguments, tiny_engram, tiny_to
     for name, part in model.memory.named_parts().items():
         touched = (part != before[name]).any(dim=1).nonzero().flatten()
         assert len(touched) > 0 and set(touched.tolist()) <= set(selection.rows[name].tolist())
+
+
+class EngramDPOTrainer(EngramTrainerMixin, trl.DPOTrainer):
+    pass
+
+
+def test_a_reference_that_would_learn_with_the_model_is_refused(arguments, tiny_engram, tiny_tokenizer):
+    pairs = datasets.Dataset.from_list(
+        [{"prompt": "the sea is", "chosen": " deep and blue", "rejected": " a ship"}] * 4
+    )
+    tiny_tokenizer.pad_token = tiny_tokenizer.pad_token or tiny_tokenizer.convert_ids_to_tokens(2)
+
+    def trainer(**changes):
+        model = get_peft_model(tiny_engram(trained=True), lora(task_type="CAUSAL_LM"))
+        given = {"train_dataset": pairs, "processing_class": tiny_tokenizer, "train_mode": "memory+lora"}
+        return EngramDPOTrainer(model, args=arguments(trl.DPOConfig, **changes), **given)
+
+    with pytest.raises(ValueError, match="has no ref_model.*the reference would move with the model"):
+        trainer()
+    fixed = trainer(precompute_ref_log_probs=True)
+    before = clone(fixed.engram)
+    fixed.train()  # the control: trains both where the reference is worked out before
+    assert {"tables", "lora"} <= changed(fixed.engram, before)
