@@ -7,6 +7,8 @@ import logging
 import sys
 from pathlib import Path
 
+from transformers.cache_utils import Cache
+
 from engram_transformers.compat_engram import CACHE
 from engram_transformers.inspection import GenerationReport, check_generation
 from engram_transformers.inspection.ways import WAYS
@@ -50,7 +52,8 @@ else:
 for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
     REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in STATIC_ROLLBACK}
 for row in ("lfm2", "falcon_h1"):
-    REFUSALS[row, "DynamicCache() of the user"] = "Cannot get conv state"
+    has_states = hasattr(Cache, "get_conv_state")  # not in transformers 5.20
+    REFUSALS[row, "DynamicCache() of the user"] = "Cannot get conv state" if has_states else "has_previous_state"
 REFUSALS |= {("lfm2", way): "'LinearAttentionLayer' object has no attribute" for way in BATCH_CHANGES}
 REFUSALS |= {("falcon_h1", way): "Sizes of tensors must match" for way in BATCH_CHANGES}
 
