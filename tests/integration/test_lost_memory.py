@@ -70,15 +70,38 @@ COMPILED = {
 }
 
 
+def refused_by_the_backbone_too(how, model, plain) -> bool:
+    """Whether these versions of torch and Transformers cannot compile the plain model in this way; ours then raises."""
+    alone = {"backbone": plain, "base model": plain.model}.get(how, plain)
+    if how in ("backbone", "base model"):
+        alone.compile(backend="eager")
+    else:
+        plain = torch.compile(plain, backend="eager", fullgraph=True)
+    try:
+        logits(plain)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises
+        with pytest.raises(type(error)):
+            logits(COMPILED[how](model))
+        return True
+    return False
+
+
 @pytest.mark.parametrize("how", COMPILED)
-def test_a_model_that_is_compiled_in_part_or_whole_reads_its_memory(how, model):
+def test_a_model_that_is_compiled_in_part_or_whole_reads_its_memory(how, model, tiny_donor):
+    if how in ("backbone", "base model", "whole") and refused_by_the_backbone_too(
+        how, copy.deepcopy(model), tiny_donor()
+    ):
+        return
+    torch._dynamo.reset()
     wanted, plain = logits(model), donors(model)
     assert not same(wanted, plain), "control: the memory must be seen"
     compiled = COMPILED[how](model)
-    if how == "regions" and CHECKPOINTS_RUN_HOOKS:  # layers of Transformers before 5.23, compiled, run no hooks
-        with pytest.raises(RuntimeError, match="was not added"):
+    if how == "regions" and CHECKPOINTS_RUN_HOOKS:  # layers of Transformers before 5.23, compiled, may run no hooks
+        try:
             logits(compiled)
-        return
+        except RuntimeError as error:
+            assert "was not added" in str(error)
+            return
     for _ in range(2):
         assert same(logits(compiled), wanted)
     with model.without_memory():
@@ -87,7 +110,10 @@ def test_a_model_that_is_compiled_in_part_or_whole_reads_its_memory(how, model):
 
 
 @pytest.mark.parametrize("how", ["every layer", "whole"])
-def test_threads_on_one_compiled_model_get_their_own_results(how, model):
+def test_threads_on_one_compiled_model_get_their_own_results(how, model, tiny_donor):
+    if how == "whole" and refused_by_the_backbone_too(how, copy.deepcopy(model), tiny_donor()):
+        return
+    torch._dynamo.reset()
     texts = [IDS, IDS.flip(1), IDS + 9]
     wanted = [logits(model, text) for text in texts]
     compiled, found = COMPILED[how](model), [None] * len(texts)
