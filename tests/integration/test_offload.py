@@ -356,7 +356,7 @@ if child:
 @pytest.mark.skipif(not hasattr(torch.distributed, "_broadcast_coalesced"), reason="this torch has no gloo")
 @pytest.mark.skipif(
     Version(torch.__version__) < Version("2.7"),
-    reason="torch 2.6 cannot run fully_shard on a CPU (no Stream.record_event)",
+    reason="torch 2.6 has no fully_shard on a CPU (Stream.record_event)",
 )
 def test_neither_broadcast_nor_sharding_reaches_a_table(saved, control):
     command = [sys.executable, "-c", TWO_PROCESSES, str(saved)]
