@@ -23,6 +23,7 @@ def texts(tmp_path_factory):
     return path
 
 
+@pytest.mark.native_peft
 @pytest.mark.parametrize("start", ["donor", "graft"])
 def test_the_example_teaches_memory_and_lora_and_leaves_both(
     start, tiny_donor, tiny_engram, tiny_tokenizer, texts, tmp_path, monkeypatch, capsys
