@@ -97,7 +97,7 @@ What is behind the cells:
   otherwise; a cache that went on without its memory is refused.
 - Packed documents are told apart where `position_ids` restart (with `attention_mask=None` and `use_cache=False`, as
   backbones themselves need it), or by `engram_segment_ids`. Beside a cache or a flat mask they are refused.
-- The table is of the locked transformers (5.23). Assisted decoding with a static cache is refused up to 5.23; under 5.24
+- The table is of the locked transformers, 5.23, which refuses assisted decoding with a static cache. Under 5.24
   it is exact, except where the backbone has sliding windows (refused by Transformers).
 - Continuous batching keeps keys and values of many requests in pages of its own, and no n-grams: refused.
 - Positions that are no text are -1 in `engram_input_ids`, also in `generate`.
