@@ -119,23 +119,6 @@ def undo_compile(module: nn.Module) -> None:
     module._compiled_call_impl = None
 
 
-def has_global_hooks() -> bool:
-    """Whether a hook is registered that runs at every module."""
-    hooks = torch.nn.modules.module  # `_has_any_global_hook`, which asks all of them, is younger than torch 2.6
-    forward = hooks._global_forward_pre_hooks or hooks._global_forward_hooks
-    return bool(forward or hooks._global_backward_pre_hooks or hooks._global_backward_hooks)
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode gradients are being computed."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def written(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to."""
-    return tensor._version
-
-
 def wrapper_subclass(cls: type, like: torch.Tensor) -> torch.Tensor:
     """A tensor of a subclass that has the shape, dtype and device of another one, and no storage."""
     return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)

@@ -1,29 +1,19 @@
 """N-gram hashing: classes of token ids to table rows.
 
 Promises: pure integer arithmetic in int64, the same rows on every device, dtype, batch shape and chunking; tables on
-disk depend on it. `naive_hash_ids` is the readable twin of the tensor path, and what a handful of tokens takes. Never
-reads a file.
+disk depend on it. `naive_hash_ids` is its readable twin in plain Python. Never reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's NgramHashMapping for the heads' order.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .compat_engram import written
 from .compression_engram import DEAD, appended_from, token_map_sha256
 from .configuration_engram import EngramFormatError
 from .constants_engram import HashConstants, check_constants, derive_constants
-from .quick_hashing_engram import QuickHash
 
-
-# Tokens of one pass up to which Python integers are quicker than tensor operators.
-HANDFUL = 8
-
-# Remainders from which on `QuickRemainders` are quicker than divisions.
-MANY = 2**14
 
 # Kinds of device on which a PyTorch that we allow may round int64 to float32: MPS before PyTorch 2.8.
 IN_DOUBT = {"mps"}
@@ -52,7 +42,7 @@ def has_exact_remainders(kind: str) -> bool:
 
 
 class NgramHasher(nn.Module):
-    """Token ids to table rows, for all Engram layers and heads in a handful of tensor operations.
+    """Token ids to table rows, for all Engram layers and heads in a few tensor operations.
 
     Heads come in (order, head) order: all heads of bigrams, then all of trigrams, and so on. A dead position (pad,
     non-text, id without tokenizer entry) turns itself and everything older into the pad class.
@@ -117,11 +107,6 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(batch, length)`.
         """
-        if is_known_text(input_ids) and (alive is None or bool(alive.all())):
-            # Nothing to leave out: one operator and not five.
-            if input_ids.numel() <= HANDFUL:  # torch's is a microsecond quicker here, NumPy's three in 2048
-                return torch.take(self.token_map, input_ids.long())
-            return torch.from_numpy(self.token_map.numpy().take(input_ids.numpy()))  # (batch, length)
         text = input_ids >= 0
         if alive is not None:
             text = text & alive
@@ -212,129 +197,39 @@ class NgramHasher(nn.Module):
 
     def forward(
         self,
-        classes: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        alive: torch.Tensor | None = None,
         history: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
-        input_ids: torch.Tensor | None = None,
-        alive: torch.Tensor | None = None,
-    ):
-        """Rows of all layers at once, each counted from the first row of its order.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes of a batch and its rows of all layers at once, each counted from the first row of its order.
 
-        With ids everything that is read of this module is read in one call, in which accelerate's hooks can bring it.
+        All buffers are read in this one call, in which accelerate's hooks can bring them.
 
         Args:
-            classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`; None with `input_ids`.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): ids inside the vocabulary, or negative.
+            alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False at pads.
             history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position.
             segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*): see `lookback`.
-            input_ids, alive (*optional*): see `compress`; on any device.
+
+        Inputs may be on any device.
 
         Returns:
-            `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`; with `input_ids` classes and that.
+            `tuple`: classes `(batch, length)`, and rows `(layers, batch, length, orders, heads)`.
         """
-        if input_ids is None:
-            return self.all_rows(classes, history, segments)
         device = self.token_map.device
         given = (input_ids, alive, history, segments)
-        input_ids, alive, history, segments = [
-            tensor if tensor is None or tensor.device == device else tensor.to(device) for tensor in given
-        ]
+        input_ids, alive, history, segments = [None if tensor is None else tensor.to(device) for tensor in given]
         classes = self.compress(input_ids, alive)
-        return classes, self.all_rows(classes, history, segments)
+        return classes, self.rows_of_classes(classes, history, segments)
 
-    def all_rows(
-        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
+    def rows_of_classes(
+        self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`forward` without ids."""
-        if is_at_hand(classes):
-            if segments is None and classes.numel() <= HANDFUL:
-                return self.rows_of_handful(classes, history)
-            rows = self.rows_at_hand(classes, history, segments)  # (layers, orders, heads, batch, length)
-        else:
-            products = self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
-            rows = self.divided(mix(products))  # (layers, orders, heads, batch, length)
-            rows += (self.offsets - self.offsets[:, :, :1])[..., None, None]
-        return rows.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
-
-    def rows_at_hand(
-        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Rows `(layers, orders, heads, batch, length)` of an eager pass on a CPU."""
-        known = self.made_once("quick_hash", QuickHash, "multipliers", "primes", "offsets", "pad_class")
-        text = known.text(classes, history)  # (batch, N - 1 + length)
-        if segments is None and known.is_plain(text):
-            mixed = known.mix(text)  # (layers, orders, batch, length)
-            quick = known.remainders is not None
-        else:
-            products = self.lookback(classes, history, segments) * self.multipliers[:, :, None, None]
-            mixed = mix(products).numpy()  # (layers, orders, batch, length)
-            quick = known.remainders is not None and mixed.min(initial=0) >= 0
-        if quick and mixed.size * self.primes.shape[2] >= MANY:
-            return known.remainders(mixed)
-        rows = self.divided(torch.from_numpy(mixed))  # (layers, orders, heads, batch, length)
-        return rows.add_((self.offsets - self.offsets[:, :, :1])[..., None, None])
-
-    def rows_of_handful(self, classes: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
-        """`all_rows` in Python integers.
-
-        In a step of decoding, with code and data not in the processor's caches: less than half of 180 microseconds.
-        """
-        texts = self.behind(classes.tolist(), None if history is None else history.tolist())
-        rows = torch.tensor(self.rows_of_texts(texts), device="cpu")  # (layers, batch * length, orders * heads)
-        return rows.view(len(rows), *classes.shape, *self.primes.shape[1:])  # (layers, batch, length, orders, heads)
-
-    def rows_of_texts(self, texts: list[list[int]]) -> list[list[list[int]]]:
-        """For every layer the rows of each position of texts, one text after the other, heads in (order, head) order.
-
-        Args:
-            texts (`list[list[int]]`): classes behind the N - 1 before them, -1 for dead ones.
-        """
-        layers, pad_class = self.integers()
-        return [
-            [
-                [hashed + start for hashed, start in zip(hashes, starts, strict=True)]
-                for text in texts
-                for hashes in naive_hash_ids(text, multipliers, primes, pad_class, start=self.context_length)
-            ]
-            for multipliers, primes, starts in layers
-        ]
-
-    def living_texts(self, ids: list[list[int]], history: list[list[int]] | None) -> list[list[int]] | None:
-        """What `rows_of_texts` takes, of ids inside the vocabulary; None if one of them is dead."""
-        class_of = self.made_once("token_map", lambda token_map: memoryview(token_map.numpy()), "token_map")
-        if any(min(text) < 0 for text in ids):
-            return None
-        classes = [[class_of[token] for token in text] for text in ids]
-        return None if any(min(text) < 0 for text in classes) else self.behind(classes, history)
-
-    def behind(self, classes: list[list[int]], history: list[list[int]] | None) -> list[list[int]]:
-        """Every text's classes behind the N - 1 before them, dead ones at the start of a text."""
-        if history is None:
-            history = [[DEAD] * self.context_length] * len(classes)
-        return [before + text for before, text in zip(history, classes, strict=True)]
-
-    def integers(self) -> tuple[list, int]:
-        """Constants as Python numbers: multipliers, primes and heads' first rows by layer; pad class.
-
-        Made once: 25 microseconds.
-        """
-        return self.made_once("integers", integers_of, "multipliers", "primes", "offsets", "pad_class")
-
-    def made_once(self, what: str, make: Callable, *names: str):
-        """What `make` makes of constants; anew when one of them was replaced or written to."""
-        buffers = self._buffers
-        seen, made = self.__dict__.get(f"known_{what}", (None, None))
-        if seen is None or not all(buffers[name] is tensor and written(tensor) == v for name, tensor, v in seen):
-            tensors = [buffers[name] for name in names]
-            made = make(*tensors)
-            # Writes to a tensor that was made in inference mode are not counted: nothing is kept.
-            counted = not any(tensor.is_inference() for tensor in tensors)
-            seen = [(name, buffers[name], written(buffers[name])) for name in names] if counted else None
-            self.__dict__[f"known_{what}"] = seen, made
-        return made
-
-    def __getstate__(self) -> dict:
-        """What copies and pickles take over: a copy makes anew what `made_once` keeps, views of memory among it."""
-        return {name: value for name, value in super().__getstate__().items() if not name.startswith("known_")}
+        """`forward` for classes that `compress` gave: rows `(layers, batch, length, orders, heads)`."""
+        hashes = self.hash_lookback(self.lookback(classes, history, segments))
+        # A head's first row, counted from that of its order: (layers, 1, 1, orders, heads).
+        return hashes + (self.offsets - self.offsets[:, :, :1])[:, None, None]
 
     def layer_index(self, layer_id: int) -> int:
         """Place of a layer among the constants."""
@@ -389,38 +284,6 @@ class NgramHasher(nn.Module):
         return self.token_map[: appended_from(self.token_map, compressed_vocab_size)]
 
 
-def is_handful(tokens: torch.Tensor) -> bool:
-    """Whether Python integers are quicker than tensor operators: a few tokens on a CPU."""
-    return is_at_hand(tokens) and tokens.numel() <= HANDFUL
-
-
-def is_at_hand(tensor: torch.Tensor) -> bool:
-    """Whether an eager pass may take numbers out of a tensor at no cost and without leaving a trace out."""
-    return (
-        tensor.is_cpu
-        and type(tensor) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
-
-
-def is_known_text(tokens: torch.Tensor) -> bool:
-    """Whether ids or classes are at hand and none of them is dead."""
-    if not is_at_hand(tokens):
-        return False
-    if tokens.numel() <= HANDFUL:
-        return all(min(text, default=0) >= 0 for text in tokens.tolist())
-    return bool(tokens.numpy().min(initial=0) >= 0)
-
-
-def integers_of(
-    multipliers: torch.Tensor, primes: torch.Tensor, offsets: torch.Tensor, pad_class: torch.Tensor
-) -> tuple[list, int]:
-    """See `NgramHasher.integers`."""
-    starts = [[start - order[0] for order in layer for start in order] for layer in offsets.tolist()]
-    return list(zip(multipliers.tolist(), primes.tolist(), starts, strict=True)), int(pad_class)
-
-
 def mix(products: torch.Tensor) -> torch.Tensor:
     """XOR of each order's products, `(layers, N, batch, length)` to `(layers, orders, batch, length)`."""
     last, *others = products.unbind(1)
@@ -442,7 +305,7 @@ def shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:
 
 
 def naive_hash_ids(
-    classes: list[int], multipliers: list[int], primes: list[list[int]], pad_class: int, start: int = 0
+    classes: list[int], multipliers: list[int], primes: list[list[int]], pad_class: int
 ) -> list[list[int]]:
     """The hash of one layer for a reader to check by eye: plain Python integers, one position at a time.
 
@@ -451,13 +314,12 @@ def naive_hash_ids(
         multipliers (`list[int]`): N factors.
         primes (`list[list[int]]`): rows by order and head.
         pad_class (`int`): class for "nothing".
-        start (`int`, *optional*, defaults to 0): first position to hash; earlier ones are context.
 
     Returns:
         `list[list[int]]`: for every position the hashes in (order, head) order, before offsets.
     """
     hashes = []
-    for t in range(start, len(classes)):
+    for t in range(len(classes)):
         blocked, mix, position = False, 0, []
         for i, multiplier in enumerate(multipliers):
             blocked = blocked or t - i < 0 or classes[t - i] < 0

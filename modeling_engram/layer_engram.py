@@ -16,8 +16,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_engram import EngramCacheLayer, with_front
-from .compat_engram import in_forward_mode
-from .hashing_engram import is_at_hand
 
 
 # Below this the signed square root is held constant: its slope at 0 is infinite (the demo's value).
@@ -96,8 +94,6 @@ class EngramLayer(GradientCheckpointingLayer):
         Returns:
             `torch.Tensor` of the shape and dtype of `hidden_states`.
         """
-        if self.reads_one_token(hidden_states, alive, segments):
-            return self.add_to_one_token(hidden_states, vectors, cache)
         stream = hidden_states.reshape(*hidden_states.shape[:2], self.streams, self.hidden_size)  # (B, L, M, D)
         projected = self.key_value(vectors.to(self.key_value.weight.dtype))  # (B, L, (M + 1) * D)
         keys = projected[..., : -self.hidden_size].view(stream.shape)  # (B, L, M, D)
@@ -144,56 +140,7 @@ class EngramLayer(GradientCheckpointingLayer):
         added = F.silu(mixed).view(gated.shape)  # (B, L, M, D)
         return added if alive is None else added * alive[:, :, None, None]
 
-    def reads_one_token(self, hidden_states: torch.Tensor, alive, segments) -> bool:
-        """Whether this is a step of decoding one text on a CPU, whose few numbers are best worked out as numbers."""
-        return (
-            hidden_states.numel() == self.hidden_size
-            and segments is None
-            and not torch.is_grad_enabled()
-            and not in_forward_mode()
-            and is_at_hand(hidden_states)
-            and (alive is None or alive.item())
-        )
-
-    def add_to_one_token(
-        self, hidden_states: torch.Tensor, vectors: torch.Tensor, cache: EngramCacheLayer | None
-    ) -> torch.Tensor:
-        """`forward` for one living token, with gate and norms as Python numbers: half as many operators.
-
-        Between the backbone's layers, whose weights have driven its code out of the processor's caches, an operator
-        takes 5 to 30 microseconds. Measured with SmolLM2-135M: 260 instead of 430 microseconds a layer.
-        """
-        projected = self.key_value(vectors.to(self.key_value.weight.dtype)).float()
-        key, value = projected.view(2, -1).unbind()  # (D,)
-        stream = hidden_states.float().view(-1)  # (D,)
-        weight = (self.query_norm.float() * self.key_norm.float()).view(-1)  # (D,)
-        score = torch.dot(stream * key, weight).item() / math.sqrt(self.hidden_size)
-        score *= rms_scale_of_one(stream, self.norm_eps) * rms_scale_of_one(key, self.norm_eps)
-        if self.gate == "signed_sqrt":
-            score = math.copysign(math.sqrt(max(abs(score), GATE_FLOOR)), score)
-        gated = value * sigmoid(score)  # (D,)
-        if self.taps:
-            scale = rms_scale_of_one(gated, self.conv_norm_eps)
-            window = (gated * scale * self.conv_norm.float())[None]  # (1, 1, D)
-            if cache is not None and self.reach:
-                window = cache.extend_convolution(window, 1 + self.place, self.reach)
-            window = with_front(window, self.reach + 1)[:, -(self.reach + 1) :: self.dilation]  # (1, taps, D)
-            mixed = (window * self.conv.float()).sum(1)[0]  # (D,)
-            gated = gated + F.silu(mixed)
-        return gated.to(hidden_states.dtype).view(hidden_states.shape)
-
 
 def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Factor that brings the last dimension of `x` to root mean square 1, with that dimension kept as 1."""
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-
-
-def rms_scale_of_one(x: torch.Tensor, eps: float) -> float:
-    """`rms_scale` of one vector, as a number."""
-    return (torch.dot(x, x).item() / len(x) + eps) ** -0.5
-
-
-def sigmoid(x: float) -> float:
-    """Logistic function that does not overflow."""
-    tail = math.exp(-abs(x))
-    return 1 / (1 + tail) if x >= 0 else tail / (1 + tail)

@@ -23,8 +23,7 @@ from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
 from .gradient_engram import refuse_unapplied
-from .handful_engram import HandfulReads, read_handful
-from .hashing_engram import NgramHasher, identity_map, is_known_text
+from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .offload_engram import rows_hook
 from .placement_engram import TABLES_PREFIX, named_orders
@@ -58,8 +57,7 @@ class MemoryReads:
 
     def __post_init__(self):
         self.left = set(self.rows)  # layers that have not asked yet
-        # `alive`, or None if that is known to be true everywhere: then no layer needs to look.
-        self.mask = None if is_known_text(self.classes) else self.alive
+        self.alive = self.classes >= 0  # (batch, length): False where the gate is shut
 
     @property
     def shape(self) -> torch.Size:
@@ -70,11 +68,6 @@ class MemoryReads:
     def device(self) -> torch.device:
         """Where the classes, the mask and the documents' numbers are."""
         return self.classes.device
-
-    @property
-    def alive(self) -> torch.Tensor:
-        """False where the gate is shut, `(batch, length)`."""
-        return self.classes >= 0
 
     def vectors(self, layer_id: int) -> torch.Tensor:
         """Memory vectors of a layer, `(batch, length, orders * heads * width)`; waited for if they are on their way."""
@@ -90,9 +83,6 @@ class MemoryReads:
         for fetches in self.fetches.values():
             for fetch in fetches:
                 fetch.drop()
-
-
-Reads = MemoryReads | HandfulReads
 
 
 class EngramMemory(nn.Module):
@@ -173,33 +163,25 @@ class EngramMemory(nn.Module):
 
     def read(
         self,
-        classes: torch.Tensor | None,
+        ids: torch.Tensor,
         cache: EngramCacheLayer | None,
         ends: torch.Tensor | None = None,
-        ids: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
-    ) -> Reads:
-        """Hashes a batch and reads the rows of every layer.
+    ) -> MemoryReads:
+        """Hashes a batch and begins to read the rows of every layer.
 
         Args:
-            classes (`torch.LongTensor` of shape `(batch, length)`): from `NgramHasher.compress`; None with `ids`.
+            ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
             cache ([`EngramCacheLayer`], *optional*): what came before.
             ends (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `document_ends`.
-            ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): from `checked_text_ids`.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
 
         Returns:
-            [`MemoryReads`] or [`HandfulReads`]
+            [`MemoryReads`]
         """
-        few = read_handful(self, ids, alive, cache) if ids is not None and ends is None else None
-        if few is not None:
-            return few
-        history = cache.recent_classes() if cache is not None else None
+        history = None if cache is None else cache.recent_classes()
         segments = None if ends is None else self.segments(ends, cache)
-        if ids is None:
-            rows = self.hashing(classes, history, segments)  # (layers, batch, length, orders, heads)
-        else:
-            classes, rows = self.hashing(None, history, segments, ids, alive)
+        classes, rows = self.hashing(ids, alive, history, segments)
         by_layer = dict(zip(self.layer_ids, rows.unbind(), strict=True))
         segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
@@ -308,7 +290,7 @@ class _ThreadMark(threading.local):
     # Compiled code looks it up too, anew in each thread and pass. Set here, which runs once in each thread, and not in
     # the class: compilers check whether an instance has the attribute.
     def __init__(self):
-        self.mark: Reads | WithoutMemory | None = None
+        self.mark: MemoryReads | WithoutMemory | None = None
 
 
 class ReadsInFlight:
@@ -322,11 +304,11 @@ class ReadsInFlight:
         self._thread = _ThreadMark()
 
     @property
-    def current(self) -> Reads | WithoutMemory | None:
+    def current(self) -> MemoryReads | WithoutMemory | None:
         """The mark of this thread's pass; None outside of one."""
         return self._thread.mark
 
-    def begin(self, mark: Reads | WithoutMemory) -> Reads | WithoutMemory | None:
+    def begin(self, mark: MemoryReads | WithoutMemory) -> MemoryReads | WithoutMemory | None:
         """Sets the mark of a pass; returns the one before it, for `end`.
 
         No context manager: compilers before torch 2.8 do not trace through one that is made from a generator.
@@ -335,12 +317,12 @@ class ReadsInFlight:
         self._thread.mark = mark
         return before
 
-    def end(self, before: Reads | WithoutMemory | None) -> None:
+    def end(self, before: MemoryReads | WithoutMemory | None) -> None:
         """Puts back the mark of the pass around the one that ends."""
         self._thread.mark = before
 
     @contextmanager
-    def hold(self, mark: Reads | WithoutMemory):
+    def hold(self, mark: MemoryReads | WithoutMemory):
         """Lets decoder layers run with a mark while the block runs, those of the backbone by itself included."""
         before = self.begin(mark)
         try:
@@ -385,12 +367,11 @@ class InsertMemory:
         reads.left.discard(self.layer_id)
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.shape)
-        vectors, alive, segments = reads.vectors(self.layer_id), reads.mask, reads.segments
+        vectors, alive, segments = reads.vectors(self.layer_id), reads.alive, reads.segments
         # A model over several devices: the layer computes where its weights are, and the stream stays where it is.
         came_from, home, stream = hidden_states.device, layer_device(self.layer), hidden_states
         if not came_from == vectors.device == reads.device == home:  # 10 microseconds each to find out in `.to`
-            stream, vectors = stream.to(home), vectors.to(home)
-            alive = None if alive is None else alive.to(home)
+            stream, vectors, alive = stream.to(home), vectors.to(home), alive.to(home)
             segments = None if segments is None else segments.to(home)
         added = self.layer(stream, vectors, alive, cache=reads.cache, segments=segments)
         if added.device != came_from:

@@ -8,13 +8,12 @@ Source: docs/training.md.
 """
 
 import copy
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from .index_engram import RowIndex
-from .rows_engram import FilePart, FileRows, as_bytes
+from .rows_engram import FilePart, FileRows
 from .table_engram import check_range, part_of
 
 
@@ -110,17 +109,12 @@ class RowOverlay(FileRows):
         values[stored] = super().read(rows[stored])
         return values
 
-    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
-        """Reads a few rows as they are now into a buffer, each to its slot, if that needs no disk; whether it did."""
-        slots = list(slots)
-        if not super().read_few(rows, buffer, slots):
-            return False
-        if self.changed:
-            size, values = self.row_bytes, torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")
-            changed, held = self.lay_over(torch.tensor(rows, device="cpu"), values), as_bytes(values)
-            for number in changed.nonzero().flatten().tolist():
-                buffer[slots[number] : slots[number] + size] = held[number * size : (number + 1) * size]
-        return True
+    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """As `read`, for a few rows that need no disk; None if they do."""
+        values = super().read_resident(rows)
+        if values is not None and self.changed:
+            self.lay_over(rows, values)
+        return values
 
     def see(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Takes note of what a pass that learns has read, until the next one: its optimizer will ask for it.

@@ -41,7 +41,7 @@ from .constants_engram import check_constants, derive_constants
 from .gradient_engram import with_row_gradients
 from .hashing_engram import NgramHasher, identity_map, on_meta
 from .layer_engram import EngramLayer
-from .memory_engram import WITHOUT_MEMORY, EngramMemory, Reads, insert_memory, layer_device
+from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
 from .mode_engram import set_train_mode
 from .pack_engram import DIGESTS
 from .peft_engram import meet_peft
@@ -219,7 +219,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
                 "use model.without_memory() where that is wanted."
             )
 
-    def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> Reads:
+    def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> MemoryReads:
         """Checks what a pass is given, hashes it, and begins to fetch its rows.
 
         Args:
@@ -246,7 +246,7 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         resets = memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets
-        return memory.read(None, layer, ends, ids, alive)
+        return memory.read(ids, layer, ends, alive)
 
     def outputs_wanted(self) -> dict[str, bool]:
         """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""

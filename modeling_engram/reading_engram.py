@@ -5,14 +5,11 @@ looked at in eager mode, on an accelerator only before passes of more than one t
 Source: docs/design.md, "Pads and other positions that are no text" and "Documents packed into one row".
 """
 
-from operator import lt
-
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from .cache_engram import seen_positions
-from .hashing_engram import is_handful
 
 
 def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor:
@@ -66,11 +63,7 @@ def check_ids(ids: torch.Tensor, token_map: torch.Tensor, may_be_absent: bool) -
     """
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if is_handful(ids):  # operators take ten times as long
-        numbers = [number for row in ids.tolist() for number in row]
-        low, high = min(numbers), max(numbers)
-    else:
-        low, high = (int(bound) for bound in torch.aminmax(ids))
+    low, high = (int(bound) for bound in torch.aminmax(ids))
     lowest = -1 if may_be_absent else 0
     if low < lowest or high >= token_map.shape[0]:
         wrong = low if low < lowest else high
@@ -167,8 +160,6 @@ def document_ends(
         return _checked_borders(told, name, position_ids, cache, looks)
     if position_ids is None or position_ids.ndim != 2:  # multimodal positions are three to a token
         return None
-    if cache is not None and is_handful(position_ids) and goes_on(position_ids.tolist()) and seen_positions(cache):
-        return None
     positions = position_ids.to(ids.device).expand(len(ids), -1)  # (batch, length)
     steps = positions.diff(dim=1)  # (batch, length - 1)
     packed = cache is None and not is_flat(attention_mask)
@@ -217,14 +208,6 @@ def _checked_borders(told, name: str, position_ids, cache: Cache | None, looks: 
                 "it. Let positions restart at 0 in every document."
             )
     return told
-
-
-def goes_on(positions: list[list[int]]) -> bool:
-    """Whether positions rise in every row from above 0, so that nothing can begin there.
-
-    In a step of `generate` 25 microseconds instead of the 160 that `refuse_restarts` takes.
-    """
-    return all(row[0] > 0 and all(map(lt, row, row[1:])) for row in positions)
 
 
 def is_flat(attention_mask) -> bool:

@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 
 from .configuration_engram import EngramFormatError
 from .shards_engram import read_header, read_index, start_of_data, torch_dtype
-from .table_engram import check_bounds, check_range, copy_few, part_of, read_parts
+from .table_engram import check_range, part_of, read_parts
 
 
 # Reads of at most this many rows are tried at once, before a thread is made for them (about 60 microseconds).
@@ -292,13 +291,6 @@ class HostRows:
         """As `read`; None if that might wait for a disk."""
         return self.read(rows)
 
-    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
-        """Copies a few rows into a buffer, each to its slot; whether it did."""
-        self.check()
-        copied = copy_few(self.parts, rows, buffer, slots)
-        self.check()
-        return copied
-
 
 class FileRows:
     """Rows of one order in a checkpoint's files.
@@ -335,59 +327,36 @@ class FileRows:
         """
         check_range(rows, self.height)
         ascending, order = rows.sort()
-        values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")
-        values[order] = self.read_runs(ascending)
-        return values
+        runs = self.runs(ascending)
+        # All places are told before the first is waited for.
+        for part_runs in runs:
+            part_runs.begin()
+        return self.in_order(order, [part_runs.finish() for part_runs in runs])
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
         """As `read`, for a few rows that are all in the page cache; None (and the kernel is told) if they are not."""
         if len(rows) > FEW_ROWS:
             return None
-        if not len(rows):
-            return torch.empty(0, self.width, dtype=self.dtype, device="cpu")
-        held = bytearray(len(rows) * self.row_bytes)
-        if not self.read_few(rows.tolist(), memoryview(held), range(0, len(held), self.row_bytes)):
+        check_range(rows, self.height)
+        ascending, order = rows.sort()
+        runs = self.runs(ascending)
+        if sum(not part_runs.begin() for part_runs in runs):  # all of them begin
             return None
-        return torch.frombuffer(held, dtype=self.dtype).view(len(rows), self.width)
+        return self.in_order(order, [part_runs.finish() for part_runs in runs])
 
-    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
-        """Reads a few rows into a buffer, each to its slot, if all are in the page cache; whether they were.
+    def in_order(self, order: torch.Tensor, found: list[torch.Tensor]) -> torch.Tensor:
+        """Rows that were read in ascending order, `(reads, width)` as they were asked for."""
+        values = torch.empty(len(order), self.width, dtype=self.dtype, device="cpu")  # (reads, width)
+        if found:
+            values[order] = torch.cat(found)
+        return values
 
-        Of those that are not there the kernel is told.
-        """
-        check_bounds(min(rows), max(rows), self.height)
-        size, missed, files = self.row_bytes, False, set()
-        for row, slot in zip(rows, slots, strict=True):
-            file, offset = self.place(row)
-            files.add(file)
-            if missed:
-                file.expect(offset, size)
-            elif not file.read_resident(buffer[slot : slot + size], offset):
-                missed = True
-                file.expect(offset, size)
-        for file in files:
-            file.check()  # behind the reads: it may have changed among them
-        return not missed
-
-    def place(self, row: int) -> tuple[ShardFile, int]:
-        """File and first byte of a row."""
-        number = min(row // self.parts[0].shape[0], len(self.parts) - 1)
-        part = self.parts[number]
-        return part.file, part.offset + (row - number * self.parts[0].shape[0]) * self.row_bytes
-
-    def read_runs(self, rows: torch.Tensor) -> torch.Tensor:
-        """Reads ascending rows, neighbours by one call: `(rows, width)`."""
-        runs = []
-        inside = part_of(rows, self.parts[0].shape[0], len(self.parts))
-        for index, part in enumerate(self.parts):
-            own = rows[inside == index] - index * self.parts[0].shape[0]
-            if len(own):
-                runs.append(Runs(part, own))
-        # All places are told before the first is waited for.
-        for part_runs in runs:
-            part_runs.begin()
-        found = [part_runs.finish() for part_runs in runs]
-        return torch.cat(found) if found else torch.empty(0, self.width, dtype=self.dtype, device="cpu")
+    def runs(self, rows: torch.Tensor) -> list["Runs"]:
+        """What reads ascending rows, of each part that has some; neighbours by one call."""
+        height = self.parts[0].shape[0]
+        inside = part_of(rows, height, len(self.parts))  # (reads,)
+        own = [rows[inside == number] - number * height for number in range(len(self.parts))]
+        return [Runs(part, theirs) for part, theirs in zip(self.parts, own, strict=True) if len(theirs)]
 
 
 class Runs:
@@ -411,8 +380,8 @@ class Runs:
         run_of_row = torch.zeros_like(rows).index_fill_(0, breaks, 1).cumsum(0)  # (rows,)
         self.starts = (slots - begin[first])[run_of_row] + begin  # (rows,): where each row is among the runs
 
-    def begin(self) -> None:
-        """Reads what is in the page cache, and tells the kernel what will be read."""
+    def begin(self) -> bool:
+        """Reads what is in the page cache, and tells the kernel what else will be read; whether that was all."""
         file, self.buffer = self.part.file, as_bytes(self.scratch)
         missed = []
         for slot, length, offset in self.runs:
@@ -421,6 +390,9 @@ class Runs:
         self.runs = missed
         for _, length, offset in missed:
             file.expect(offset, length)
+        if missed:
+            file.check()  # it may have been cut
+        return not missed
 
     def finish(self) -> torch.Tensor:
         """Reads the rest; the rows, `(rows, width)`."""

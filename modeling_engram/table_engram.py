@@ -5,7 +5,6 @@ and their values ([`RowGradient`]), whatever the table's size. Never makes a den
 Source: Engram (arXiv 2601.07372), section 2.2 (one physical table per layer) and 2.5 (rows travel, tables stay).
 """
 
-import ctypes
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,10 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from .gradient_engram import add_row_gradient, row_gradient, sum_rows
-
-
-# Tensors whose rows lie in memory as they are.
-PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -43,36 +38,11 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
     return values
 
 
-def copy_few(parts: list[torch.Tensor], rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
-    """`read_parts` for a few rows and without an operator, into bytes; whether the parts lie where that can be done.
-
-    By address: a view of a tensor that Python can slice takes three operators, as long as twenty rows do.
-
-    Args:
-        parts (`list[torch.Tensor]` of shape `(part rows, width)`): the table.
-        rows (`list[int]`): rows counted over all parts.
-        buffer (`memoryview`): bytes to write into.
-        slots (iterable of `int`): for each row the first byte that it is to have there.
-    """
-    if not parts or not all(type(part) in PLAIN and part.is_cpu and part.is_contiguous() for part in parts):
-        return False
-    height, size = len(parts[0]), parts[0].shape[1] * parts[0].itemsize
-    last = len(parts) - 1
-    check_bounds(min(rows), max(rows), last * height + len(parts[-1]))
-    begins = [part.data_ptr() - number * height * size for number, part in enumerate(parts)]  # of a row 0 before them
-    for row, slot in zip(rows, slots, strict=True):
-        buffer[slot : slot + size] = ctypes.string_at(begins[min(row // height, last)] + row * size, size)
-    return True
-
-
 def check_range(rows: torch.Tensor, height: int) -> None:
     """Raises IndexError for rows that are not the table's: beside it others' bytes lie."""
-    if len(rows):
-        check_bounds(*(int(bound) for bound in torch.aminmax(rows)), height)
-
-
-def check_bounds(low: int, high: int, height: int) -> None:
-    """`check_range` of the lowest and the highest row."""
+    if not len(rows):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(rows))
     if low < 0 or high >= height:
         raise IndexError(f"row {low if low < 0 else high} is outside the {height} rows of the table.")
 
@@ -254,15 +224,6 @@ class OrderRows(nn.Module):
             part.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
-    def read_few(self, rows: list[int], buffer: memoryview, slots: Iterable[int]) -> bool:
-        """Copies a few rows into a buffer, each to its slot, unless something must be waited for; whether it did.
-
-        For rows that do not learn, and past the module's hooks.
-        """
-        if self.source is None:
-            return copy_few(self.parts(), rows, buffer, slots)
-        return self.source.read_few(rows, buffer, slots)
-
     def forward(self, rows: torch.Tensor, brought: BroughtRows | None = None) -> torch.Tensor:
         """Reads rows of any shape.
 
@@ -361,29 +322,6 @@ class EngramTable(nn.Module):
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
         with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
-
-    def read_few(self, rows: list[list[int]]) -> torch.Tensor | None:
-        """`forward` for a few positions, in Python integers and bytes; see `OrderRows.read_few`.
-
-        Args:
-            rows (`list[list[int]]`): for each position its rows, heads in (order, head) order.
-
-        Returns:
-            `torch.Tensor` of shape `(positions, orders * heads * width)`; None if something must be waited for.
-        """
-        orders = list(self._modules.values())
-        heads, size = len(rows[0]) // len(orders), self.width * orders[0].dtype.itemsize
-        held = bytearray(len(rows) * len(rows[0]) * size)
-        buffer = memoryview(held)
-        for first, order in zip(range(0, len(rows[0]), heads), orders, strict=True):
-            own, slots = [], []
-            for position, theirs in enumerate(rows):
-                begin = (position * len(theirs) + first) * size
-                own += theirs[first : first + heads]
-                slots += range(begin, begin + heads * size, size)
-            if not order.read_few(own, buffer, slots):
-                return None
-        return torch.frombuffer(held, dtype=orders[0].dtype).view(len(rows), -1)
 
     def requires_grad_(self, requires_grad: bool = True) -> "EngramTable":
         """As for any module, rows that are no parameters included."""

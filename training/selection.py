@@ -290,9 +290,9 @@ def read_rows(model, entries: Iterable, tokenizer, name: str) -> Iterator[torch.
         resets = memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets
-        classes = memory.hashing.compress(ids, alive)
         segments = None if ends is None else memory.segments(ends, None)
-        rows = memory.hashing(classes, None, segments)  # (layers, batch, length, orders, heads)
+        # (batch, length), (layers, batch, length, orders, heads)
+        classes, rows = memory.hashing(ids, alive, None, segments)
         yield rows[:, classes >= 0].cpu()
     if empty:
         raise ValueError(f"{name} holds no text: rows are chosen by what reads them.")

@@ -29,7 +29,6 @@ FLOORS = {
     "configuration_engram": 1,  # the door: the one absolute import of our own below training
     "compression_engram": 2,
     "constants_engram": 3,
-    "quick_hashing_engram": 4,
     "hashing_engram": 5,
     "gradient_engram": 4,
     "index_engram": 4,
@@ -44,7 +43,6 @@ FLOORS = {
     "fetch_engram": 7,
     "layer_engram": 7,
     "offload_engram": 8,
-    "handful_engram": 9,
     "placement_engram": 9,
     "dispatch_engram": 9,
     "memory_engram": 10,

@@ -175,11 +175,10 @@ def read_memory(memory: EngramMemory, batch: Batch) -> None:
     """Reads a batch piece by piece, with nothing but the memory and a cache."""
     layer = memory.cache_layer(DynamicCache(), backbone_layers=3)
     for piece in batch.pieces:
-        classes = memory.hashing.compress(batch.own_ids[:, piece], batch.mask[:, piece].bool())
-        reads = memory.read(classes, layer)
+        reads = memory.read(batch.own_ids[:, piece], layer, alive=batch.mask[:, piece].bool())
         for layer_id in memory.layer_ids:
             reads.vectors(layer_id)
-        layer.remember_classes(classes)
+        reads.remember()
 
 
 def read_model(model, batch: Batch) -> torch.Tensor:
@@ -331,7 +330,7 @@ def test_rows_of_a_batch_that_is_divided_among_threads_are_the_same(count, graft
     model, twin = graft()
     texts = torch.randint(4104, (4, 4096), generator=torch.Generator().manual_seed(3))
     with threads(count), TableReads(model.memory) as reads:
-        found = model.memory.read(model.memory.hashing.compress(texts), None)
+        found = model.memory.read(texts, None)
         for layer in model.memory.layer_ids:
             found.vectors(layer)
     expected = torch.stack([twin.rows(text) for text in texts.tolist()], dim=1)

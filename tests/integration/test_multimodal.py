@@ -171,8 +171,7 @@ def test_an_image_gets_nothing_from_the_memory_and_hides_what_is_before_it(model
     # the image's inputs to it are 0, and those of the text before the image are out of reach from position 14 on.
     tail, _ = added_by(model, inputs_embeds=embeds[:, 9:], engram_input_ids=ids[:, 9:])
     torch.testing.assert_close(added["0"][:, 14:], tail["0"][:, 5:], rtol=0, atol=TOLERANCE)
-    classes = model.memory.hashing.compress(absent)
-    reads, alone = model.memory.read(classes, None), model.memory.read(classes[:, 9:], None)
+    reads, alone = model.memory.read(absent, None), model.memory.read(absent[:, 9:], None)
     for layer in (0, 1):
         assert torch.equal(reads.vectors(layer)[:, 9:], alone.vectors(layer))
 
@@ -255,7 +254,9 @@ def test_placeholders_among_the_ids_are_no_text_where_the_memorys_ids_say_so(way
 def test_training_reads_no_row_at_an_image(model, ids, absent, with_image):
     labels = ids.masked_fill(absent < 0, -100)
     model(inputs_embeds=with_image(model), engram_input_ids=absent, labels=labels).loss.backward()
-    rows = model.memory.hashing(model.memory.hashing.compress(absent))  # (layers, batch, length, orders, heads)
+    rows = model.memory.hashing.rows_of_classes(
+        model.memory.hashing.compress(absent)
+    )  # (layers, batch, length, orders, heads)
     text = torch.ones(15, dtype=torch.bool)
     text[IMAGE] = False
     for place, layer in enumerate((0, 1)):

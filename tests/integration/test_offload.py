@@ -67,7 +67,7 @@ def travel(control, ids, start: int = 0) -> tuple[int, int]:
     lists of them and one number for each position may go instead. Down go the rows' own numbers: the device hashes.
     """
     hashing = control.memory.hashing
-    rows = hashing(hashing.compress(ids))[:, :, start:]  # (layers, batch, length, orders, heads)
+    rows = hashing(ids)[1][:, :, start:]  # (layers, batch, length, orders, heads)
     up = 0
     for layer, table in enumerate(control.memory.tables.values()):
         for number, order in enumerate(table.orders()):
@@ -180,7 +180,7 @@ def test_at_the_paper_s_row_shape_bytes_are_within_a_twentieth_of_the_rows(dtype
     tokens = torch.tensor(tiny_tokenizer(text)["input_ids"][: 8 * 128]).view(8, 128)
     sizes = {"engram_vocab_size": 20_000, "engram_n_heads": 8, "engram_head_dim": 80, "engram_table_dtype": dtype}
     model = tiny_engram(layers=(1,), **sizes)
-    rows = model.memory.hashing(model.memory.hashing.compress(tokens))[0]
+    rows = model.memory.hashing(tokens)[1][0]
     used = sum(rows[:, :, order].unique().numel() for order in (0, 1)) * 80 * getattr(torch, dtype).itemsize
     expected = travel(model, tokens)
     model.place_memory("cpu").to("counting")

@@ -82,7 +82,9 @@ def test_the_values_that_a_first_update_touches_are_those_of_the_rows_that_were_
     found = trainee.first_step()
     memory = trainee.model.memory
     ids = trainee.batches[0]
-    rows = memory.hashing(memory.hashing.compress(ids, None), None)  # (layers, batch, length, orders, heads)
+    rows = memory.hashing.rows_of_classes(
+        memory.hashing.compress(ids, None), None
+    )  # (layers, batch, length, orders, heads)
     heads = rows.permute(0, 3, 4, 1, 2).flatten(0, 2)  # (layers * orders * heads, batch, length)
     expected = 4 * sum(len(torch.unique(read)) for read in heads)
     assert found["touched_values"] == expected

@@ -45,7 +45,7 @@ class Demo:
 
     def read(self, ids: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
         """Memory vectors `(B, L, E)`, by the fast path."""
-        rows = self.hasher(self.hasher.compress(ids, alive))
+        rows = self.hasher(ids, alive)[1]
         return self.table(rows[self.hasher.layer_index(self.layer_id)])
 
 
@@ -191,7 +191,7 @@ def test_decoding_in_chunks_gives_the_demos_output(cuts, demo):
     index, outputs = demo.hasher.layer_index(demo.layer_id), []
     for first, last in zip([0, *cuts], [*cuts, 19], strict=True):
         classes = demo.hasher.compress(ids[:, first:last])
-        vectors = demo.table(demo.hasher(classes, cache.recent_classes())[index])
+        vectors = demo.table(demo.hasher.rows_of_classes(classes, cache.recent_classes())[index])
         outputs.append(demo.layer(stream[:, first:last], vectors, cache=cache))
         cache.remember_classes(classes)
     torch.testing.assert_close(torch.cat(outputs, dim=1), demo.golden("B2T19/output"), **TOLERANCE)

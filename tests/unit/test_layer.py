@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.autograd import forward_ad
 from transformers import DeepseekV4Config, LlamaConfig
 
 from engram_transformers import EngramConfig, EngramLayer
 from engram_transformers.cache_engram import EngramCacheLayer
-from engram_transformers.layer_engram import sigmoid
 
 
 HIDDEN = 12
@@ -202,102 +200,6 @@ def test_layers_keep_apart_in_one_cache():
     ]
     for made, parts in zip((first, second), zip(*chunks, strict=True), strict=True):
         torch.testing.assert_close(torch.cat(parts, dim=1), made(stream, vectors), rtol=0, atol=1e-5)
-
-
-# A step of decoding one text, whose gate is a Python number.
-
-
-@given(
-    taps=st.integers(0, 5),
-    dilation=st.integers(2, 4),
-    gate=st.sampled_from(["signed_sqrt", "sigmoid"]),
-    past=st.integers(0, 20),
-    recording=st.booleans(),
-    with_alive=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 2**31),
-)
-def test_one_token_gets_what_the_path_for_any_number_of_tokens_gives(
-    taps, dilation, gate, past, recording, with_alive, dtype, seed
-):
-    made = layer(seed=seed, engram_kernel_size=taps, engram_max_ngram_size=dilation, engram_gate=gate).to(dtype)
-    memory_dim = made.key_value.weight.shape[1]
-    stream, vectors = torch.randn(1, past + 2, HIDDEN).to(dtype), torch.randn(1, past + 2, memory_dim)
-    alive = torch.ones(1, 1, dtype=torch.bool) if with_alive else None
-    found = []
-    for grad in (False, True):  # with gradients every length takes the same path
-        cache = EngramCacheLayer(convolutions=2, context_length=2)
-        if recording:
-            cache.activate_past_recording()
-        with torch.no_grad():
-            if past > 1:
-                made(stream[:, :past], vectors[:, :past], cache=cache)
-        outputs = []
-        for place in (past, past + 1):
-            with torch.set_grad_enabled(grad):
-                part = slice(place, place + 1)
-                outputs.append(made(stream[:, part], vectors[:, part], alive, cache=cache).detach())
-        found.append((torch.cat(outputs, dim=1), cache.conv_states))
-    (one, history), (any_number, expected_history) = found
-    assert one.dtype == any_number.dtype == dtype and one.shape == any_number.shape
-    # Gate and norms are worked out in float64: 1e-6 in float32, one more rounding in bfloat16.
-    size = 1 + any_number.float().abs().max().item()
-    atol = (1e-6 if dtype == torch.float32 else 2**-7) * size
-    torch.testing.assert_close(one.float(), any_number.float(), rtol=0, atol=atol)
-    for index, state in expected_history.items():
-        assert (state is None) == (history[index] is None)
-        if state is not None:
-            torch.testing.assert_close(history[index], state.detach(), rtol=0, atol=1e-5)
-
-
-@pytest.fixture
-def no_gate_of_tensors(monkeypatch):
-    """Makes the path for any number of tokens raise."""
-
-    def refuse(*given):
-        raise AssertionError("any number of tokens")
-
-    monkeypatch.setattr(EngramLayer, "open_gate", refuse)
-
-
-@torch.no_grad()
-def test_only_one_living_token_of_one_stream_takes_the_short_path(no_gate_of_tensors):
-    made, four = layer(), layer(4)
-    stream, vectors, alive = torch.randn(1, 1, HIDDEN), torch.randn(1, 1, 12), torch.tensor([[True]])
-    for cache in (None, EngramCacheLayer(2, 2)):
-        assert made(stream, vectors, alive, cache=cache).any()
-    longer = {
-        "two tokens": (made, stream.expand(1, 2, -1), vectors.expand(1, 2, -1), {}),
-        "two texts": (made, stream.expand(2, 1, -1), vectors.expand(2, 1, -1), {}),
-        "four streams": (four, stream[:, :, None].expand(1, 1, 4, -1), vectors, {}),
-        "a dead token": (made, stream, vectors, {"alive": ~alive}),
-        "documents": (made, stream, vectors, {"segments": torch.zeros(1, 10, dtype=torch.int64)}),
-        "no numbers": (layer().to("meta"), stream.to("meta"), vectors.to("meta"), {}),
-    }
-    for used, own_stream, own_vectors, more in longer.values():
-        with pytest.raises(AssertionError, match="any number of tokens"):
-            used(own_stream, own_vectors, **more)
-    with torch.enable_grad(), pytest.raises(AssertionError, match="any number of tokens"):
-        made(stream, vectors)
-
-
-@torch.no_grad()
-def test_forward_derivatives_of_one_token_are_not_lost():
-    made, stream, vectors = layer(), torch.randn(1, 1, HIDDEN), torch.randn(1, 1, 12)
-    directions = torch.randn(1, 1, HIDDEN), torch.randn(1, 1, 12)
-    tangents = []
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad), forward_ad.dual_level():
-            duals = [forward_ad.make_dual(x, d) for x, d in zip((stream, vectors), directions, strict=True)]
-            tangents.append(forward_ad.unpack_dual(made(*duals)).tangent.detach())
-    assert tangents[0].any()
-    torch.testing.assert_close(tangents[0], tangents[1], rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("score", [-1e4, -50.0, -1e-9, 0.0, 3.0, 1e4, math.inf, -math.inf])
-def test_the_gate_of_one_token_does_not_overflow(score):
-    assert sigmoid(score) == pytest.approx(torch.sigmoid(torch.tensor(score, dtype=torch.float64)).item(), rel=1e-12)
 
 
 def test_gradients_of_the_convolution_are_its_slopes():

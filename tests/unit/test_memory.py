@@ -115,7 +115,7 @@ def test_every_engram_layer_gets_one_hook_with_its_own_layer(layers, tiny_engram
 @pytest.mark.parametrize("layers", [(1, 2), (3, 0)])
 def test_every_layer_reads_its_own_rows_of_its_own_table(layers, tiny_engram):
     memory = tiny_engram(trained=True, layers=layers, engram_table_parts=3).memory
-    reads = memory.read(memory.hashing.compress(IDS), None)
+    reads = memory.read(IDS, None)
     assert list(reads.rows) == list(layers)
     for layer_id, heights in zip(layers, memory.hashing.constants.order_rows(), strict=True):
         orders = memory.tables[str(layer_id)].orders()
@@ -153,7 +153,7 @@ def test_a_trained_memory_adds_what_its_layer_computes(tiny_engram):
     model = tiny_engram(trained=True, layers=(1,))
     with model.without_memory():
         without = stream_into(model, 1)
-    rows = model.memory.hashing(model.memory.hashing.compress(IDS))
+    rows = model.memory.hashing(IDS)[1]
     with torch.no_grad():
         added = model.memory.layers["1"](without, model.memory.tables["1"](rows[0]))
     assert torch.equal(stream_into(model, 1), without + added)
@@ -164,7 +164,7 @@ def test_a_trained_memory_adds_what_its_layer_computes(tiny_engram):
 def test_the_stream_is_not_changed_in_place_and_may_be_a_keyword(as_keyword, tiny_engram):
     model, stream = tiny_engram(trained=True), torch.randn(1, 12, 32)
     hook, before = hooks(model)[1], stream.clone()
-    reads = model.memory.read(model.memory.hashing.compress(IDS), None)
+    reads = model.memory.read(IDS, None)
     args, kwargs = ((), {"hidden_states": stream, "x": 1}) if as_keyword else ((stream, "x"), {"y": 1})
     with torch.no_grad(), model.reads_in_flight.hold(reads):
         new_args, new_kwargs = hook(model.backbone.model.layers[1], args, kwargs)
@@ -177,7 +177,7 @@ def test_the_stream_is_not_changed_in_place_and_may_be_a_keyword(as_keyword, tin
 @pytest.mark.parametrize("shape", [(1, 12, 4, 32), (1, 12, 33), (12, 1, 32), (1, 11, 32)])
 def test_a_stream_of_another_shape_is_refused(shape, tiny_engram):
     model = tiny_engram()
-    reads = model.memory.read(model.memory.hashing.compress(IDS), None)
+    reads = model.memory.read(IDS, None)
     said = rf"LlamaDecoderLayer 1 gets .* shape {re.escape(str(shape))}, Engram needs \(1, 12, (1, )?32\)"
     with model.reads_in_flight.hold(reads), pytest.raises(ValueError, match=said):
         hooks(model)[1](model.backbone.model.layers[1], (torch.zeros(shape),), {})

@@ -9,10 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from engram_transformers import hashing_engram
 from engram_transformers.reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
-
-from ..conftest import examples
 
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 1]])
@@ -126,36 +123,6 @@ def test_masks_that_do_not_say_which_positions_are_pads_are_refused(mask, cache,
     with pytest.raises(ValueError, match=said):
         alive_positions(IDS, mask, None, cache)
     assert alive_positions(IDS, torch.ones(2, 3), None, cache).all()  # the control
-
-
-def ends_or_error(ids, alive, mask, positions, cache) -> str:
-    """What `document_ends` says of positions, or refuses them with."""
-    try:
-        return str(document_ends(ids, alive, mask, positions, None, cache))
-    except ValueError as error:
-        return str(error)
-
-
-@examples(100)
-@given(past=st.integers(0, 3), batch=st.integers(1, 2), length=st.integers(1, 4), data=st.data())
-def test_a_handful_of_positions_is_refused_as_any_number_is(past, batch, length, data):
-    def integers(columns: int, low: int, high: int) -> torch.Tensor:
-        row = st.lists(st.integers(low, high), min_size=columns, max_size=columns)
-        return torch.tensor(data.draw(st.lists(row, min_size=batch, max_size=batch)))
-
-    cache = DynamicCache() if past or data.draw(st.booleans()) else None  # without one, a leap begins a document
-    if past:
-        cache.update(torch.zeros(batch, 1, past, 2), torch.zeros(batch, 1, past, 2), 0)
-    rising = data.draw(st.booleans())
-    positions = past + torch.arange(length).expand(batch, -1) if rising else integers(length, 0, 5)
-    ids, mask = torch.zeros(batch, length, dtype=torch.int64), integers(past + length, 0, 1)
-    for given_mask in (None, mask):
-        given_to_both = ids, None if given_mask is None else mask[:, past:] != 0, given_mask, positions, cache
-        said = ends_or_error(*given_to_both)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(hashing_engram, "HANDFUL", 0)
-            assert said == ends_or_error(*given_to_both)
-        assert said == "None" or not rising
 
 
 def test_without_a_cache_a_return_to_position_0_begins_a_document_and_a_leap_is_refused():

@@ -15,7 +15,6 @@ import re
 import signal
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from engram_transformers import EngramFormatError, rows_engram
+from engram_transformers import EngramFormatError
 from engram_transformers.rows_engram import (
     FEW_ROWS,
     NEAR,
@@ -37,7 +36,6 @@ from engram_transformers.rows_engram import (
 )
 from engram_transformers.saves_engram import MEMORY_STEM
 from engram_transformers.shards_engram import write_index, write_shards
-from engram_transformers.table_engram import copy_few
 
 from ..conftest import examples
 from ..faults import Child, absent, cut, disk, failing, mapped, open_files, random_table, same, short, soon, stored
@@ -84,16 +82,6 @@ def shard(rows) -> Path:
     return rows.parts[0].file.path
 
 
-def few(source, rows: torch.Tensor) -> torch.Tensor | None:
-    """`rows` by `read_few`, into a buffer in which the last comes first; None where they are not there at once."""
-    size = source.width * source.dtype.itemsize
-    held = bytearray(len(rows) * size)
-    slots = range((len(rows) - 1) * size, -1, -size)
-    if not source.read_few(rows.tolist(), memoryview(held), slots):
-        return None
-    return torch.frombuffer(held, dtype=source.dtype).view(len(rows), source.width).flip(0)
-
-
 @st.composite
 def reads(draw):
     """A table, its number of parts, and rows to read: none, few, many; with repeats; clustered or spread."""
@@ -128,11 +116,8 @@ def test_rows_are_the_tables_from_everywhere(state, case, tmp_path):
         at_once = files.read_resident(wanted)
         assert at_once is None or same(at_once, expected)
         assert same(files.read(wanted), expected)
-        at_once = few(files, wanted) if len(wanted) else None
-        assert at_once is None or same(at_once, expected)
-    assert state != "warm" or at_once is not None or not len(wanted)
+    assert state != "warm" or at_once is not None or len(wanted) > FEW_ROWS
     for host in (HostRows(pieces), HostRows([piece.clone() for piece in pieces]), mapped(files)):
-        assert not len(wanted) or same(few(host, wanted), expected)
         assert same(host.read(wanted), expected)
         assert same(host.read_resident(wanted), expected)
     assert (files.width, files.dtype, files.nbytes) == (table.shape[1], table.dtype, table.nbytes)
@@ -228,7 +213,7 @@ def test_a_row_that_the_table_does_not_have_is_an_error(number, parts, table, fo
     rows = stored(folder, cut(table, parts))
     wanted = torch.tensor([5, number])
     host = HostRows(cut(table, parts))
-    for read in (rows.read, rows.read_resident, partial(few, rows), host.read, partial(few, host)):
+    for read in (rows.read, rows.read_resident, host.read, host.read_resident):
         assert same(read(wanted[:1]), table[5:6])
         with pytest.raises(IndexError):
             read(wanted)
@@ -321,8 +306,7 @@ def test_a_file_that_changed_is_noticed_before_a_row_is_read(change, rows, table
     change(shard)
 
     def ask_all():  # in a process of its own: a map of a file that was cut kills it
-        several = (rows.read, rows.read_resident, copied.read, host.read, host.read_resident)
-        for ask in (*several, partial(few, rows), partial(few, host)):
+        for ask in (rows.read, rows.read_resident, copied.read, host.read, host.read_resident):
             with pytest.raises(EngramFormatError, match="changed while its rows were in use"):
                 ask(wanted)
         for ask in (rows.tensors, host.tensors, rows.parts[0].file.map, lambda: pickle.loads(pickled).read(wanted)):
@@ -346,36 +330,6 @@ def test_a_file_that_is_written_into_during_a_read_is_noticed(rows, table, shard
         with disk(late), pytest.raises(EngramFormatError, match="was written into"):
             getattr(fresh, read.__name__)(wanted)
         os.utime(shard, ns=(0, number + 1))
-
-
-def test_a_file_that_is_written_into_while_rows_are_copied_is_noticed(rows, shard, monkeypatch):
-    def late(*asked):
-        os.utime(shard, ns=(0, 5))
-        return copy_few(*asked)
-
-    host = mapped(rows)
-    assert few(host, torch.tensor([7, 800])) is not None
-    monkeypatch.setattr(rows_engram, "copy_few", late)
-    with pytest.raises(EngramFormatError, match="was written into"):
-        few(host, torch.tensor([7, 800]))
-
-
-class Marked(torch.Tensor):
-    """A tensor of somebody else's kind, whose rows may lie anywhere."""
-
-
-@pytest.mark.parametrize(
-    "part",
-    [torch.zeros(9, 4, device="meta"), torch.zeros(4, 9).T, torch.zeros(9, 4).as_subclass(Marked)],
-    ids=["elsewhere", "not row by row", "of another kind"],
-)
-def test_rows_that_are_not_plainly_in_memory_are_not_copied_by_address(part):
-    held = bytearray(16)
-    assert copy_few([torch.ones(9, 4)], [8], memoryview(held), [0]) and held != bytearray(16)
-    held = bytearray(16)
-    assert not copy_few([torch.ones(9, 4), part], [3], memoryview(held), [0])
-    assert not copy_few([], [3], memoryview(held), [0])
-    assert held == bytearray(16)
 
 
 def test_a_file_that_ends_during_a_read_is_noticed(rows, shard):
