@@ -12,7 +12,6 @@ from .configuration_engram import EngramConfig, EngramFormatError
 from .hashing_engram import NgramHasher
 from .layer_engram import EngramLayer
 from .modeling_engram import EngramForCausalLM, EngramModel
-from .offload_engram import EngramRowsHook, attach_memory_offload, detach_memory_offload
 from .pack_engram import load_memory_pack, save_memory_pack
 
 
@@ -25,13 +24,10 @@ __all__ = [
     "EngramFormatError",
     "EngramLayer",
     "EngramModel",
-    "EngramRowsHook",
     "EngramTrainer",
     "EngramTrainingArguments",
     "NgramHasher",
     "TokenCompressor",
-    "attach_memory_offload",
-    "detach_memory_offload",
     "load_memory_pack",
     "save_memory_pack",
 ]

@@ -13,7 +13,8 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, remove
 from torch import nn
 
 from .offload_engram import EngramRowsHook, attach_rows_hook, held_hooks, rows_hook
-from .rows_engram import FilePart, FileRows, HostRows, ShardFile, file_part
+from .overlay_engram import RowOverlay
+from .rows_engram import FilePart, FileRows, HostRows, RowStore, ShardFile, file_part
 from .shards_engram import read_header
 from .table_engram import EngramTable, OrderRows
 
@@ -33,13 +34,12 @@ def settle_table(table: EngramTable) -> None:
         if ours is None and any(hook.offload for hook in align):
             source = waiting_rows(order, next(hook for hook in align if hook.offload))
             drop_align_hooks(order)
-            for name in list(order._parameters):
-                del order._parameters[name]
             attach_rows_hook(order, EngramRowsHook(source))
             ours = rows_hook(order)
-        elif ours is not None and align:
+        elif align and not order.is_resident:
             drop_align_hooks(order)
-        elsewhere = elsewhere or ours is not None
+            order.mend_parts()
+        elsewhere = elsewhere or not order.is_resident
     if elsewhere and align_hooks(table):  # it would carry the rows' numbers to the device and back
         drop_align_hooks(table)
 
@@ -68,7 +68,7 @@ def drop_align_hooks(module: nn.Module) -> None:
     remove_hook_from_module(module)
 
 
-def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> HostRows | FileRows:
+def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
     """Where accelerate keeps the rows of an order between passes.
 
     Raises:
@@ -80,19 +80,15 @@ def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> HostRows | FileRow
     index = getattr(dataset, "index", {})
     state = getattr(dataset, "state_dict", dataset)
     if all(prefix + name in state for name in names):
-        return HostRows([as_parameter(state[prefix + name]) for name in names])
+        return HostRows([state[prefix + name] for name in names])
     try:
-        return FileRows([offloaded_part(dataset, index[prefix + name], prefix + name, order) for name in names])
+        stored = FileRows([offloaded_part(dataset, index[prefix + name], prefix + name, order) for name in names])
+        return RowOverlay(stored)
     except (KeyError, AttributeError) as error:
         raise RuntimeError(
             f"accelerate has offloaded '{prefix}' to a place that is not known ({error}): load the model with "
             "engram_placement='cpu' or 'disk', which keeps its tables out of accelerate's hands."
         ) from error
-
-
-def as_parameter(tensor: torch.Tensor) -> nn.Parameter:
-    """The tensor as a parameter."""
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
 def offloaded_part(dataset, entry: dict, name: str, order: OrderRows) -> FilePart:

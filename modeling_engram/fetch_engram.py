@@ -16,7 +16,7 @@ from itertools import islice
 import torch
 from transformers.utils import logging
 
-from .rows_engram import FEW_ROWS, FileRows, HostRows
+from .rows_engram import FEW_ROWS, RowStore
 from .table_engram import BroughtRows
 
 
@@ -33,13 +33,13 @@ class RowFetch:
     """Rows of one order that a pass will need.
 
     Args:
-        source ([`HostRows`] or [`FileRows`]): where they are.
+        store ([`RowStore`]): where they are.
         rows (`torch.LongTensor` of any shape): which; a wait for the device if they are on one.
         device (`torch.device`): where they are needed.
     """
 
-    def __init__(self, source: HostRows | FileRows, rows: torch.Tensor, device: torch.device):
-        self.source, self.device, self.shape = source, device, rows.shape
+    def __init__(self, store: RowStore, rows: torch.Tensor, device: torch.device):
+        self.store, self.device, self.shape = store, device, rows.shape
         self.rows = rows.to("cpu").flatten()  # (reads,)
         self.there = threading.Event()
         self.thread: threading.Thread | None = None
@@ -54,7 +54,7 @@ class RowFetch:
         if len(self.rows) > FEW_ROWS:
             return False
         unique, places = self.unique_rows()
-        values = self.source.read_resident(unique)
+        values = self.store.read_resident(unique)
         if values is None:
             return False
         self.brought = BroughtRows(values, places.view(self.shape), unique)
@@ -64,7 +64,7 @@ class RowFetch:
         """Fetches the rows; an error is kept for whoever waits for them."""
         try:
             unique, places = self.unique_rows()
-            self.brought = BroughtRows(self.source.read(unique), places.view(self.shape), unique)
+            self.brought = BroughtRows(self.store.read(unique), places.view(self.shape), unique)
             deliver([self])
         except Exception as error:  # what ends a thread without one is seen by whoever waits
             self.error = error
@@ -72,7 +72,7 @@ class RowFetch:
 
     def unique_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows without repeats, and which of them each read is."""
-        if self.device.type == "cpu" and (len(self.rows) <= FEW_ROWS or self.source.kind == "cpu"):
+        if self.device.type == "cpu" and (len(self.rows) <= FEW_ROWS or self.store.kind == "cpu"):
             return self.rows, torch.arange(len(self.rows), device="cpu")  # finding repeats costs more than reading them
         return torch.unique(self.rows, return_inverse=True)
 

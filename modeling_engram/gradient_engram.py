@@ -171,19 +171,3 @@ def are_among(rows: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The parameters that hold a row gradient."""
     return (p for p in parameters if row_gradient(p) is not None)
-
-
-def refuse_unapplied(parts: Iterable[torch.Tensor]) -> None:
-    """Raises TypeError if a part learns, has a gradient that was not applied, and belongs to no optimizer of ours.
-
-    For parts that are no parameters of the model, which other optimizers never see: their gradients would add up.
-    """
-    waiting = [part for part in with_row_gradients(parts) if part.requires_grad and not part.grad.applied]
-    if not waiting:
-        return
-    held = {id(part) for own in ROW_OPTIMIZERS for group in own.param_groups for part in group["params"]}
-    if any(id(part) not in held for part in waiting):
-        raise TypeError(
-            f"a table in host memory or in files got a gradient that nothing applied: {ROWS_ALONE} To look at "
-            "gradients and not to train, use model.eval(), and model.zero_grad() before the next pass."
-        )

@@ -22,12 +22,11 @@ from .compat_engram import cache_argument, counts_positions, keeps_own_state
 from .constants_engram import derive_constants
 from .dispatch_engram import settle_table
 from .fetch_engram import RowFetch, fetch_ahead
-from .gradient_engram import refuse_unapplied
 from .hashing_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .offload_engram import rows_hook
 from .placement_engram import TABLES_PREFIX, named_orders
-from .table_engram import EngramTable, EngramTables
+from .table_engram import EngramTable, TablePart
 
 
 # State-dict prefix that owns every tensor of the memory, and the parts of it that a configuration fixes.
@@ -40,7 +39,7 @@ class MemoryReads:
     """What one forward pass hands to its Engram layers.
 
     Args:
-        tables ([`EngramTables`]): by layer.
+        tables (`nn.ModuleDict`): by layer.
         classes (`torch.LongTensor` of shape `(batch, length)`): of the pass's tokens; dead ones have a shut gate.
         rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
         cache ([`EngramCacheLayer`], *optional*): where histories go.
@@ -48,7 +47,7 @@ class MemoryReads:
         fetches (`dict[int, list[RowFetch]]`): rows that are on their way, by layer id.
     """
 
-    tables: EngramTables
+    tables: nn.ModuleDict
     classes: torch.Tensor
     rows: dict[int, torch.Tensor]
     cache: EngramCacheLayer | None
@@ -100,7 +99,7 @@ class EngramMemory(nn.Module):
         constants = derive_constants(config, token_map)
         self.hashing = NgramHasher(self.layer_ids, identity_map(config) if token_map is None else token_map, constants)
         dtype = getattr(torch, config.engram_table_dtype)
-        self.tables = EngramTables(
+        self.tables = nn.ModuleDict(
             {
                 str(layer): EngramTable(rows, config.engram_head_dim, config.engram_table_parts, dtype, hold_tables)
                 for layer, rows in zip(self.layer_ids, constants.order_rows(), strict=True)
@@ -113,46 +112,15 @@ class EngramMemory(nn.Module):
         self.span = max(self.hashing.context_length, self.reach)
         self.convolutions = len(self.layer_ids) if self.reach else 0
 
-    def named_host_parts(self) -> list[tuple[str, nn.Parameter]]:
-        """What stands for the parts of tables that are away by their state-dict names: parts in host memory, and a
-        parameter without rows for each part in a file. They learn, and are no parameters of the model."""
-        return [
-            (f"{prefix}{number}", part)
-            for prefix, order in named_orders(self.tables)
-            if order.source is not None
-            for number, part in enumerate(order.source.learning)
-        ]
-
-    def named_parts(self) -> dict[str, torch.Tensor]:
-        """What an optimizer holds for the parts of all tables by their state-dict names, wherever they are."""
+    def named_parts(self) -> dict[str, TablePart]:
+        """The parts of all tables by their state-dict names, wherever their rows are."""
         for _, order in named_orders(self.tables):
-            order.restore_dtype()
-        resident = self.tables.named_parameters(prefix=TABLES_PREFIX.rstrip("."))
-        return {**dict(resident), **dict(self.named_host_parts())}
-
-    def requires_grad_(self, requires_grad: bool = True) -> "EngramMemory":
-        """As for any module, tables in host memory and in files included."""
-        self.tables.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)
-
-    def drop_host_gradients(self) -> None:
-        """Ends the gradients of tables that are no parameters of the model.
-
-        Raises:
-            `TypeError`: in training, if no optimizer of ours holds those tables: others never see them.
-        """
-        parts = [part for _, part in self.named_host_parts()]
-        try:
-            if self.training:
-                refuse_unapplied(parts)
-        finally:
-            for part in parts:
-                part.grad = None
+            order.mend_parts()
+        return dict(self.tables.named_parameters(prefix=TABLES_PREFIX.rstrip(".")))
 
     def names_without_ddp(self) -> list[str]:
         """State-dict names of what DDP leaves alone: rows are exchanged by themselves, hash constants never change."""
-        tables = [f"{prefix}{n}" for prefix, order in named_orders(self.tables) for n in range(len(order.heights))]
-        return tables + [f"{MEMORY_PREFIX}hashing.{name}" for name, _ in self.hashing.named_buffers()]
+        return [*self.named_parts(), *(f"{MEMORY_PREFIX}hashing.{name}" for name, _ in self.hashing.named_buffers())]
 
     def cache_layer(self, cache: Cache | None, backbone_layers: int) -> EngramCacheLayer | None:
         """The Engram layer of a cache, appended on first sight."""
@@ -206,12 +174,12 @@ class EngramMemory(nn.Module):
             `RuntimeError`: if rows are missing that nobody left out.
         """
         order = next(iter(self.tables._modules.values()))._modules["order2"]
-        if order.source is not None:
-            return order.source.kind
-        if order._parameters:
-            return "device"
+        if order.store is not None:
+            return order.store.kind
         if order.absent:
             return "none"
+        if order._parameters:
+            return "device"
         raise RuntimeError(
             "the memory's tables have lost their parameters, and nothing said that it should run without them: "
             "something replicated or flattened the model (nn.DataParallel, FSDP around the whole model). Use "
@@ -221,18 +189,13 @@ class EngramMemory(nn.Module):
     @torch.compiler.disable
     def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
         """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run.
-
-        Raises:
-            `TypeError`: with gradients, if one of an earlier pass waits that no optimizer will apply.
         """
-        if torch.is_grad_enabled():
-            refuse_unapplied(part for _, part in self.named_host_parts())
         fetches, rows = {}, rows.to("cpu")  # one wait for the device, for all layers and orders
         for layer, own in zip(self.layer_ids, rows, strict=True):
             device = layer_device(self.layers[str(layer)])
-            hooks = [rows_hook(order) for order in self.tables[str(layer)].orders()]
-            if all(hook is not None and hook.prefetch for hook in hooks):
-                fetches[layer] = [hook.ask(own[:, :, i], device) for i, hook in enumerate(hooks)]
+            hooked = [(rows_hook(order), order) for order in self.tables[str(layer)].orders()]
+            if all(hook is not None and hook.prefetch for hook, _ in hooked):
+                fetches[layer] = [hook.ask(order, own[:, :, i], device) for i, (hook, order) in enumerate(hooked)]
         fetch_ahead([fetch for layer in fetches.values() for fetch in layer])
         return fetches
 

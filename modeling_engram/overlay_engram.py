@@ -10,10 +10,9 @@ Source: docs/training.md.
 import copy
 
 import torch
-from torch import nn
 
 from .index_engram import RowIndex
-from .rows_engram import FilePart, FileRows
+from .rows_engram import FilePart, FileRows, RowStore, ShardFile
 from .table_engram import check_range, part_of
 
 
@@ -32,6 +31,11 @@ class ChangedRows:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of the whole part, and width."""
+        return self.part.shape
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `(reads,)` as they are now: `(reads, width)`."""
@@ -80,20 +84,28 @@ class ChangedRows:
         return self.index.rows, self.values[self.index.places]
 
 
-class RowOverlay(FileRows):
+class RowOverlay(RowStore):
     """Rows of one order in a checkpoint's files, with those that were changed in memory.
 
     Args:
-        parts (`list[FilePart]`): where the parts lie, each but the last of the same height.
-        requires_grad (`bool`, *optional*, defaults to `True`): whether they learn.
-
-    `learning` holds a parameter for each part, with no row of its own: what an optimizer is given in the part's place.
+        stored ([`FileRows`]): the rows as they are in the files.
     """
 
-    def __init__(self, parts: list[FilePart], requires_grad: bool = True):
-        super().__init__(parts)
-        self.changes = [ChangedRows(part) for part in parts]
-        self.learning = [stand_in(changes, requires_grad) for changes in self.changes]
+    kind = "disk"
+
+    def __init__(self, stored: FileRows):
+        self.stored, self.heights = stored, stored.heights
+        self.width, self.dtype = stored.width, stored.dtype
+        self.changes = [ChangedRows(part) for part in stored.parts]
+
+    @property
+    def files(self) -> list[ShardFile]:
+        """See [`RowStore`]."""
+        return self.stored.files
+
+    def part(self, number: int) -> ChangedRows:
+        """See [`RowStore`]."""
+        return self.changes[number]
 
     @property
     def changed(self) -> int:
@@ -103,15 +115,15 @@ class RowOverlay(FileRows):
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `(reads,)` in any order, as they are now: `(reads, width)`."""
         if not self.changed:
-            return super().read(rows)
-        values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")
-        stored = ~self.lay_over(rows, values)
-        values[stored] = super().read(rows[stored])
+            return self.stored.read(rows)
+        values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")  # (reads, width)
+        unchanged = ~self.lay_over(rows, values)  # (reads,)
+        values[unchanged] = self.stored.read(rows[unchanged])
         return values
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
         """As `read`, for a few rows that need no disk; None if they do."""
-        values = super().read_resident(rows)
+        values = self.stored.read_resident(rows)
         if values is not None and self.changed:
             self.lay_over(rows, values)
         return values
@@ -123,8 +135,8 @@ class RowOverlay(FileRows):
             rows (`torch.LongTensor` of shape `(rows,)`): ascending and unique.
             values (`torch.Tensor` of shape `(rows, width)`): what they are.
         """
-        height = self.parts[0].shape[0]
-        starts = torch.tensor([number * height for number in range(1, len(self.parts))], device="cpu")  # (parts - 1,)
+        height = self.heights[0]
+        starts = torch.arange(1, len(self.heights), device="cpu") * height  # (parts - 1,)
         bounds = [0, *torch.searchsorted(rows, starts).tolist(), len(rows)]
         for number, changes in enumerate(self.changes):
             own = slice(bounds[number], bounds[number + 1])
@@ -133,8 +145,8 @@ class RowOverlay(FileRows):
     def lay_over(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Writes changed rows over `values` `(reads, width)`; which of them were, `(reads,)`."""
         over = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
-        height = self.parts[0].shape[0]
-        place = part_of(rows, height, len(self.parts))
+        height = self.heights[0]
+        place = part_of(rows, height, len(self.heights))
         for number, changes in enumerate(self.changes):
             if len(changes):
                 places, known = changes.index.find(rows - number * height)
@@ -145,73 +157,24 @@ class RowOverlay(FileRows):
 
     def tensors(self) -> list[torch.Tensor]:
         """The parts as tensors that are mapped from the files, changed rows written into private pages."""
-        tensors = super().tensors()
+        tensors = self.stored.tensors()
         for tensor, changes in zip(tensors, self.changes, strict=True):
             if len(changes):
                 rows, values = changes.named()
                 tensor[rows] = values
         return tensors
 
-    def stand_on(self, parts: list[FilePart]) -> None:
-        """Forgets all changes, and reads from other files of the same shapes; what learns stays the same object."""
-        self.parts = parts
-        self.changes = [ChangedRows(part) for part in parts]
-        for handle, changes in zip(self.learning, self.changes, strict=True):
-            handle.changes = changes
-
     def __deepcopy__(self, memo) -> "RowOverlay":
-        twin = RowOverlay(self.parts, self.learning[0].requires_grad)
-        for mine, theirs in zip(self.changes, twin.changes, strict=True):
-            theirs.index, theirs.values = copy.deepcopy(mine.index, memo), mine.values.clone()
-        return twin
+        changes = [(copy.deepcopy(own.index, memo), own.values.clone()) for own in self.changes]
+        return _overlay_from(self.stored, changes)
 
     def __reduce__(self):
-        state = [(changes.index, changes.values) for changes in self.changes]
-        return overlay_from, (self.parts, self.learning[0].requires_grad, state)
+        return _overlay_from, (self.stored, [(own.index, own.values) for own in self.changes])
 
 
-def overlay_from(parts: list[FilePart], requires_grad: bool, state: list) -> RowOverlay:
-    """An overlay that was pickled."""
-    overlay = RowOverlay(parts, requires_grad)
-    for changes, (index, values) in zip(overlay.changes, state, strict=True):
-        changes.index, changes.values = index, values
+def _overlay_from(stored: FileRows, changes: list) -> RowOverlay:
+    """An overlay that was copied or pickled."""
+    overlay = RowOverlay(stored)
+    for own, (index, values) in zip(overlay.changes, changes, strict=True):
+        own.index, own.values = index, values
     return overlay
-
-
-def stand_in(changes: ChangedRows, requires_grad: bool) -> nn.Parameter:
-    """A parameter without rows that an optimizer holds for a part in a file."""
-    parameter = nn.Parameter(
-        torch.empty(0, changes.part.shape[1], dtype=changes.part.dtype, device="cpu"), requires_grad
-    )
-    parameter.changes = changes
-    return parameter
-
-
-def part_shape(part: torch.Tensor) -> tuple[int, int]:
-    """Rows and width of a part, wherever it is."""
-    changes = getattr(part, "changes", None)
-    return tuple(part.shape) if changes is None else changes.part.shape
-
-
-@torch.no_grad()
-def read_part(part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rows `(rows,)` of a part, wherever it is: `(rows, width)`, a copy in the table's type."""
-    changes = getattr(part, "changes", None)
-    return part.detach().index_select(0, rows) if changes is None else changes.read(rows)
-
-
-@torch.no_grad()
-def write_part(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Writes `values` `(rows, width)` to rows `(rows,)` of a part, ascending and unique, wherever it is."""
-    changes = getattr(part, "changes", None)
-    if changes is None:
-        part.detach().index_copy_(0, rows, values.to(part.dtype))
-    else:
-        changes.write(rows, values)
-
-
-def expect_writes(part: torch.Tensor, rows: torch.Tensor) -> None:
-    """Makes room where rows `(rows,)` of a part will be written, so that it is made once."""
-    changes = getattr(part, "changes", None)
-    if changes is not None:
-        changes.expect(rows)

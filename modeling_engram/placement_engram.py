@@ -19,10 +19,10 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
+from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, rows_hook
 from .overlay_engram import RowOverlay
-from .rows_engram import CheckpointTables, FileRows, HostRows, is_mapped, written_to
-from .table_engram import EngramTables, OrderRows
+from .rows_engram import CheckpointTables, FileRows, HostRows, RowStore, is_mapped, written_to
+from .table_engram import OrderRows
 
 
 PLACEMENTS = ("auto", "device", "cpu", "disk", "none")
@@ -162,14 +162,15 @@ def mapped_place(device_map, name: str):
 
 
 def without_tables(device_map):
-    """A hand-written device map without its entries for tables, which are not there to be placed."""
+    """A hand-written device map that leaves empty tables on the host, whatever it said of them."""
     if not isinstance(device_map, dict):
         return device_map
     prefix = TABLES_PREFIX.rstrip(".")
-    return {name: place for name, place in device_map.items() if not f"{name}.".startswith(f"{prefix}.")}
+    others = {name: place for name, place in device_map.items() if not f"{name}.".startswith(f"{prefix}.")}
+    return {**others, prefix: "cpu"}
 
 
-def named_orders(tables: EngramTables) -> list[tuple[str, OrderRows]]:
+def named_orders(tables: nn.ModuleDict) -> list[tuple[str, OrderRows]]:
     """What holds rows, with its state-dict prefix."""
     return [
         (f"{TABLES_PREFIX}{layer}.{name}.", order)
@@ -179,7 +180,7 @@ def named_orders(tables: EngramTables) -> list[tuple[str, OrderRows]]:
 
 
 def place_tables(
-    tables: EngramTables,
+    tables: nn.ModuleDict,
     placement: str,
     checkpoint: CheckpointTables | None,
     devices: Mapping[str, torch.device],
@@ -189,7 +190,7 @@ def place_tables(
     """Moves the rows of all tables.
 
     Args:
-        tables ([`EngramTables`]): by layer.
+        tables (`nn.ModuleDict`): by layer.
         placement (`str`): where to, not "auto".
         checkpoint ([`CheckpointTables`], *optional*): files to read from or to map.
         devices (mapping of `str` to `torch.device`): where each layer computes.
@@ -203,25 +204,33 @@ def place_tables(
     # Everything that can fail comes before the first change.
     ready = []
     for prefix, order in named_orders(tables):
-        rows = rows_at(placement, prefix, order, checkpoint, elsewhere)
-        hook = EngramRowsHook(rows, **settings)
+        store = store_at(placement, prefix, order, checkpoint, elsewhere)
         layer = prefix.removeprefix(TABLES_PREFIX).split(".")[0]
-        held = [moved(part, devices[layer]) for part in rows.tensors()] if placement == "device" else []
-        ready.append((order, hook, held))
-    for order, hook, held in ready:
-        hook.device_before, order.absent = empty(order), placement == "none"
-        for number, part in enumerate(held):
-            order.register_parameter(str(number), part)
+        ready.append((order, store, EngramRowsHook(store, **settings), devices[layer]))
+    for order, store, hook, device in ready:
+        held = rows_hook(order)
+        if held is not None:
+            held.gives_back = False
+            detach_rows_hook(order)
+        if placement == "device" and order.is_resident:
+            order.to(device)  # the parts stay the same objects
+        else:
+            order.place(store, device if placement == "device" else None)
         if placement in ("cpu", "disk"):
             attach_rows_hook(order, hook)
 
 
-def rows_at(
+def held_rows(order: OrderRows) -> RowStore | None:
+    """The rows of an order, wherever they are; None if they were left out."""
+    return HostRows(order.tensors()) if order.is_resident else order.store
+
+
+def store_at(
     placement: str, prefix: str, order: OrderRows, checkpoint: CheckpointTables | None, elsewhere: bool = False
-) -> HostRows | FileRows | None:
+) -> RowStore | None:
     """The rows of an order as they are to be kept; None for nowhere."""
-    held = HostRows(order.parts()) if order._parameters else order.source
-    if any(getattr(part, "is_meta", False) for part in getattr(held, "parts", ())):
+    held = held_rows(order)
+    if isinstance(held, HostRows) and any(part.is_meta for part in held.parts):
         raise ValueError(
             f"'{prefix}*' have no storage (meta): load the model first, or make it with hold_tables=False and name the "
             "folder of its tables."
@@ -229,19 +238,18 @@ def rows_at(
     if placement in ("disk", "none"):
         if held is None and placement == "none":
             return None
-        if isinstance(held, FileRows) and not elsewhere and (placement == "disk" or not getattr(held, "changed", 0)):
+        if isinstance(held, RowOverlay) and not elsewhere and (placement == "disk" or not held.changed):
             return held if placement == "disk" else None
         stored = stored_rows(prefix, order, checkpoint)
         # Nothing to compare if it is these very files that are mapped, and no page of them was written to.
-        mapped = isinstance(held, HostRows) and {part.file for part in stored.parts} <= set(held.files)
+        mapped = isinstance(held, HostRows) and set(stored.files) <= set(held.files)
         if held is not None and not (mapped and not any(map(written_to, held.parts))):
             check_same_rows(prefix, stored, held)
-        return RowOverlay(stored.parts, order.learns) if placement == "disk" else None
+        return RowOverlay(stored) if placement == "disk" else None
     if isinstance(held, HostRows):
-        return HostRows([moved(part, torch.device("cpu")) for part in held.parts], held.files)
+        return HostRows([part.to("cpu") for part in held.parts]) if order.is_resident and placement == "cpu" else held
     stored = held or stored_rows(prefix, order, checkpoint)
-    files = list({id(part.file): part.file for part in stored.parts}.values())
-    return HostRows([nn.Parameter(part, requires_grad=order.learns) for part in stored.tensors()], files)
+    return HostRows(stored.tensors(), stored.files)
 
 
 def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> FileRows:
@@ -261,38 +269,39 @@ def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | No
     return FileRows(parts)
 
 
-def reread_tables(tables: EngramTables, checkpoint: CheckpointTables) -> None:
-    """Lets tables on disk be read from other files."""
-    ready = [(order, stored_rows(prefix, order, checkpoint)) for prefix, order in named_orders(tables)]
-    for order, rows in ready:
-        if isinstance(order.source, RowOverlay):  # what an optimizer holds stays
-            order.source.stand_on(rows.parts)
-        else:
-            order.source = rows_hook(order).source = rows
+def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
+    """Lets tables on disk be read from other files; parts stay the same objects, for an optimizer that holds them."""
+    ready = [(order, RowOverlay(stored_rows(prefix, order, checkpoint))) for prefix, order in named_orders(tables)]
+    for order, store in ready:
+        order.store = rows_hook(order).store = store
+        order.mend_parts()
 
 
-def own_rows(tables: EngramTables) -> int:
+def own_rows(tables: nn.ModuleDict) -> int:
     """Copies small tables that are mapped from their files, and learn, into memory of their own.
 
     Args:
-        tables ([`EngramTables`]): by layer.
+        tables (`nn.ModuleDict`): by layer.
 
     Returns:
         `int`: how many bytes were copied; 0 for tables that stay where they are.
     """
-    orders = [order for _, order in named_orders(tables)]
-    held = [HostRows(list(order._parameters.values())) if order._parameters else order.source for order in orders]
-    on_host = [rows for rows in held if isinstance(rows, HostRows)]
-    mapped = [rows for rows in on_host if any(part.requires_grad and is_mapped(part) for part in rows.parts)]
-    copied = sum(rows.nbytes for rows in mapped)
+    held = [(order, held_rows(order)) for _, order in named_orders(tables) if order.parts[0].requires_grad]
+    mapped = [
+        (order, rows) for order, rows in held if isinstance(rows, HostRows) and any(map(is_mapped, rows.parts))
+    ]
+    copied = sum(order.nbytes for order, _ in mapped)
     if copied > COPIED_AT_ONCE * free_memory(None)[1]:
         return 0
-    for rows in mapped:
+    for order, rows in mapped:
         rows.own()
+        if order.is_resident:
+            for part, own in zip(order.parts, rows.parts, strict=True):
+                part.data = own
     return copied
 
 
-def check_same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows) -> None:
+def check_same_rows(prefix: str, stored: FileRows, held: RowStore) -> None:
     """Raises ValueError if stored rows are not what the model holds: those were trained since."""
     for number, (part, kept) in enumerate(zip(stored.tensors(), held.tensors(), strict=True)):
         for first in range(0, len(part), 1 << 16):
@@ -304,21 +313,6 @@ def check_same_rows(prefix: str, stored: FileRows, held: HostRows | FileRows) ->
                 )
 
 
-def empty(order: OrderRows) -> torch.device | None:
-    """Takes the rows out of an order; the device where they are when they are parameters."""
-    device = next((part.device for part in order._parameters.values()), None)
-    learning = [part.requires_grad for part in [*order._parameters.values(), *getattr(order.source, "learning", ())]]
-    if learning:
-        order.learns = any(learning)
-    hook = rows_hook(order)
-    if hook is not None:
-        device, hook.give_back = hook.device_before, False
-        detach_rows_hook(order)
-    for name in list(order._parameters):
-        del order._parameters[name]
-    return device
-
-
-def placed_bytes(tables: EngramTables) -> int:
+def placed_bytes(tables: nn.ModuleDict) -> int:
     """Bytes of all tables."""
     return sum(table.nbytes for table in tables.values())

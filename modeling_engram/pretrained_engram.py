@@ -38,7 +38,6 @@ from .compat_engram import (
 from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig, EngramFormatError
 from .constants_engram import check_constants, derive_constants
-from .gradient_engram import with_row_gradients
 from .hashing_engram import NgramHasher, identity_map, on_meta
 from .layer_engram import EngramLayer
 from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
@@ -291,11 +290,6 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         self.config.engram_train_mode = word
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> "EngramPreTrainedModel":
-        """As for any module, tables in host memory included."""
-        self.memory.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)
-
     @property
     def runs_as_donor(self) -> bool:
         """Whether this thread's passes read no memory: inside `without_memory()`, or if it is placed nowhere."""
@@ -410,16 +404,6 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
             `ValueError`: naming the first ids that differ.
         """
         check_token_map(self.memory.hashing.token_map, tokenizer, self.config.engram_compressed_vocab_size)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As for any module, tables in host memory and in files included; see `EngramMemory.drop_host_gradients`."""
-        if any(not part.grad.applied for part in with_row_gradients(self.memory.named_parts().values())):
-            logger.warning_once(
-                "The memory's row gradients were dropped without being applied: use EngramTrainer, or an optimizer "
-                "from engram_transformers.training.engram_optimizer(model)."
-            )
-        super().zero_grad(set_to_none)
-        self.memory.drop_host_gradients()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
         # What all public names for it come to in every version: `gradient_checkpointing_enable` up to 5.22 and

@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,8 +225,48 @@ def file_part(file: ShardFile, header: dict, name: str) -> FilePart:
     return FilePart(file, start_of_data(file.path) + entry.begin, entry.shape, torch_dtype(entry.dtype))
 
 
-class HostRows:
-    """Rows of one order in host memory: the model's own tensors, or a mapping of the checkpoint's.
+class RowStore(ABC):
+    """Where the rows of one order are while its parts hold none."""
+
+    kind: str  # "cpu" or "disk"
+    heights: list[int]  # rows of each part
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(self.heights) * self.width * self.dtype.itemsize
+
+    @property
+    @abstractmethod
+    def files(self) -> list[ShardFile]:
+        """The files that rows are read from."""
+
+    @abstractmethod
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Copies rows `(reads,)` in any order out: `(reads, width)`.
+
+        Raises:
+            `IndexError`: for rows that the table does not have.
+            [`EngramFormatError`] or `OSError`: if a file changed, ends too early, or cannot be read.
+        """
+
+    @abstractmethod
+    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """As `read`; None if that might wait for a disk."""
+
+    @abstractmethod
+    def tensors(self) -> list[torch.Tensor]:
+        """The parts as tensors of shape `(part rows, width)`, for a state dict."""
+
+    @abstractmethod
+    def part(self, number: int):
+        """What reads and writes the rows of one part: `shape`, `read(rows)`, `write(rows, values)`, `expect(rows)`."""
+
+
+class HostRows(RowStore):
+    """Rows of one order in host memory: tensors of their own, or a mapping of the checkpoint's.
 
     Args:
         parts (`list[torch.Tensor]`): of shape `(part rows, width)`, each but the last of the same height.
@@ -233,32 +274,15 @@ class HostRows:
     """
 
     kind = "cpu"
+    files: list[ShardFile] = []
 
     def __init__(self, parts: list[torch.Tensor], files: list[ShardFile] | None = None):
-        self.parts, self.files = parts, files or []
-
-    @property
-    def learning(self) -> list[torch.Tensor]:
-        """What an optimizer is given: the parts themselves."""
-        return self.parts
-
-    @property
-    def width(self) -> int:
-        """Values in a row."""
-        return self.parts[0].shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the rows."""
-        return self.parts[0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(part.nbytes for part in self.parts)
+        self.parts, self.files = [part.detach() for part in parts], files or []
+        self.heights = [len(part) for part in parts]
+        self.width, self.dtype = parts[0].shape[1], parts[0].dtype
 
     def tensors(self) -> list[torch.Tensor]:
-        """The parts as tensors, for a state dict."""
+        """See [`RowStore`]."""
         self.check()
         return self.parts
 
@@ -268,17 +292,24 @@ class HostRows:
             file.check()
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Copies rows `(reads,)` out: `(reads, width)`."""
-        check_range(rows, sum(len(part) for part in self.parts))
+        """See [`RowStore`]."""
+        check_range(rows, sum(self.heights))
         self.check()
-        values = read_parts(rows, len(self.parts[0]), [part.detach() for part in self.parts])
+        values = read_parts(rows, self.heights[0], self.parts)
         self.check()
         return values
 
+    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """See [`RowStore`]."""
+        return self.read(rows)
+
+    def part(self, number: int) -> "HostPart":
+        """See [`RowStore`]."""
+        return HostPart(self, number)
+
     def own(self) -> None:
-        """Gives rows that lie in a mapped file memory of their own: whatever becomes of the file."""
-        for part in filter(is_mapped, self.parts):
-            part.data = part.detach().clone()
+        """Copies rows that lie in a mapped file into memory, whatever becomes of the file."""
+        self.parts = [part.clone() if is_mapped(part) else part for part in self.parts]
         self.files = []
 
     def __deepcopy__(self, memo) -> "HostRows":
@@ -287,36 +318,52 @@ class HostRows:
     def __reduce__(self):
         return HostRows, (self.parts,)
 
-    def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """As `read`; None if that might wait for a disk."""
-        return self.read(rows)
+
+@dataclass
+class HostPart:
+    """One part of rows in host memory."""
+
+    store: HostRows
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width."""
+        return self.store.heights[self.number], self.store.width
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `(rows,)`: `(rows, width)`."""
+        return self.store.parts[self.number].index_select(0, rows)
+
+    def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Changes rows `(rows,)`, ascending and unique, to `values`."""
+        self.store.parts[self.number].index_copy_(0, rows, values.to(self.store.dtype))
+
+    def expect(self, rows: torch.Tensor) -> None:
+        """There is room."""
 
 
 class FileRows:
-    """Rows of one order in a checkpoint's files.
+    """Rows of one order in a checkpoint's files, as they are stored.
 
     Args:
         parts (`list[FilePart]`): where the parts lie, each but the last of the same height.
     """
 
-    kind = "disk"
-    learning: list[torch.Tensor] = []
-
     def __init__(self, parts: list[FilePart]):
         self.parts = parts
+        self.heights = [part.shape[0] for part in parts]
         self.width, self.dtype = parts[0].shape[1], parts[0].dtype
-        self.row_bytes = self.width * self.dtype.itemsize
-        self.height = sum(part.shape[0] for part in parts)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts)
+    def files(self) -> list[ShardFile]:
+        """The files that rows are read from."""
+        return list(dict.fromkeys(part.file for part in self.parts))
 
     def tensors(self) -> list[torch.Tensor]:
         """The parts as tensors that are mapped from the files, for a state dict."""
         # Once for each file and call: a mapping takes a descriptor, and all users of one see what is written to it.
-        mappings = {file: file.map() for file in {part.file for part in self.parts}}
+        mappings = {file: file.map() for file in self.files}
         return [part.within(mappings[part.file]) for part in self.parts]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
@@ -325,7 +372,7 @@ class FileRows:
         Raises:
             [`EngramFormatError`] or `OSError`: if a file changed, ends too early, or cannot be read.
         """
-        check_range(rows, self.height)
+        check_range(rows, sum(self.heights))
         ascending, order = rows.sort()
         runs = self.runs(ascending)
         # All places are told before the first is waited for.
@@ -337,7 +384,7 @@ class FileRows:
         """As `read`, for a few rows that are all in the page cache; None (and the kernel is told) if they are not."""
         if len(rows) > FEW_ROWS:
             return None
-        check_range(rows, self.height)
+        check_range(rows, sum(self.heights))
         ascending, order = rows.sort()
         runs = self.runs(ascending)
         if sum(not part_runs.begin() for part_runs in runs):  # all of them begin
@@ -353,7 +400,7 @@ class FileRows:
 
     def runs(self, rows: torch.Tensor) -> list["Runs"]:
         """What reads ascending rows, of each part that has some; neighbours by one call."""
-        height = self.parts[0].shape[0]
+        height = self.heights[0]
         inside = part_of(rows, height, len(self.parts))  # (reads,)
         own = [rows[inside == number] - number * height for number in range(len(self.parts))]
         return [Runs(part, theirs) for part, theirs in zip(self.parts, own, strict=True) if len(theirs)]

@@ -126,6 +126,43 @@ def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
     return (rows // part_height).clamp(max=parts - 1)
 
 
+class TablePart(nn.Parameter):
+    """A part of a table, registered under its state-dict name wherever its rows are.
+
+    It holds its rows, or none of them while a store does: then it is of shape `(0, width)` and on the host, and all
+    that walks parameters (freezing, optimizers, clipping, PEFT, DDP, FSDP) finds it as ever.
+
+    `store` is what holds its rows ([`HostPart`], [`ChangedRows`]), None if that is itself; `selected` the rows that may
+    change, `(rows,)`, ascending, None if all may.
+    """
+
+    store = None
+    selected: torch.Tensor | None = None
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """Rows and width, wherever they are."""
+        return tuple(self.shape) if self.store is None else self.store.shape
+
+    @torch.no_grad()
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `(rows,)`: `(rows, width)`, a copy in the table's type."""
+        return self.detach().index_select(0, rows) if self.store is None else self.store.read(rows)
+
+    @torch.no_grad()
+    def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes `values` `(rows, width)` to rows `(rows,)`, ascending and unique."""
+        if self.store is None:
+            self.detach().index_copy_(0, rows, values.to(self.dtype))
+        else:
+            self.store.write(rows, values)
+
+    def expect(self, rows: torch.Tensor) -> None:
+        """Makes room where rows `(rows,)` will be written, so that it is made once."""
+        if self.store is not None:
+            self.store.expect(rows)
+
+
 class GatherBrought(torch.autograd.Function):
     """Reads rows that were brought to the device, and leaves their gradients beside the table on the host."""
 
@@ -153,13 +190,13 @@ class BroughtRows:
         values (`torch.Tensor` of shape `(unique, width)`): the rows.
         places (`torch.LongTensor` of any shape): which of them each read is.
         rows (`torch.LongTensor` of shape `(unique,)`): their numbers in the table, on the host.
-        parts (`list[torch.Tensor]`, *optional*): parts on the host that learn.
+        parts (`list[TablePart]`, *optional*): what gets their gradients, if they learn.
     """
 
     values: torch.Tensor
     places: torch.Tensor
     rows: torch.Tensor
-    parts: list[torch.Tensor] | None = None
+    parts: list[TablePart] | None = None
 
 
 class OrderRows(nn.Module):
@@ -171,58 +208,103 @@ class OrderRows(nn.Module):
         heights (`list[int]`): rows of each part.
         width (`int`): values in a row.
         dtype (`torch.dtype`): type of the rows; no `.to(dtype)`, `.half()` or `part.data = ...` changes it for long.
-        hold (`bool`, *optional*, defaults to `True`): whether to make parameters, or leave rows to be placed elsewhere.
+        hold (`bool`, *optional*, defaults to `True`): whether to hold rows, or leave them to be placed elsewhere.
+
+    `store` is where the rows are while the parts hold none ([`RowStore`]); `absent` says that they are nowhere, and on
+    purpose.
     """
 
     def __init__(self, heights: list[int], width: int, dtype: torch.dtype, hold: bool = True):
         super().__init__()
         self.heights, self.width, self.dtype = heights, width, dtype
-        self.source = None  # where the rows are if they are no parameters: `HostRows` or `FileRows`
-        self.learns = True  # whether they are to require gradients when they come from a file
-        self.absent = not hold  # rows are left out on purpose: without this mark, missing rows are an error
+        self.store, self.absent = None, not hold
         self.part_height = heights[0]
         self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
-        self.register_state_dict_pre_hook(_restore_dtype)
-        if hold:
-            for number, height in enumerate(heights):
-                self.register_parameter(str(number), nn.Parameter(torch.zeros(height, width, dtype=dtype)))
+        for number, height in enumerate(heights):
+            rows = torch.zeros(height, width, dtype=dtype) if hold else self.no_rows()
+            self.register_parameter(str(number), TablePart(rows))
 
     def __len__(self) -> int:
         return len(self.heights)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        return self.parts()[number]
+        return self.tensors()[number]
 
-    def parts(self) -> list[torch.Tensor]:
-        """The parts, wherever they are; those on disk as a mapping.
+    def no_rows(self) -> torch.Tensor:
+        """What a part holds whose rows are elsewhere: `(0, width)`, on the host."""
+        return torch.empty(0, self.width, dtype=self.dtype, device="cpu")
+
+    @property
+    def parts(self) -> list[TablePart]:
+        """The parts as they are registered."""
+        return list(self._parameters.values())
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the parts hold their rows."""
+        return self.store is None and not self.absent
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The rows of all parts, wherever they are; those on disk as a mapping.
 
         Raises:
             `RuntimeError`: if the table was not loaded.
         """
-        if self._parameters:
-            self.restore_dtype()
-            return list(self._parameters.values())
-        if self.source is None:
+        if self.store is not None:
+            return self.store.tensors()
+        if self.absent:
             raise RuntimeError("this memory's tables were not loaded: model.place_memory('disk') or 'cpu' loads them.")
-        return self.source.tensors()
+        self.mend_parts()
+        return self.parts
 
-    def restore_dtype(self) -> None:
-        """Gives parts their own type again if others have changed it by `part.data = ...`, which no module is asked
-        about: PEFT's `prepare_model_for_kbit_training` makes every 16-bit parameter float32 in this way."""
-        for part in self._parameters.values():
+    def place(self, store, device: torch.device | None = None) -> None:
+        """Lets a store hold the rows, or takes them from it.
+
+        Args:
+            store ([`RowStore`], *optional*): what has them; None leaves them out.
+            device (`torch.device`, *optional*): where the parts are to hold them.
+        """
+        if store is not None and store is self.store and device is None:
+            return
+        held = [self.no_rows()] * len(self.heights) if device is None else store.tensors()
+        flags = [part.requires_grad for part in self.parts]
+        self.store, self.absent = (store if device is None else None), store is None
+        for number, (rows, learns) in enumerate(zip(held, flags, strict=True)):
+            rows = rows.detach() if device is None else rows.detach().to(device)
+            self.register_parameter(str(number), TablePart(rows, requires_grad=learns))
+        self.mend_parts()
+
+    def mend_parts(self) -> None:
+        """Makes parts what they were if others have changed them.
+
+        Loaders, copies and pickles put plain parameters in their place; PEFT's `prepare_model_for_kbit_training`
+        makes every 16-bit parameter float32 by `part.data = ...`; accelerate's hooks move empty parts to a device.
+        """
+        for number, part in enumerate(self.parts):
+            if self.store is not None and (part.shape[0] or not part.is_cpu or type(part) is not TablePart):
+                part = TablePart(self.no_rows(), requires_grad=part.requires_grad)
+                self._parameters[str(number)] = part
+            elif type(part) is nn.Parameter:
+                part = self._parameters[str(number)] = TablePart(part.detach(), requires_grad=part.requires_grad)
             if part.dtype != self.dtype:
                 part.data = part.data.to(self.dtype)
+            if self.store is not None:
+                part.store = self.store.part(number)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As for any module; rows that somebody sets as a plain parameter become a part."""
+        if type(param) is nn.Parameter:
+            param = TablePart(param.detach(), requires_grad=param.requires_grad)
+        super().register_parameter(name, param)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.mend_parts()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
         return sum(self.heights) * self.width * self.dtype.itemsize
-
-    def requires_grad_(self, requires_grad: bool = True) -> "OrderRows":
-        """As for any module, rows that are no parameters included."""
-        for part in getattr(self.source, "learning", ()):
-            part.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)
 
     def forward(self, rows: torch.Tensor, brought: BroughtRows | None = None) -> torch.Tensor:
         """Reads rows of any shape.
@@ -240,7 +322,7 @@ class OrderRows(nn.Module):
             return GatherBrought.apply(
                 self.anchor, brought.values, brought.places, brought.rows, self.part_height, brought.parts
             )
-        parts = self.parts()
+        parts = self.tensors()
         rows = rows.to(parts[0].device)
         learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if learns or torch.compiler.is_compiling():
@@ -248,6 +330,9 @@ class OrderRows(nn.Module):
         return read_parts(rows, self.part_height, parts)  # an operator costs 10 microseconds more
 
     def _apply(self, fn, recurse=True):
+        if not self.is_resident:
+            return self  # there is nothing to move, and empty parts stay on the host
+
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor.new_empty(0))
             return fn(tensor) if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -257,15 +342,38 @@ class OrderRows(nn.Module):
             if held[name] is not None:
                 part.grad = None  # torch moves the storage of a gradient, and this one has none
         super()._apply(keep_dtype, recurse)
+        self.mend_parts()
         for name, part in self.named_parameters():
             if held[name] is not None:
                 add_row_gradient(part, held[name].rows.to(part.device), held[name].row_values.to(part.device))
         return self
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.is_resident:
+            self.mend_parts()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        elif self.store is not None:
+            for number, rows in enumerate(self.store.tensors()):
+                destination[f"{prefix}{number}"] = rows
 
-def _restore_dtype(order: OrderRows, prefix: str, keep_vars: bool) -> None:
-    """What a state dict begins with; a function, so that orders can be copied and pickled."""
-    order.restore_dtype()
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        if self.is_resident:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            self.mend_parts()
+            return
+        for number, height in enumerate(self.heights):
+            name, given = f"{prefix}{number}", state_dict.get(f"{prefix}{number}")
+            if given is None:
+                missing += [name] if strict and self.store is not None else []
+            elif self.store is None:
+                unexpected += [name] if strict else []
+            elif self.store.kind == "disk":
+                errors.append(f"{name} is on disk and not written to: model.place_memory('cpu') first.")
+            elif given.shape != (height, self.width):
+                errors.append(f"{name} has shape {tuple(given.shape)}, the table has {(height, self.width)}.")
+            else:
+                self.store.tensors()[number].copy_(given)
 
 
 class EngramTable(nn.Module):
@@ -322,19 +430,3 @@ class EngramTable(nn.Module):
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
         with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
-
-    def requires_grad_(self, requires_grad: bool = True) -> "EngramTable":
-        """As for any module, rows that are no parameters included."""
-        for order in self.orders():
-            order.requires_grad_(requires_grad)
-        return self
-
-
-class EngramTables(nn.ModuleDict):
-    """The tables of a memory by layer."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> "EngramTables":
-        """As for any module, rows that are no parameters included."""
-        for table in self.values():
-            table.requires_grad_(requires_grad)
-        return self

@@ -16,7 +16,6 @@ from transformers.utils import logging
 
 from ..gradient_engram import ROW_OPTIMIZERS, RowGradient
 from ..memory_engram import refuse_copied_code
-from ..overlay_engram import expect_writes, part_shape, read_part, write_part
 from ..placement_engram import own_rows
 from .processes import agreed, ranks_of, refuse_deepspeed, refuse_unexchanged
 from .restoring import check_state
@@ -126,10 +125,10 @@ class EngramOptimizer(AdamW):
         state, generator = self.row_states[part], self.generator(rows.device)
         known = len(state)
         slots = state.slots(rows)
-        expect_writes(part, rows)
+        part.expect(rows)
         directions = RULES[group["table_optimizer"]].directions(state, slots, gradient.row_values, group, generator)
         for piece, direction in directions:
-            stored = read_part(part, rows[piece])  # (piece, width), a copy
+            stored = part.read(rows[piece])  # (piece, width), a copy
             values = stored.float()
             # Both pulls are from where the row is before the step, as AdamW's decay is.
             pull = direction.mul_(-lr)
@@ -140,14 +139,14 @@ class EngramOptimizer(AdamW):
                 fresh = own >= known
                 state.columns["start"].index_copy_(0, own[fresh], stored[fresh])
                 pull.add_(values - state.read("start", own), alpha=-lr * anchor)
-            write_part(part, rows[piece], rounded(values.add_(pull), stored.dtype, generator))
+            part.write(rows[piece], rounded(values.add_(pull), stored.dtype, generator))
 
     def new_state(self, group: dict, part: torch.Tensor) -> RowState:
         """An empty state for a part."""
-        columns = RULES[group["table_optimizer"]].columns(part_shape(part)[1], STATE_TYPES[group["table_state_dtype"]])
+        columns = RULES[group["table_optimizer"]].columns(part.table_shape[1], STATE_TYPES[group["table_state_dtype"]])
         if group["anchor"]:
-            columns["start"] = ((part_shape(part)[1],), part.dtype)
-        return RowState(part_shape(part), columns, part.device)
+            columns["start"] = ((part.table_shape[1],), part.dtype)
+        return RowState(part.table_shape, columns, part.device)
 
     def gradients(self) -> list[tuple[dict, torch.Tensor, torch.Tensor]]:
         """Group, parameter and gradient of each parameter that has one.
@@ -351,11 +350,15 @@ def engram_optimizer(
     refuse_copied_code(model)
     refuse_deepspeed()
     choose_what_learns(model)
-    selection = getattr(getattr(model, "memory", None), "row_selection", None)
+    memory = getattr(model, "memory", None)
+    if memory is not None:
+        memory.settle()
+        memory.named_parts()  # as they are from now on
+    selection = getattr(memory, "row_selection", None)
     if selection is not None:  # parts are new objects after place_memory or a copy
         selection.apply(model)
     groups: dict[str, list] = {"tables": [], "projections": [], "vectors": [], "backbone": []}
-    names = {parameter: name for name, parameter in learnable(model) if parameter.requires_grad}
+    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter, name in names.items():
         groups[group_of(name, parameter)].append(parameter)
     rule = {"rows": True, "table_optimizer": table_optimizer, "table_state_dtype": table_state_dtype, "anchor": anchor}
@@ -366,16 +369,8 @@ def engram_optimizer(
     wanted = [{"name": name, "params": held, **settings.get(name, {})} for name, held in groups.items() if held]
     if not wanted:
         raise ValueError("no parameter requires a gradient: unfreeze the memory (model.memory.requires_grad_(True)).")
-    own = set(model.parameters())
-    if any(part not in own for part in groups["tables"]):
-        logger.warning_once(
-            "these tables are no parameters of the model: clipping model.parameters() leaves them out. EngramTrainer "
-            "does not, nor does torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in "
-            'g["params"]], max_norm).'
-        )
     optimizer = EngramOptimizer(wanted, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, seed=seed)
     optimizer.names = names
-    memory = getattr(model, "memory", None)
     if memory is not None:
         optimizer.memory = weakref.ref(memory)
         if ranks_of(None) == 1:  # several have a table's pages in common, until one writes them
@@ -388,27 +383,12 @@ def choose_what_learns(model) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "engram_train_mode", None) or not hasattr(model, "train_mode"):
         return
-    if all(parameter.requires_grad for _, parameter in learnable(model)):
+    if all(parameter.requires_grad for parameter in model.parameters()):
         model.train_mode("memory")
         logger.warning(
             'every parameter required a gradient: the memory alone is trained now, as by model.train_mode("memory"). '
             'Choose with model.train_mode("memory" | "tables" | "memory+lora" | "all").'
         )
-
-
-def learnable(model) -> list[tuple[str, torch.Tensor]]:
-    """A model's parameters by name, and what stands for those parts of its tables that are elsewhere.
-
-    The order is that of `model.named_parameters()` with the tables on the device, wherever they are: a norm of all
-    gradients depends on it in its last bit.
-    """
-    memory, named = getattr(model, "memory", None), list(model.named_parameters())
-    away = [] if memory is None else memory.named_host_parts()
-    if not away:
-        return named
-    layers = set(memory.layers.parameters())  # the tables come before them
-    first = next((place for place, (_, own) in enumerate(named) if own in layers), len(named))
-    return [*named[:first], *away, *named[first:]]
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:

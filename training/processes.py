@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ..gradient_engram import RowGradient, row_gradient, with_row_gradients
 from ..memory_engram import find_decoder_layers
-from ..overlay_engram import part_shape, read_part
+from ..table_engram import TablePart
 
 
 # Rows of a part whose values are compared between the ranks in every exchange: enough to see tables that differ (any
@@ -24,7 +24,7 @@ from ..overlay_engram import part_shape, read_part
 COMPARED = 256
 
 
-class RankPart(torch.nn.Parameter):
+class RankPart(TablePart):
     """Rows of a table that this rank alone holds (`shard_tables`): their gradients come home without an exchange."""
 
     group = None  # the ranks that hold the others
@@ -151,7 +151,7 @@ def gather(own: torch.Tensor, group) -> list[torch.Tensor]:
 
 def gather_rows_of_ranks(parts, held, counts, device, group) -> tuple[list, list]:
     """Rows and values by rank and part, `[ranks][parts]`: `(touched,)` and `(touched, width)`."""
-    widths = [part_shape(part)[1] for part in parts]
+    widths = [part.table_shape[1] for part in parts]
     given = [gradient for gradient in held if gradient is not None]
     rows = torch.cat([g.rows.to(device) for g in given] or [torch.empty(0, dtype=torch.int64, device=device)])
     values = torch.cat([g.row_values.flatten().to(device) for g in given] or [torch.empty(0, device=device)])
@@ -205,7 +205,7 @@ def check_whole(parts: list[torch.Tensor]) -> None:
 
 def check_same_parts(parts: list[torch.Tensor], device: torch.device, group) -> None:
     """Raises ValueError, on every rank, if the ranks do not train the same parts."""
-    shapes = repr([(*part_shape(part), str(part.dtype)) for part in parts])
+    shapes = repr([(*part.table_shape, str(part.dtype)) for part in parts])
     own = torch.tensor([len(parts), zlib.crc32(shapes.encode())], device=device)
     seen = torch.stack(gather(own, group)).tolist()
     for rank, other in enumerate(seen):
@@ -223,7 +223,7 @@ def check_same_rows(parts: list[torch.Tensor], device: torch.device, group) -> N
         gradient = row_gradient(part)
         rows = torch.empty(0, dtype=torch.int64, device="cpu") if gradient is None else gradient.rows
         chosen = rows[:: max(1, len(rows) // COMPARED)]
-        held = read_part(part, chosen).contiguous().view(torch.uint8).cpu() if len(chosen) else rows
+        held = part.read(chosen).contiguous().view(torch.uint8).cpu() if len(chosen) else rows
         digests.append(zlib.crc32(held.numpy().tobytes()))
     seen = torch.stack(gather(torch.tensor(digests, device=device), group)).tolist()
     for rank, other in enumerate(seen):
@@ -251,7 +251,7 @@ def clip_gradients(trained, max_norm: float) -> torch.Tensor:
     if hasattr(trained, "param_groups"):
         parameters = [p for group in trained.param_groups for p in group["params"]]
     else:
-        parameters = list({id(p): p for p in [*trained.parameters(), *table_parts(trained)]}.values())
+        parameters = list(trained.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..gradient_engram import are_among
-from ..overlay_engram import part_shape
 from ..pack_engram import DIGESTS
 from ..placement_engram import TABLES_PREFIX
 from ..reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
@@ -123,7 +122,7 @@ class RowSelection:
             wrong = sorted(held.keys() ^ self.parts.keys())
             raise ValueError(f"the selection does not fit the memory's parts, such as {wrong[0]}: make a new one.")
         for name, part in held.items():
-            rows, height = self.parts[name].rows, part_shape(part)[0]
+            rows, height = self.parts[name].rows, part.table_shape[0]
             ascending = len(rows) < 2 or bool((rows.diff() > 0).all())
             if not ascending or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < height):
                 raise ValueError(f"rows of {name} must be unique, ascending and below {height}: make a new selection.")

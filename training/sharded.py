@@ -21,9 +21,8 @@ import torch.nn.functional as F
 
 from ..gradient_engram import RowGradient, row_gradient, sum_rows
 from ..memory_engram import layer_device
-from ..placement_engram import TABLES_PREFIX, named_orders, stored_rows
-from ..rows_engram import HostRows, check_range
-from ..table_engram import OrderRows
+from ..placement_engram import TABLES_PREFIX, held_rows, named_orders, stored_rows
+from ..table_engram import OrderRows, check_range
 from .processes import RankPart, gather, ranks_of, wire_device
 
 
@@ -82,8 +81,10 @@ class RankRows(OrderRows):
 
     def __init__(self, order: OrderRows, part: torch.Tensor, learns: bool, group=None):
         super().__init__(order.heights, order.width, order.dtype, hold=False)
+        self._parameters.clear()
         self.group, self.bounds = group, row_bounds(sum(order.heights), ranks_of(group))
         self.first = self.bounds[dist.get_rank(group)]
+        self.absent = False
         self.register_parameter("0", RankPart(part, requires_grad=learns))
         self.part.group = group
         self.gathered: list[torch.Tensor] | None = None  # the whole parts, while they are saved
@@ -93,7 +94,7 @@ class RankRows(OrderRows):
         """The rows that this rank holds, `(own rows, width)`."""
         return self._parameters["0"]
 
-    def parts(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[torch.Tensor]:
         raise RuntimeError(
             f"this table is sharded by row, and rank {dist.get_rank(self.group)} holds {len(self.part)} of its "
             f"{self.bounds[-1]} rows: save with save_sharded(model, folder) on every rank, and load that to place it "
@@ -134,11 +135,11 @@ class RankRows(OrderRows):
         self.part.grad = rank_gradient(self.part, rows, summed, self.group)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        for number, whole in enumerate(self.parts() if self.gathered is None else self.gathered):
+        for number, whole in enumerate(self.tensors() if self.gathered is None else self.gathered):
             destination[f"{prefix}{number}"] = whole
 
     def _load_from_state_dict(self, *arguments, **settings):
-        self.parts()
+        self.tensors()
 
 
 class RowsAsked:
@@ -227,12 +228,10 @@ def shard_tables(model, group=None):
     for prefix, order in named_orders(model.memory.tables):
         if isinstance(order, RankRows):
             raise ValueError(f"'{prefix}*' is sharded by row already.")
-        held = [*order._parameters.values(), *getattr(order.source, "learning", ())]
-        if any(getattr(part, "selected", None) is not None for part in held):
+        if any(part.selected is not None for part in order.parts):
             raise ValueError(f"rows of '{prefix}*' were selected (select_rows), by their numbers in the whole table.")
-        source = HostRows(order.parts()) if order._parameters else order.source
-        source = source or stored_rows(prefix, order, model.checkpoint_tables)
-        learns = any(part.requires_grad for part in held) if held else order.learns
+        source = held_rows(order) or stored_rows(prefix, order, model.checkpoint_tables)
+        learns = any(part.requires_grad for part in order.parts)
         layer = model.memory.layers[prefix.removeprefix(TABLES_PREFIX).split(".")[0]]
         ready.append((prefix, order, source, learns, layer_device(layer)))
     for prefix, order, source, learns, device in ready:
@@ -240,7 +239,7 @@ def shard_tables(model, group=None):
         first, last = bounds[dist.get_rank(group)], bounds[dist.get_rank(group) + 1]
         part = torch.empty(last - first, order.width, dtype=order.dtype, device=device)
         for begin in range(first, last, BLOCK):
-            rows = torch.arange(begin, min(begin + BLOCK, last), device=device if order._parameters else "cpu")
+            rows = torch.arange(begin, min(begin + BLOCK, last), device=device if order.is_resident else "cpu")
             part[begin - first : begin - first + len(rows)] = source.read(rows)
         layer, name = prefix.removeprefix(TABLES_PREFIX).rstrip(".").split(".")
         model.memory.tables[layer].register_module(name, RankRows(order, part, learns, group))

@@ -24,14 +24,13 @@ from transformers.utils import logging
 from ..adapters_engram import inside
 from ..checkpoint_engram import save_changes
 from ..compat_engram import check_parent, left_out_of_ddp
-from ..gradient_engram import row_gradient
 from ..memory_engram import refuse_copied_code
 from ..mode_engram import adapter_parameters
 from ..pack_engram import load_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
 from ..saves_engram import ADAPTER_NAME, PACK_NAME, WITHOUT_TABLES_NAME, checkpoint_in, remove_checkpoint
-from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer, learnable
+from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer
 from .processes import RankPart, exchange_row_gradients, refuse_deepspeed
 
 
@@ -152,24 +151,10 @@ class EngramTrainerMixin:
         return super()._wrap_model(model, training, dataloader)
 
     def training_step(self, model, *args, **kwargs):
-        for _, part in self.engram.memory.named_host_parts():  # DDP's zero_grad knows its own parameters alone
-            if row_gradient(part) is not None and part.grad.applied:
-                part.grad = None
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
             exchange_row_gradients(self.model)  # nothing to do in one process
         return loss
-
-    def _clip_grad_norm(self, model):
-        # Tables in host memory or in files are no parameters of the model.
-        self.accelerator.unscale_gradients(self.optimizer)
-        return torch.nn.utils.clip_grad_norm_(dict(learnable(self.model)).values(), self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is not None:
-            return grad_norm
-        self.accelerator.unscale_gradients(self.optimizer)
-        return torch.nn.utils.get_total_norm([p.grad for _, p in learnable(self.model) if p.grad is not None])
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
