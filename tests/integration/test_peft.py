@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.layer_engram import Projection
-from engram_transformers.peft_engram import support_peft
+from engram_transformers.adapters.peft_patches import support_peft
 
 from ..tiny import engram_on
 from .adapted import TOLERANCE, adapted, ids, logits, lora, near, stir
@@ -298,7 +298,7 @@ print([getattr(peft.PeftModel, name).taught_by for name in ("save_pretrained", "
 def test_peft_is_taught_when_it_is_imported_after_a_model_was_made():
     found = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.splitlines()[-1] == str(["engram_transformers.peft_engram"] * 3)
+    assert found.stdout.splitlines()[-1] == str(["engram_transformers.adapters.peft_patches"] * 3)
 
 
 def test_the_tolerance_is_small_beside_what_adapters_change(tiny_donor):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, EngramFormatError
 from engram_transformers.overlay_engram import part_shape, read_part, write_part
-from engram_transformers.pack_engram import PACK_NAME, named_parts, read_pack_header
+from engram_transformers.adapters.memory_delta import PACK_NAME, named_parts, read_pack_header
 
 from .adapted import adapted, logits, lora, stir
 from .backbones import HEADS

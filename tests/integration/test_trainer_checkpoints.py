@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from engram_transformers import EngramFormatError, EngramTrainer
-from engram_transformers.pack_engram import PACK_NAME, read_pack_header
+from engram_transformers.adapters.memory_delta import PACK_NAME, read_pack_header
 from engram_transformers.training import EngramTrainingArguments
 from engram_transformers.training.trainer import bring_unknown_files, last_whole_checkpoint
 

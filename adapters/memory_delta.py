@@ -9,6 +9,7 @@ name and then renamed. Never unpickles, never writes into the base.
 Source: docs/training.md, docs/format.md.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -19,14 +20,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
-from .compat_engram import transformers_version
-from .configuration_engram import EngramFormatError
-from .overlay_engram import part_shape, read_part, write_part
-from .placement_engram import named_orders
-from .rows_engram import CheckpointTables, FilePart, FileRows
-from .saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, flush, locked
-from .shards_engram import DTYPE_NAMES, read_header
+from ..checkpoint_engram import AUTO_MAP, DIGESTS
+from ..compat_engram import transformers_version
+from ..configuration_engram import EngramFormatError
+from ..overlay_engram import part_shape, read_part, write_part
+from ..placement_engram import named_orders
+from ..rows_engram import CheckpointTables, FilePart, FileRows
+from ..saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, flush, locked, whole_save
+from ..shards_engram import DTYPE_NAMES, read_header
+from .trainable import set_train_mode
 
 
 KIND = "engram-memory-pack"
@@ -41,9 +46,6 @@ SAMPLED_ROWS = 1024
 
 # Rows that are compared at once.
 BLOCK = 1 << 16
-
-# What of a configuration says that rows mean the same n-grams.
-DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,64 @@ def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
         for name, weight in dense.items():
             weight.copy_(tensors[name])
     return model
+
+
+def save_changes(model, folder: str | os.PathLike) -> None:
+    """Saves a memory pack, and a configuration that says so: `from_pretrained(folder)` loads the pack and its base.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model, wherever its tables are.
+        folder (`str` or `os.PathLike`): an older checkpoint in it is replaced.
+
+    Raises:
+        `ValueError`: if the folder is the base's own, which the pack needs, or as for `save_memory_pack`.
+    """
+    folder = Path(folder)
+    files, _ = base_of(model, None)
+    if files.folder.resolve() == folder.resolve():
+        raise ValueError(
+            f"'{folder}' holds the checkpoint that a pack would name as its base: name another folder, or save the "
+            "model whole (model.save_pretrained(folder))."
+        )
+    config = copy.deepcopy(model.config)
+    config.engram_memory_pack = PACK_NAME
+    with whole_save(folder) as draft:
+        save_memory_pack(model, draft)
+        # Model first, configuration second: its copy replaces the door of the same name.
+        custom_object_save(model, draft, config=config)
+        config.auto_map = dict(AUTO_MAP)
+        config.save_pretrained(draft)
+
+
+def from_pack(cls, pack: Path, *model_args, **kwargs):
+    """The base of a pack, with the pack's memory and the train mode of the configuration beside it.
+
+    Raises:
+        `FileNotFoundError`: if the base is not where it was.
+    """
+    header = read_pack_header(pack)
+    if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
+        raise FileNotFoundError(
+            f"'{pack.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
+            f"the checkpoint from where it is and call load_memory_pack(model, '{pack}', base=...)."
+        )
+    for name in ("subfolder", "revision"):  # of the pack's repository
+        kwargs.pop(name, None)
+    if header.revision is not None:
+        kwargs |= {"revision": header.revision, "subfolder": header.subfolder}
+    if isinstance(kwargs.get("config"), PreTrainedConfig):
+        kwargs["config"] = copy.deepcopy(kwargs["config"])
+        kwargs["config"].engram_memory_pack = None
+    found = cls.from_pretrained(header.base, *model_args, **kwargs)
+    model = found[0] if isinstance(found, tuple) else found
+    if model.memory.placement == "none":
+        return found
+    load_memory_pack(model, pack)
+    word = cls.config_class.from_pretrained(pack.parent).engram_train_mode
+    if word is not None:
+        set_train_mode(model, word, adapters_must_be_there=False)
+        model.config.engram_train_mode = word
+    return found
 
 
 def pack_path(path: str | os.PathLike) -> Path:
