@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..compat_engram import mark_loaded, set_carries_adapters
 from ..configuration_engram import EngramFormatError
 from ..guard_engram import adapter_file, where_of_adapter
-from ..memory_engram import EngramMemory
+from ..memory_engram import EngramMemory, refuse_copied_code
 from ..rows_engram import CheckpointTables
 from ..saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, locked, remove_checkpoint, said_pack
 from .memory_delta import (
@@ -227,12 +227,18 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     return pack if named else None
 
 
-def refuse_packs(source: str | os.PathLike, **where) -> None:
-    """Raises ValueError if an adapter in a folder was saved with a memory, for a model that has none."""
+def refuse_packs(model: nn.Module, source: str | os.PathLike, **where) -> None:
+    """Refuses an adapter in a folder that was saved with a memory, for a model that has none.
+
+    Raises:
+        `ValueError`: if it was.
+        `TypeError`: if it was, and the model's memory is made by its checkpoint's own copy of the code.
+    """
     # Not of the Hub's: each adapter of every other model would cost a request.
     settings = adapter_file(source, ADAPTER_NAME, **where) if Path(source).is_dir() else None
     known = {} if settings is None else json.loads(settings.read_text(encoding="utf-8"))
     if PACK_KEY in known:
+        refuse_copied_code(model)
         raise ValueError(
             f"the adapter '{source}' was trained together with a memory, which this model has not: load it with "
             f"AutoModelForCausalLM.from_pretrained('{source}'), or onto '{known.get('base_model_name_or_path')}'. To "

@@ -252,7 +252,7 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
     """
     engram = inside(model)
     if engram is None:
-        refuse_packs(model_id, **kwargs)
+        refuse_packs(model, model_id, **kwargs)
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
     take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
     engram.pack_taken = adapter_name
@@ -271,7 +271,7 @@ def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     """
     engram = inside(model)
     if engram is None:
-        refuse_packs(model_id, **kwargs)
+        refuse_packs(model, model_id, **kwargs)
         return original(model, model_id, adapter_name, *args, **kwargs)
     known = adapter_name in model.peft_config
     if engram.__dict__.pop("pack_taken", None) != adapter_name:  # not by `from_pretrained`
