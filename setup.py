@@ -10,6 +10,7 @@ from setuptools import setup
 PACKAGES = {
     "engram_transformers": "modeling_engram",
     "engram_transformers.configuration": "configuration",
+    "engram_transformers.adapters": "adapters",
     "engram_transformers.training": "training",
     "engram_transformers.conversion": "conversion",
     "engram_transformers.inspection": "inspection",

@@ -6,13 +6,15 @@ that `AutoModelForCausalLM.from_pretrained(folder)` reads an Engram checkpoint. 
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from . import adapters
+from .adapters import load_memory_pack, save_memory_pack
 from .compression_engram import TokenCompressor
 from .configuration import PRESETS
 from .configuration_engram import EngramConfig, EngramFormatError
+from .guard_engram import register
 from .hashing_engram import NgramHasher
 from .layer_engram import EngramLayer
 from .modeling_engram import EngramForCausalLM, EngramModel
-from .pack_engram import load_memory_pack, save_memory_pack
 
 
 __version__ = "0.1.0"
@@ -31,6 +33,9 @@ __all__ = [
     "load_memory_pack",
     "save_memory_pack",
 ]
+
+register(adapters)  # what models call that is not in the files beside a checkpoint
+adapters.support_peft_when_imported()
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)
 AutoModel.register(EngramConfig, EngramModel, exist_ok=True)

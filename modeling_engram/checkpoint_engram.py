@@ -16,14 +16,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import cached_file, logging
 
 from .compat_engram import carries_adapters
 from .configuration_engram import EngramFormatError
+from .guard_engram import (
+    HUB_ARGUMENTS,
+    full_package,
+    refuse_adapter,
+    refuse_adapters_of_peft,
+    registered,
+    saving_adapters,
+    where_of_adapter,
+)
 from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
-from .mode_engram import set_train_mode
-from .pack_engram import base_of, load_memory_pack, read_pack_header, save_memory_pack
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -64,8 +70,8 @@ from .shards_engram import (
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that say where a checkpoint is.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+# What of a configuration says that rows mean the same n-grams.
+DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
 
 # Fields of a configuration that `from_pretrained` takes as arguments with a meaning of their own.
 LOADERS_OWN = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
@@ -79,14 +85,19 @@ AUTO_MAP = {
 
 
 class EngramCheckpointMixin:
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` for models with a memory."""
+    """`from_pretrained`, `load_adapter`, `save_pretrained` and `push_to_hub` for models with a memory."""
+
+    # The packs of loaded adapters, by adapter: SHA-256. A class attribute, so that every model has one.
+    adapter_packs: dict[str, str] = {}
+    # The pack of an adapter that was loaded before the tables were.
+    due_pack: Path | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, engram_placement: str = "auto", **kwargs):
         """As in Transformers, refusing a checkpoint whose memory is incomplete or another's.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id, of an adapter as well.
             engram_placement (`str`, *optional*, defaults to `"auto"`):
                 Where tables are: "device" (with the other weights), "cpu" (host memory; rows travel), "disk" (read
                 from the checkpoint's files), "none" (not loaded, nor downloaded), or "auto" (the first of "device",
@@ -96,6 +107,7 @@ class EngramCheckpointMixin:
         Raises:
             `FileNotFoundError`: if a file is missing.
             `BlockingIOError`: if saves replaced the folder's files again and again while they were read.
+            `ImportError`: if it is a pack, or an adapter with a memory, and this is a checkpoint's copy of the code.
             `ValueError`: for another word, or one that `device_map` contradicts.
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
@@ -107,10 +119,14 @@ class EngramCheckpointMixin:
         def load():
             pack = pack_in(path, folder, kwargs)
             if pack is not None:
-                return from_pack(cls, pack, *model_args, engram_placement=engram_placement, **kwargs)
+                package = full_package(f"'{path}' holds what training changed in another checkpoint, and loading it")
+                return package.from_pack(cls, pack, *model_args, engram_placement=engram_placement, **kwargs)
             return cls.from_whole(path, *model_args, engram_placement=engram_placement, **kwargs)
 
-        return load() if folder is None else read_undisturbed(folder, load)
+        loaded = load() if folder is None else read_undisturbed(folder, load)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.bring_due_memory()  # until now its tables were not where they are to be
+        return loaded
 
     @classmethod
     def from_whole(cls, pretrained_model_name_or_path, *model_args, engram_placement: str, **kwargs):
@@ -144,12 +160,38 @@ class EngramCheckpointMixin:
         if placement != "device":
             del model.config.transformers_weights  # it was for this load alone
             model.place_memory(placement)
-        if model.config.engram_train_mode is not None:
-            set_train_mode(model, model.config.engram_train_mode, adapters_must_be_there=False)
+        if model.config.engram_train_mode is not None and registered() is not None:
+            registered().set_train_mode(model, model.config.engram_train_mode, adapters_must_be_there=False)
         if said:
             # At warning level because the default verbosity hides the rest, and it decides about speed and memory.
             logger.warning(model.describe_placement())
         return (model, info) if wants_info else model
+
+    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
+        """As in Transformers; a memory that was saved with the adapter comes back with it.
+
+        Raises:
+            `ValueError`: if the adapter was made for a model with other layers, or with another memory than those that
+                are loaded.
+            `ImportError`: if it has a memory, and this is a checkpoint's copy of the code.
+            [`EngramFormatError`]: if its memory is of another token map, other constants or another checkpoint.
+        """
+        load = super().load_adapter
+        if registered() is not None:
+            return registered().load_adapter(load, self, peft_model_id, adapter_name, *args, **kwargs)
+        if peft_model_id is not None:
+            refuse_adapter(peft_model_id, **where_of_adapter(kwargs))
+        return load(peft_model_id, adapter_name, *args, **kwargs)
+
+    def bring_due_memory(self) -> None:
+        """Applies the pack of an adapter that was loaded before the tables were."""
+        if self.due_pack is not None and self.memory.placement != "none":
+            pack, self.due_pack = self.due_pack, None
+            full_package("a pack").load_memory_pack(self, pack)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        refuse_adapters_of_peft(self)  # PEFT loads an adapter's weights by it
+        super()._load_from_state_dict(*args, **kwargs)
 
     def save_pretrained(
         self,
@@ -163,6 +205,8 @@ class EngramCheckpointMixin:
     ) -> None:
         """Saves the model, the tables in `engram-memory-*.safetensors` files of their own.
 
+        A model that carries adapters itself saves the active one, and its memory beside it.
+
         Args:
             save_directory (`str` or `os.PathLike`): a folder; an older checkpoint in it is replaced.
             is_main_process (`bool`, *optional*, defaults to `True`): other processes write nothing.
@@ -174,11 +218,13 @@ class EngramCheckpointMixin:
 
         Raises:
             `ValueError`: for arguments that the format has no place for.
+            `ImportError`: if adapters are saved with a memory that learns, by a checkpoint's copy of the code.
         """
-        if carries_adapters(self):  # adapters only, no tables
-            super().save_pretrained(
-                save_directory, is_main_process, state_dict, push_to_hub, max_shard_size=max_shard_size, **kwargs
-            )
+        if carries_adapters(self):
+            with saving_adapters(self, [Path(save_directory)] if is_main_process else []):
+                super().save_pretrained(
+                    save_directory, is_main_process, state_dict, push_to_hub, max_shard_size=max_shard_size, **kwargs
+                )
             return
         if self.memory.placement == "none":
             raise ValueError(
@@ -385,33 +431,6 @@ def commit_of(folder: Path) -> str | None:
     return found and found[1]
 
 
-def save_changes(model, folder: str | os.PathLike) -> None:
-    """Saves a memory pack, and a configuration that says so: `from_pretrained(folder)` loads the pack and its base.
-
-    Args:
-        model ([`EngramForCausalLM`]): the model, wherever its tables are.
-        folder (`str` or `os.PathLike`): an older checkpoint in it is replaced.
-
-    Raises:
-        `ValueError`: if the folder is the base's own, which the pack needs, or as for `save_memory_pack`.
-    """
-    folder = Path(folder)
-    files, _ = base_of(model, None)
-    if files.folder.resolve() == folder.resolve():
-        raise ValueError(
-            f"'{folder}' holds the checkpoint that a pack would name as its base: name another folder, or save the "
-            "model whole (model.save_pretrained(folder))."
-        )
-    config = copy.deepcopy(model.config)
-    config.engram_memory_pack = PACK_NAME
-    with whole_save(folder) as draft:
-        save_memory_pack(model, draft)
-        # Model first, configuration second: its copy replaces the door of the same name.
-        custom_object_save(model, draft, config=config)
-        config.auto_map = dict(AUTO_MAP)
-        config.save_pretrained(draft)
-
-
 def pack_in(path, folder: Path | None, kwargs: dict) -> Path | None:
     """The pack that a checkpoint's configuration says its weights are; None if they are whole, or elsewhere.
 
@@ -433,37 +452,6 @@ def pack_in(path, folder: Path | None, kwargs: dict) -> Path | None:
         return None
     hub["revision"] = commit_of(Path(settings).parent) or hub.get("revision")
     return Path(cached_file(path, PACK_NAME, **hub))
-
-
-def from_pack(cls, pack: Path, *model_args, **kwargs):
-    """The base of a pack, with the pack's memory and the train mode of the configuration beside it.
-
-    Raises:
-        `FileNotFoundError`: if the base is not where it was.
-    """
-    header = read_pack_header(pack)
-    if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
-        raise FileNotFoundError(
-            f"'{pack.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
-            f"the checkpoint from where it is and call load_memory_pack(model, '{pack}', base=...)."
-        )
-    for name in ("subfolder", "revision"):  # of the pack's repository
-        kwargs.pop(name, None)
-    if header.revision is not None:
-        kwargs |= {"revision": header.revision, "subfolder": header.subfolder}
-    if isinstance(kwargs.get("config"), PreTrainedConfig):
-        kwargs["config"] = copy.deepcopy(kwargs["config"])
-        kwargs["config"].engram_memory_pack = None
-    found = cls.from_pretrained(header.base, *model_args, **kwargs)
-    model = found[0] if isinstance(found, tuple) else found
-    if model.memory.placement == "none":
-        return found
-    load_memory_pack(model, pack)
-    word = cls.config_class.from_pretrained(pack.parent).engram_train_mode
-    if word is not None:
-        set_train_mode(model, word, adapters_must_be_there=False)
-        model.config.engram_train_mode = word
-    return found
 
 
 def local_checkpoint(path, subfolder: str) -> Path | None:

@@ -188,8 +188,7 @@ class EngramMemory(nn.Module):
 
     @torch.compiler.disable
     def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
-        """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run.
-        """
+        """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run."""
         fetches, rows = {}, rows.to("cpu")  # one wait for the device, for all layers and orders
         for layer, own in zip(self.layer_ids, rows, strict=True):
             device = layer_device(self.layers[str(layer)])

@@ -18,12 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .adapters_engram import unwrapped_donor
 from .cache_engram import seen_tokens
 from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
 from .configuration_engram import EngramConfig
 from .dispatch_engram import computing_device
 from .donor_engram import load_donor, recipe
+from .guard_engram import full_package
 from .memory_engram import find_decoder_layers
 from .placement_engram import free_memory
 from .pretrained_engram import EngramPreTrainedModel
@@ -170,7 +170,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         >>> model = EngramForCausalLM.from_donor("runs/donor", engram_layer_ids=[1, 10], engram_vocab_size=200_000)
         ```"""
         engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
-        donor, tokenizer = load_donor(unwrapped_donor(donor), tokenizer, trust_remote_code=trust_remote_code, **kwargs)
+        if hasattr(donor, "peft_config"):
+            donor = full_package("a donor that carries adapters").unwrapped_donor(donor)
+        donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
         made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
         # Each layer goes where its decoder layer computes, and its table with it.
         decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)

@@ -287,9 +287,7 @@ def own_rows(tables: nn.ModuleDict) -> int:
         `int`: how many bytes were copied; 0 for tables that stay where they are.
     """
     held = [(order, held_rows(order)) for _, order in named_orders(tables) if order.parts[0].requires_grad]
-    mapped = [
-        (order, rows) for order, rows in held if isinstance(rows, HostRows) and any(map(is_mapped, rows.parts))
-    ]
+    mapped = [(order, rows) for order, rows in held if isinstance(rows, HostRows) and any(map(is_mapped, rows.parts))]
     copied = sum(order.nbytes for order, _ in mapped)
     if copied > COPIED_AT_ONCE * free_memory(None)[1]:
         return 0

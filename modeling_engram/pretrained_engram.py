@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, in
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .adapters_engram import EngramAdapterMixin
 from .cache_engram import refuse_engram_history, seen_tokens
-from .checkpoint_engram import EngramCheckpointMixin
+from .checkpoint_engram import DIGESTS, EngramCheckpointMixin
 from .compat_engram import (
     CACHE,
     CHECKPOINTS_WITHOUT_GRADIENTS,
@@ -38,12 +37,10 @@ from .compat_engram import (
 from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig, EngramFormatError
 from .constants_engram import check_constants, derive_constants
+from .guard_engram import full_package
 from .hashing_engram import NgramHasher, identity_map, on_meta
 from .layer_engram import EngramLayer
 from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
-from .mode_engram import set_train_mode
-from .pack_engram import DIGESTS
-from .peft_engram import meet_peft
 from .placement_engram import (
     TABLES_PREFIX,
     check_placement,
@@ -61,7 +58,7 @@ from .table_engram import EngramTable
 logger = logging.get_logger(__name__)
 
 
-class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTrainedModel):
+class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     """What both Engram models share: the memory, its insertion, and loading and saving it with the backbone."""
 
     config_class = EngramConfig
@@ -110,7 +107,8 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
         if not on_meta():
             check_constants(self.memory.hashing.constants, config)
             config.engram_hash_sha256 = self.memory.hashing.constants.sha256()
-        meet_peft(self)
+        if getattr(self.backbone, "peft_config", None):
+            full_package("a backbone that carries adapters").take_over_adapters(self)
 
     @classmethod
     def is_backend_compatible(cls) -> bool:
@@ -280,13 +278,14 @@ class EngramPreTrainedModel(EngramAdapterMixin, EngramCheckpointMixin, PreTraine
 
         Raises:
             `ValueError`: for another word, or for "memory+lora" without an adapter.
+            `ImportError`: in a checkpoint's copy of the code.
 
         Example:
 
         ```python
         >>> model = model.train_mode("memory")
         ```"""
-        set_train_mode(self, word)
+        full_package("training").set_train_mode(self, word)
         self.config.engram_train_mode = word
         return self
 

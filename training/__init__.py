@@ -1,14 +1,11 @@
 """Training: optimizers that touch only the rows that were read, and a Trainer that uses them."""
 
-from ..peft_engram import support_peft
 from .optimizer import EngramOptimizer, engram_optimizer
 from .processes import clip_gradients, exchange_row_gradients, shard_backbone
 from .selection import RowSelection, select_rows
 from .sharded import save_sharded, shard_tables
 from .trainer import EngramTrainer, EngramTrainerMixin, EngramTrainingArguments
 
-
-support_peft()
 
 __all__ = [
     "EngramOptimizer",

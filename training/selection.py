@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..checkpoint_engram import DIGESTS
 from ..gradient_engram import are_among
-from ..pack_engram import DIGESTS
 from ..placement_engram import TABLES_PREFIX
 from ..reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from ..table_engram import part_of

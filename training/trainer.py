@@ -21,12 +21,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
-from ..adapters_engram import inside
-from ..checkpoint_engram import save_changes
+from ..adapters import load_memory_pack, save_changes
+from ..adapters.peft_adapters import inside
+from ..adapters.trainable import adapter_parameters
 from ..compat_engram import check_parent, left_out_of_ddp
 from ..memory_engram import refuse_copied_code
-from ..mode_engram import adapter_parameters
-from ..pack_engram import load_memory_pack
 from ..placement_engram import TABLES_PREFIX, reread_tables
 from ..rows_engram import CheckpointTables
 from ..saves_engram import ADAPTER_NAME, PACK_NAME, WITHOUT_TABLES_NAME, checkpoint_in, remove_checkpoint

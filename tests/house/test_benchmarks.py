@@ -427,7 +427,7 @@ def test_a_module_is_short_and_says_what_it_is(path):
 
 
 def test_nothing_that_is_installed_imports_a_benchmark():
-    folders = ("configuration", "modeling_engram", "training", "conversion", "inspection", "model_cards")
+    folders = ("configuration", "modeling_engram", "adapters", "training", "conversion", "inspection", "model_cards")
     found = [p for folder in folders for p in (ROOT / folder).rglob("*.py") if "benchmarks" in imports_of(p)]
     assert found == []
     assert "benchmarks" in imports_of(Path(__file__))  # control

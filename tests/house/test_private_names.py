@@ -23,7 +23,7 @@ from engram_transformers.private_names_engram import PRIVATE_NAMES
 
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("modeling_engram", "configuration", "training", "conversion", "inspection", "model_cards")
+FOLDERS = ("modeling_engram", "adapters", "configuration", "training", "conversion", "inspection", "model_cards")
 ROOM = "modeling_engram/compat_engram.py"
 
 # Attributes that another package sets on objects: the listed path is the function or class that does it.

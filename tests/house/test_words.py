@@ -12,7 +12,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("configuration", "modeling_engram", "training", "conversion", "inspection", "model_cards")
+FOLDERS = ("configuration", "modeling_engram", "adapters", "training", "conversion", "inspection", "model_cards")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MOST_LINES = 650
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "tools", "base", "core"}

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramFormatError, load_memory_pack, save_memory_pack
-from engram_transformers import pack_engram as packs
-from engram_transformers.checkpoint_engram import save_changes
+from engram_transformers.adapters import memory_delta as packs
+from engram_transformers.adapters import save_changes
+from engram_transformers.adapters.memory_delta import PACK_NAME, dense_weights, named_parts, read_pack_header
 from engram_transformers.overlay_engram import part_shape, write_part
-from engram_transformers.pack_engram import PACK_NAME, dense_weights, named_parts, read_pack_header
 
 from ..conftest import examples
 from .placed import loaded

@@ -18,8 +18,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.adapters.peft_patches import support_peft
 from engram_transformers.layer_engram import Projection
-from engram_transformers.peft_engram import support_peft
 
 from ..tiny import engram_on
 from .adapted import TOLERANCE, adapted, ids, logits, lora, near, stir
@@ -283,6 +283,7 @@ def test_a_model_without_memory_is_left_alone(tiny_donor, tmp_path):
 LATE = """
 import importlib.util, sys
 import engram_transformers
+from engram_transformers.adapters.peft_patches import PeftFinder
 from tests import tiny
 from transformers import LlamaConfig
 assert "peft" not in sys.modules, "the package alone needs no PEFT"
@@ -291,14 +292,25 @@ tiny.engram_on(LlamaConfig(vocab_size=4104, hidden_size=32, intermediate_size=64
 assert "peft" not in sys.modules, "nor does a model"
 importlib.util.find_spec("peft")
 import peft
+assert not any(isinstance(finder, PeftFinder) for finder in sys.meta_path), "it waits no more"
 print([getattr(peft.PeftModel, name).taught_by for name in ("save_pretrained", "from_pretrained", "load_adapter")])
 """
 
 
-def test_peft_is_taught_when_it_is_imported_after_a_model_was_made():
-    found = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True)
+EARLY = """
+import sys
+import peft
+import engram_transformers
+assert [finder for finder in sys.meta_path if "engram" in type(finder).__module__] == []
+print([getattr(peft.PeftModel, name).taught_by for name in ("save_pretrained", "from_pretrained", "load_adapter")])
+"""
+
+
+@pytest.mark.parametrize("script", [LATE, EARLY], ids=["after", "before"])
+def test_peft_is_patched_whenever_it_is_imported(script):
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:]
-    assert found.stdout.splitlines()[-1] == str(["engram_transformers.peft_engram"] * 3)
+    assert found.stdout.splitlines()[-1] == str(["engram_transformers.adapters.peft_patches"] * 3)
 
 
 def test_the_tolerance_is_small_beside_what_adapters_change(tiny_donor):

@@ -16,8 +16,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, EngramFormatError
+from engram_transformers.adapters.memory_delta import PACK_NAME, named_parts, read_pack_header
 from engram_transformers.overlay_engram import part_shape, read_part, write_part
-from engram_transformers.pack_engram import PACK_NAME, named_parts, read_pack_header
 
 from .adapted import adapted, logits, lora, stir
 from .backbones import HEADS
@@ -120,6 +120,23 @@ def test_a_memory_is_saved_where_it_changed_or_learns(place, saved, tmp_path):
     model.save_pretrained(tmp_path / "changed")
     assert set(read_pack_header(tmp_path / "changed").rows.values()) == {2}
     assert torch.equal(logits(PeftModel.from_pretrained(loaded(saved, place), tmp_path / "changed")), logits(model))
+
+
+def test_settings_say_twice_that_a_memory_belongs_to_an_adapter_and_only_while_it_does(saved, trained, tmp_path):
+    """PEFT drops the one that it does not know, and keeps `auto_mapping` for a checkpoint's own copy of the code."""
+    folder, _ = trained
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["engram_memory_pack"] == settings["auto_mapping"]["engram_memory_pack"] == PACK_NAME
+    model = by_peft(saved, folder, "disk")
+    assert model.peft_config["default"].auto_mapping["engram_memory_pack"] == PACK_NAME
+    for part in named_parts(model.get_base_model()).values():
+        part.changes.clear()  # the graft's memory again
+    model.memory.layers.load_state_dict(loaded(saved).memory.layers.state_dict())
+    for parameter in (*model.parameters(), *(part for _, part in model.memory.named_host_parts())):
+        parameter.requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / PACK_NAME).exists()
+    assert "engram_memory_pack" not in (tmp_path / "adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize("place", PLACES)

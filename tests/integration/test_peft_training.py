@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from engram_transformers import EngramTrainer
-from engram_transformers.pack_engram import named_parts
+from engram_transformers.adapters.memory_delta import named_parts
 from engram_transformers.training import engram_optimizer
 
 from .adapted import logits, lora

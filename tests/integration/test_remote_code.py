@@ -105,7 +105,8 @@ TRAINED = """
 import engram_transformers
 from engram_transformers import EngramTrainer
 from engram_transformers.training import engram_optimizer
-for make in (EngramTrainer, engram_optimizer):
+from peft import PeftModel
+for make in (EngramTrainer, engram_optimizer, lambda model: PeftModel.from_pretrained(model, sys.argv[5])):
     try:
         make(model)
     except TypeError as error:
@@ -115,14 +116,17 @@ print(type(engram_optimizer(again)).__name__)
 """
 
 
-def test_a_model_with_its_own_copy_of_the_code_is_refused_in_training_with_what_to_do(saved, tmp_path):
+def test_a_model_with_its_own_copy_of_the_code_is_refused_where_the_package_must_know_it(saved, tmp_path):
     folder, _ = saved
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"engram_memory_pack": "memory_pack.safetensors"}))
     script = SCRIPT.split("model.save_pretrained")[0].rsplit("again = ", 1)[0] + TRAINED
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(folder), "", "trust", ""]
+    command = [sys.executable, "-c", script, str(folder), "", "trust", "", str(adapter)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     *refused, control = done.stdout.splitlines()
-    assert len(refused) == 2 and control == "EngramOptimizer"
+    assert len(refused) == 3 and control == "EngramOptimizer"
     for line in refused:
         assert "transformers_modules" in line and "import engram_transformers" in line and "from_pretrained" in line

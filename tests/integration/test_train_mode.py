@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engram_transformers.pack_engram import named_parts
+from engram_transformers.adapters.memory_delta import named_parts
 
 from .placed import loaded
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from engram_transformers import EngramFormatError, EngramTrainer
-from engram_transformers.pack_engram import PACK_NAME, read_pack_header
+from engram_transformers.adapters.memory_delta import PACK_NAME, read_pack_header
 from engram_transformers.training import EngramTrainingArguments
 from engram_transformers.training.trainer import bring_unknown_files, last_whole_checkpoint
 
@@ -167,10 +167,10 @@ def test_the_memory_alone_is_trained_unless_told_otherwise(saved, dataset, tmp_p
 CHILD = """
 import os, sys, torch
 from tests.integration.test_trainer_checkpoints import EngramTrainer, loaded, texts, train
-from engram_transformers import checkpoint_engram
+from engram_transformers.adapters import memory_delta
 
 saved, folder, place, name = sys.argv[1:]
-holder = checkpoint_engram if place == "module" else EngramTrainer
+holder = memory_delta if place == "module" else EngramTrainer
 real, seen = getattr(holder, name), []
 
 def die(*args, **kwargs):

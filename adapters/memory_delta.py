@@ -9,6 +9,7 @@ name and then renamed. Never unpickles, never writes into the base.
 Source: docs/training.md, docs/format.md.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -19,14 +20,18 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 
-from .compat_engram import transformers_version
-from .configuration_engram import EngramFormatError
-from .overlay_engram import part_shape, read_part, write_part
-from .placement_engram import named_orders
-from .rows_engram import CheckpointTables, FilePart, FileRows
-from .saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, flush, locked
-from .shards_engram import DTYPE_NAMES, read_header
+from ..checkpoint_engram import AUTO_MAP, DIGESTS
+from ..compat_engram import transformers_version
+from ..configuration_engram import EngramFormatError
+from ..overlay_engram import ChangedRows
+from ..rows_engram import CheckpointTables, FilePart, FileRows
+from ..saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, flush, locked, whole_save
+from ..shards_engram import DTYPE_NAMES, read_header
+from ..table_engram import TablePart
+from .trainable import set_train_mode
 
 
 KIND = "engram-memory-pack"
@@ -41,9 +46,6 @@ SAMPLED_ROWS = 1024
 
 # Rows that are compared at once.
 BLOCK = 1 << 16
-
-# What of a configuration says that rows mean the same n-grams.
-DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
 
 
 @dataclass(frozen=True)
@@ -189,14 +191,72 @@ def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
     with torch.no_grad():
         for part, before, rows, values in changes:
             if isinstance(before, tuple):
-                write_part(part, *before)
-            elif getattr(part, "changes", None) is not None:
-                part.changes.clear()
+                part.write(*before)
+            elif isinstance(part.store, ChangedRows):
+                part.store.clear()
             if rows is not None:
-                write_part(part, rows.to(part.device), values.to(part.device))
+                part.write(rows.to(part.device), values.to(part.device))
         for name, weight in dense.items():
             weight.copy_(tensors[name])
     return model
+
+
+def save_changes(model, folder: str | os.PathLike) -> None:
+    """Saves a memory pack, and a configuration that says so: `from_pretrained(folder)` loads the pack and its base.
+
+    Args:
+        model ([`EngramForCausalLM`]): the model, wherever its tables are.
+        folder (`str` or `os.PathLike`): an older checkpoint in it is replaced.
+
+    Raises:
+        `ValueError`: if the folder is the base's own, which the pack needs, or as for `save_memory_pack`.
+    """
+    folder = Path(folder)
+    files, _ = base_of(model, None)
+    if files.folder.resolve() == folder.resolve():
+        raise ValueError(
+            f"'{folder}' holds the checkpoint that a pack would name as its base: name another folder, or save the "
+            "model whole (model.save_pretrained(folder))."
+        )
+    config = copy.deepcopy(model.config)
+    config.engram_memory_pack = PACK_NAME
+    with whole_save(folder) as draft:
+        save_memory_pack(model, draft)
+        # Model first, configuration second: its copy replaces the door of the same name.
+        custom_object_save(model, draft, config=config)
+        config.auto_map = dict(AUTO_MAP)
+        config.save_pretrained(draft)
+
+
+def from_pack(cls, pack: Path, *model_args, **kwargs):
+    """The base of a pack, with the pack's memory and the train mode of the configuration beside it.
+
+    Raises:
+        `FileNotFoundError`: if the base is not where it was.
+    """
+    header = read_pack_header(pack)
+    if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
+        raise FileNotFoundError(
+            f"'{pack.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
+            f"the checkpoint from where it is and call load_memory_pack(model, '{pack}', base=...)."
+        )
+    for name in ("subfolder", "revision"):  # of the pack's repository
+        kwargs.pop(name, None)
+    if header.revision is not None:
+        kwargs |= {"revision": header.revision, "subfolder": header.subfolder}
+    if isinstance(kwargs.get("config"), PreTrainedConfig):
+        kwargs["config"] = copy.deepcopy(kwargs["config"])
+        kwargs["config"].engram_memory_pack = None
+    found = cls.from_pretrained(header.base, *model_args, **kwargs)
+    model = found[0] if isinstance(found, tuple) else found
+    if model.memory.placement == "none":
+        return found
+    load_memory_pack(model, pack)
+    word = cls.config_class.from_pretrained(pack.parent).engram_train_mode
+    if word is not None:
+        set_train_mode(model, word, adapters_must_be_there=False)
+        model.config.engram_train_mode = word
+    return found
 
 
 def pack_path(path: str | os.PathLike) -> Path:
@@ -240,14 +300,10 @@ def check_loaded(model) -> None:
         raise ValueError("the memory was not loaded (engram_placement='none'): model.place_memory('disk') first.")
 
 
-def named_parts(model) -> dict[str, torch.Tensor]:
-    """What stands for each part of the tables, by its state-dict name."""
-    found = model.memory.named_parts()
-    for prefix, order in named_orders(model.memory.tables):
-        names = [f"{prefix}{number}" for number in range(len(order.heights))]
-        if any(name not in found for name in names):  # offloaded by accelerate to files: they are not trained there
-            raise ValueError(f"'{prefix}*' were offloaded by accelerate: model.place_memory('disk') first.")
-    return dict(sorted(found.items()))
+def named_parts(model) -> dict[str, TablePart]:
+    """The parts of all tables by their state-dict names."""
+    model.memory.settle()
+    return dict(sorted(model.memory.named_parts().items()))
 
 
 def dense_weights(model) -> dict[str, torch.Tensor]:
@@ -340,7 +396,7 @@ def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Ten
         if f"{name}.rows" in entries or f"{name}.values" in entries:
             count = entries[f"{name}.rows"].shape[0] if f"{name}.rows" in entries else None
             expected[f"{name}.rows"] = ("I64", (count,))
-            expected[f"{name}.values"] = (DTYPE_NAMES[part.dtype], (count, part_shape(part)[1]))
+            expected[f"{name}.values"] = (DTYPE_NAMES[part.dtype], (count, part.table_shape[1]))
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     for name in sorted({*found, *expected}):
         wanted, is_there = expected.get(name), found.get(name)
@@ -356,9 +412,9 @@ def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Ten
         rows = tensors.get(f"{name}.rows")
         if rows is None or not len(rows):
             continue
-        if int(rows[0]) < 0 or int(rows[-1]) >= part_shape(part)[0] or bool((rows.diff() <= 0).any()):
+        if int(rows[0]) < 0 or int(rows[-1]) >= part.table_shape[0] or bool((rows.diff() <= 0).any()):
             raise EngramFormatError(
-                f"'{path}' names rows of '{name}' that are not ascending and unique within {part_shape(part)[0]:,} "
+                f"'{path}' names rows of '{name}' that are not ascending and unique within {part.table_shape[0]:,} "
                 "rows: the pack is damaged."
             )
     return tensors
@@ -366,9 +422,8 @@ def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Ten
 
 def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of a part that differ from a file, `(changed,)`, and what they are, `(changed, width)`."""
-    changes = getattr(part, "changes", None)
-    if changes is not None and (changes.part.file, changes.part.offset) == (stored.file, stored.offset):
-        rows, values = changes.named()
+    if is_over(part, stored):
+        rows, values = part.store.named()
         differs = unequal(values, FileRows([stored]).read(rows))
         return rows[differs], values[differs]
     found = list(blocks_that_differ(part, stored))
@@ -381,8 +436,7 @@ def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, to
 
 def undone(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Rows of a part that differ from a file, and what they are there; None if forgetting its changes is enough."""
-    changes = getattr(part, "changes", None)
-    if changes is not None and (changes.part.file.path, changes.part.offset) == (stored.file.path, stored.offset):
+    if is_over(part, stored):
         return None
     found = list(blocks_that_differ(part, stored))
     if not found:
@@ -392,12 +446,20 @@ def undone(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Te
     return torch.cat([rows for rows, _, _ in found]), torch.cat([was for _, _, was in found])
 
 
+def is_over(part: TablePart, stored: FilePart) -> bool:
+    """Whether a part is these very rows of a file, with changes over them."""
+    if not isinstance(part.store, ChangedRows):
+        return False
+    held = part.store.part
+    return (held.file, held.offset) == (stored.file, stored.offset)
+
+
 def blocks_that_differ(part: torch.Tensor, stored: FilePart) -> Iterator[tuple[torch.Tensor, ...]]:
     """Rows that differ, what they are in the model, and what they are in the file, block by block."""
     reader, height = FileRows([stored]), stored.shape[0]
     for first in range(0, height, BLOCK):
         rows = torch.arange(first, min(height, first + BLOCK), device="cpu")
-        held, was = read_part(part, rows.to(part.device)).to("cpu"), reader.read(rows)
+        held, was = part.read(rows.to(part.device)).to("cpu"), reader.read(rows)
         differs = unequal(held, was)
         if bool(differs.any()):
             yield rows[differs], held[differs], was[differs]

@@ -1,11 +1,12 @@
-"""What PEFT is taught about a model with a memory: its own classes, wrapped where they would lose or harm one.
+"""Patches of PEFT: its own methods, wrapped where they would lose or harm a model's memory.
 
-What it chooses: a wrapper acts only where an Engram model is inside and hands everything else through; each copy of
-this code wraps a method once and looks after models of its own. PEFT answers for the backbone: names of layers to adapt
-are those that it knows for the backbone's type.
+What it chooses: PEFT has no place where a model could say what belongs to it. A wrapper acts only where an Engram model
+is inside, and hands everything else through. Each says which method it stands in for, and why. They are put in when
+`engram_transformers` and PEFT are both imported, whichever comes last.
 Promises: `PeftModel.save_pretrained`, `from_pretrained` and `load_adapter` keep a memory that belongs to an adapter; an
-adapter of the donor loads under its own names or raises; what would copy a table, or does not work with a memory, is
-refused when the adapter is made. Never imports PEFT before somebody else has, unless it is asked to.
+adapter of the backbone loads under its own names or raises; what would copy a table, or does not work with a memory, is
+refused when the adapter is made. Making a model patches nothing. Never imports PEFT before somebody else has, unless it
+is asked to.
 Source: docs/peft.md.
 """
 
@@ -19,21 +20,18 @@ import sys
 import warnings
 from pathlib import Path
 
-from torch import nn
-
-from .adapters_engram import (
+from ..compat_engram import adapter_reaches, register_adapter_layer
+from ..layer_engram import Projection
+from ..memory_engram import MEMORY_PREFIX
+from .peft_adapters import (
     find_pack,
     inside,
     memory_beside,
     other_layers,
     quiet_about_packs,
     refuse_packs,
-    take_over_adapters,
     take_pack,
 )
-from .compat_engram import adapter_reaches, register_adapter_layer
-from .layer_engram import Projection
-from .memory_engram import MEMORY_PREFIX
 
 
 MODEL_TYPE = "engram_lm"
@@ -46,9 +44,8 @@ REFUSED = {
 }
 
 
-def meet_peft(model: nn.Module) -> None:
-    """What a new model does: adapters in its backbone become its own, and PEFT is taught as soon as it is there."""
-    take_over_adapters(model)
+def support_peft_when_imported() -> None:
+    """Patches PEFT as soon as it is imported: now, if it is."""
     if "peft" in sys.modules:
         support_peft()
     elif not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
@@ -56,20 +53,24 @@ def meet_peft(model: nn.Module) -> None:
 
 
 class PeftFinder(importlib.abc.MetaPathFinder):
-    """Waits for PEFT to be imported after a model was made."""
+    """Waits for PEFT's import, patches PEFT after it, and waits no more.
+
+    Python offers nothing else that runs after another package's import. Users import PEFT themselves, after this
+    package as often as before it, and the first thing that they call may be a method that has to be patched by then.
+    """
 
     def find_spec(self, name, path=None, target=None):
         if name != "peft":
             return None
         others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in others if spec is not None), None)
-        if (
-            spec is not None and spec.loader is not None
-        ):  # not in use yet: others may only want to know whether it is there
+        if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module):  # whoever only asks whether PEFT is there never gets here
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 support_peft()
 
             spec.loader.exec_module = exec_module
@@ -77,22 +78,20 @@ class PeftFinder(importlib.abc.MetaPathFinder):
 
 
 def support_peft() -> None:
-    """Teaches PEFT, once. Imports it if nobody has."""
+    """Patches PEFT, once. Imports it if nobody has."""
     peft = importlib.import_module("peft")
     tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
     wrap(tuner, "get_model_config", config_of_backbone)
     wrap(tuner, "inject_adapter", inject_adapter)
     for model in (peft.PeftModel, peft.PeftMixedModel):
         wrap(model, "load_adapter", load_adapter)
-        wrap(model, "zero_grad", zero_grad)
     wrap(peft.PeftModel, "from_pretrained", from_pretrained)
     wrap(peft.PeftModel, "save_pretrained", save_pretrained)
     wrap(peft.PeftModel, "add_adapter", add_adapter)
-    name_targets(importlib.import_module("peft.utils.constants"))
 
 
 def wrap(owner: type, name: str, wrapper) -> None:
-    """Puts `wrapper(original, *args, **kwargs)` in the place of a method, once for each copy of this code."""
+    """Puts `wrapper(original, *args, **kwargs)` in the place of a method, once."""
     held = inspect.getattr_static(owner, name)
     kind = type(held) if isinstance(held, (classmethod, staticmethod)) else None
     original = held.__func__ if kind else held
@@ -110,23 +109,21 @@ def wrap(owner: type, name: str, wrapper) -> None:
     setattr(owner, name, kind(taught) if kind else taught)
 
 
-def name_targets(constants) -> None:
-    """An entry for our model type in each of PEFT's lists, for whoever asks them without a model.
-
-    Who has a model gets the names of its backbone's type (`config_of_backbone`). These are Llama's, which most have.
-    """
-    for name, mapping in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict) and "llama" in mapping:
-            mapping.setdefault(MODEL_TYPE, mapping["llama"])
-
-
 def config_of_backbone(original, model) -> dict:
-    """What PEFT looks names of layers, and tied embeddings, up by: the backbone's configuration."""
+    """Stands in for `BaseTuner.get_model_config`: the backbone's configuration.
+
+    PEFT looks up by it the layers that a bare `LoraConfig()` adapts, and which embeddings are tied.
+    """
     config = original(model)
     return config["text_config"] if config.get("model_type") == MODEL_TYPE and "text_config" in config else config
 
 
 def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
+    """Stands in for `BaseTuner.inject_adapter`, which every method that adapts layers goes through.
+
+    It refuses what would copy or harm the memory, finds layers by the names that they have in the backbone alone, and
+    keeps the chosen train mode.
+    """
     if inside(model) is not model:
         return original(tuner, model, adapter_name, *args, **kwargs)
     config = tuner.peft_config[adapter_name]
@@ -135,17 +132,14 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
     refuse_memory(tuner, config, model)
     if model._tied_weights_keys is None:
         model._tied_weights_keys = {}  # PEFT then asks the backbone, which layers are tied to its embeddings
-    first = not any(hasattr(module, "adapter_layer_names") for module in model.modules())
     result = original(tuner, model, adapter_name, *args, **kwargs)
-    if first:  # PEFT has frozen the model's parameters, and tables that are away are none
-        for _, part in model.memory.named_host_parts():
-            part.requires_grad_(False)
     if not config.inference_mode and getattr(model.config, "engram_train_mode", None) == "memory+lora":
         model.train_mode("memory+lora")
     return result
 
 
 def add_adapter(original, model, adapter_name, peft_config, *args, **kwargs):
+    """Stands in for `PeftModel.add_adapter`: prompt methods, which adapt no layer, are refused here."""
     if inside(model) is not None:
         refuse_method(peft_config)
     return original(model, adapter_name, peft_config, *args, **kwargs)
@@ -233,6 +227,7 @@ def lora_for_projections() -> type:
 
 
 def save_pretrained(original, model, *args, **kwargs):
+    """Stands in for `PeftModel.save_pretrained`: saves the memory beside the adapter, if it has to be there."""
     engram = inside(model)
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     folder = Path(given["save_directory"])
@@ -245,11 +240,15 @@ def save_pretrained(original, model, *args, **kwargs):
 
 
 def from_pretrained(original, cls, model, model_id, adapter_name="default", *args, **kwargs):
+    """Stands in for `PeftModel.from_pretrained`: loads the memory that belongs to the adapter.
+
+    Here and not in `load_adapter`, which it calls, so that a memory that does not fit is refused before layers are
+    changed. A model without a memory refuses an adapter that was saved with one.
+    """
     engram = inside(model)
     if engram is None:
-        refuse_packs(model_id, **kwargs)
+        refuse_packs(model, model_id, **kwargs)
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
-    # Here and not in `load_adapter`, so that a memory that does not fit is refused before adapters are put in.
     take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
     engram.pack_taken = adapter_name
     try:
@@ -260,9 +259,14 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
 
 
 def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
+    """Stands in for `PeftModel.load_adapter` and PeftMixedModel's: as `from_pretrained`, for further adapters.
+
+    It also finds the places of an adapter that was made for the backbone alone, and refuses weights that have none,
+    which PEFT would leave at their start.
+    """
     engram = inside(model)
     if engram is None:
-        refuse_packs(model_id, **kwargs)
+        refuse_packs(model, model_id, **kwargs)
         return original(model, model_id, adapter_name, *args, **kwargs)
     known = adapter_name in model.peft_config
     if engram.__dict__.pop("pack_taken", None) != adapter_name:  # not by `from_pretrained`
@@ -284,10 +288,3 @@ def donors_names(engram) -> dict[str, str]:
     """How the names of a donor's adapter become those of the model, in PEFT's own words."""
     tops = "|".join(re.escape(name) for name, _ in engram.backbone.named_children())
     return {rf"^({tops})\.": r"backbone.\1."}
-
-
-def zero_grad(original, model, set_to_none: bool = True):
-    original(model, set_to_none)
-    engram = inside(model)
-    if engram is not None:
-        engram.memory.drop_host_gradients()

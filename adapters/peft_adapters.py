@@ -18,23 +18,26 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
-from .compat_engram import carries_adapters, mark_loaded, set_carries_adapters
-from .configuration_engram import EngramFormatError
-from .memory_engram import EngramMemory
-from .pack_engram import (
+from ..compat_engram import mark_loaded, set_carries_adapters
+from ..configuration_engram import EngramFormatError
+from ..guard_engram import adapter_file, where_of_adapter
+from ..memory_engram import EngramMemory, refuse_copied_code
+from ..placement_engram import named_orders
+from ..rows_engram import CheckpointTables
+from ..saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, locked, remove_checkpoint, said_pack
+from .memory_delta import (
     base_digest,
     blocks_that_differ,
     changed_rows,
     dense_weights,
+    is_over,
     load_memory_pack,
     named_parts,
     stored_weights,
     write_pack,
 )
-from .rows_engram import CheckpointTables
-from .saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, locked, remove_checkpoint, said_pack
 
 
 logger = logging.get_logger(__name__)
@@ -42,60 +45,29 @@ logger = logging.get_logger(__name__)
 # A process that does not know this package gets PEFT's warning about the setting instead of silence.
 UNKNOWN_SETTING = rf"Unexpected keyword arguments \['{PACK_KEY}'\]"
 
-# Arguments that say where an adapter's files are.
-WHERE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
+def load_adapter(original, model: nn.Module, source: str | None, name: str | None, *args, **kwargs):
+    """`load_adapter` of Transformers, with the memory that was saved with the adapter.
 
-class EngramAdapterMixin:
-    """Loading and saving of adapters without losing the memory that belongs to them."""
+    Args:
+        original (`Callable`): Transformers' own, of this model.
+        model ([`EngramForCausalLM`]): the model.
+        source (`str`, *optional*): the adapter's folder or Hub id.
+        name (`str`, *optional*): the adapter's name.
 
-    # The packs of loaded adapters, by adapter: SHA-256. A class attribute, so that every model has one.
-    adapter_packs: dict[str, str] = {}
-    # A pack that waits for the tables to be loaded.
-    due_pack: Path | None = None
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in [`EngramCheckpointMixin`]; the folder of an adapter may be named instead of a checkpoint's."""
-        wants_info = kwargs.get("output_loading_info", False)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = loaded[0] if wants_info else loaded
-        model.bring_due_memory()  # until now its tables were not where they are to be
-        return loaded
-
-    def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """As in Transformers; a memory that was saved with the adapter comes back with it.
-
-        Raises:
-            `ValueError`: if the adapter was made for a model with other layers, or with another memory than those that
-                are loaded.
-            [`EngramFormatError`]: if its memory is of another token map, other constants or another checkpoint.
-        """
-        name = adapter_name or "default"
-        loading = kwargs.get("load_config")  # from `from_pretrained`, before tables are where they are to be
-        where = {**(loading.download_kwargs or {} if loading else {}), **(kwargs.get("adapter_kwargs") or {}), **kwargs}
-        pack = None if peft_model_id is None else find_pack(peft_model_id, **where)
-        take_pack(self, name, pack, later=loading is not None)
-        with quiet_about_packs():
-            info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
-        if info.missing_keys and info.unexpected_keys:
-            self.delete_adapter(name)
-            raise other_layers(peft_model_id, info.missing_keys, info.unexpected_keys)
-        return info
-
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, *args, **kwargs) -> None:
-        """As in [`EngramCheckpointMixin`]; a model with adapters saves the active one, and its memory beside it."""
-        if not carries_adapters(self):
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-            return
-        with memory_beside(self, [Path(save_directory)] if is_main_process else []):
-            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-
-    def bring_due_memory(self) -> None:
-        """Applies the pack of an adapter that was loaded before the tables were."""
-        if self.due_pack is not None and self.memory.placement != "none":
-            pack, self.due_pack = self.due_pack, None
-            load_memory_pack(self, pack)
+    Raises:
+        See `EngramCheckpointMixin.load_adapter`.
+    """
+    adapter = name or "default"
+    pack = None if source is None else find_pack(source, **where_of_adapter(kwargs))
+    # In `from_pretrained` tables are not yet where they are to be.
+    take_pack(model, adapter, pack, later=kwargs.get("load_config") is not None)
+    with quiet_about_packs():
+        info = original(source, name, *args, **kwargs)
+    if info.missing_keys and info.unexpected_keys:
+        model.delete_adapter(adapter)
+        raise other_layers(source, info.missing_keys, info.unexpected_keys)
+    return info
 
 
 def inside(model: nn.Module) -> nn.Module | None:
@@ -136,7 +108,8 @@ def memory_travels(model: nn.Module) -> bool:
     files = model.checkpoint_tables
     if files is None:  # a graft that was made here: with rows of zeros it adds nothing, unless it is by a bias
         biases = [weight for name, weight in dense.items() if name.endswith("bias")]
-        return any(bool(tensor.any()) for tensor in (*parts.values(), *biases))
+        tables = [rows for _, order in named_orders(model.memory.tables) for rows in order.tensors()]
+        return any(bool(tensor.any()) for tensor in (*tables, *biases))
     if any(tensor.requires_grad for tensor in (*parts.values(), *dense.values())):
         return True
     for name, data in stored_weights(files):
@@ -149,7 +122,7 @@ def memory_travels(model: nn.Module) -> bool:
 
 def differs(part: torch.Tensor, stored) -> bool:
     """Whether any row of a part is not what its file holds."""
-    if getattr(part, "changes", None) is not None:
+    if is_over(part, stored):
         return len(changed_rows(part, stored)[0]) > 0
     return next(blocks_that_differ(part, stored), None) is not None
 
@@ -183,10 +156,9 @@ def memory_beside(model: nn.Module, folders: list[Path]):
                 shutil.copyfile(folders[0] / PACK_NAME, folder / f"{PACK_NAME}.part")
                 os.replace(folder / f"{PACK_NAME}.part", folder / PACK_NAME)
     yield
-    if travels:
-        for folder in folders:
-            with locked(folder):
-                name_pack(folder / ADAPTER_NAME, model)
+    for folder in folders:
+        with locked(folder):
+            name_pack(folder / ADAPTER_NAME, model, travels)
 
 
 def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
@@ -210,13 +182,24 @@ def is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -
     return base_digest(model.config, there, none) == base_digest(model.config, base, none)
 
 
-def name_pack(path: Path, model: nn.Module) -> None:
-    """Writes into an adapter's settings that a memory belongs to it, and the checkpoint of both if none is named."""
+def name_pack(path: Path, model: nn.Module, travels: bool) -> None:
+    """Writes into an adapter's settings whether a memory belongs to it, and the checkpoint of both if none is named.
+
+    `auto_mapping` says it too: that is what PEFT keeps of settings that it does not know, so that a checkpoint's own
+    copy of the code can refuse the adapter (`refuse_adapters_of_peft`).
+    """
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings[PACK_KEY] = PACK_NAME
-    if not settings.get("base_model_name_or_path"):
-        settings["base_model_name_or_path"] = model.checkpoint_tables.name
-        settings["revision"] = settings.get("revision") or model.checkpoint_tables.revision
+    named = settings.get("auto_mapping") or {}
+    if travels:
+        settings[PACK_KEY] = PACK_NAME
+        # PEFT wants the other two in every `auto_mapping`, and reads them where an adapter names no task.
+        own = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        settings["auto_mapping"] = {**own, **named, PACK_KEY: PACK_NAME}
+        if not settings.get("base_model_name_or_path"):
+            settings["base_model_name_or_path"] = model.checkpoint_tables.name
+            settings["revision"] = settings.get("revision") or model.checkpoint_tables.revision
+    elif named.pop(PACK_KEY, None) is None:  # left from the settings that the adapter was loaded with
+        return
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     os.replace(draft, path)
@@ -247,27 +230,23 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     return pack if named else None
 
 
-def refuse_packs(source: str | os.PathLike, **where) -> None:
-    """Raises ValueError if an adapter in a folder was saved with a memory, for a model that has none."""
+def refuse_packs(model: nn.Module, source: str | os.PathLike, **where) -> None:
+    """Refuses an adapter in a folder that was saved with a memory, for a model that has none.
+
+    Raises:
+        `ValueError`: if it was.
+        `TypeError`: if it was, and the model's memory is made by its checkpoint's own copy of the code.
+    """
     # Not of the Hub's: each adapter of every other model would cost a request.
     settings = adapter_file(source, ADAPTER_NAME, **where) if Path(source).is_dir() else None
     known = {} if settings is None else json.loads(settings.read_text(encoding="utf-8"))
     if PACK_KEY in known:
+        refuse_copied_code(model)
         raise ValueError(
             f"the adapter '{source}' was trained together with a memory, which this model has not: load it with "
             f"AutoModelForCausalLM.from_pretrained('{source}'), or onto '{known.get('base_model_name_or_path')}'. To "
             f"use the adapter without its memory, take '{PACK_KEY}' out of its {ADAPTER_NAME}."
         )
-
-
-def adapter_file(source: str | os.PathLike, name: str, **where) -> Path | None:
-    """A file of an adapter, downloaded if it is not here; None if there is none."""
-    if Path(source).is_dir():
-        path = Path(source, where.get("subfolder") or "", name)
-        return path if path.is_file() else None
-    known = {key: value for key, value in where.items() if key in WHERE and value is not None}
-    found = cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **known)
-    return None if found is None else Path(found)
 
 
 def take_pack(model: nn.Module, adapter: str, pack: Path | None, later: bool = False) -> None:
