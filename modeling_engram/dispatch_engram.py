@@ -31,11 +31,10 @@ def settle_table(table: EngramTable) -> None:
     for order in orders:
         align = align_hooks(order)
         ours = rows_hook(order)
-        if ours is None and any(hook.offload for hook in align):
+        if order.is_resident and any(hook.offload for hook in align):
             source = waiting_rows(order, next(hook for hook in align if hook.offload))
             drop_align_hooks(order)
             attach_rows_hook(order, EngramRowsHook(source))
-            ours = rows_hook(order)
         elif align and not order.is_resident:
             drop_align_hooks(order)
             order.mend_parts()

@@ -113,14 +113,18 @@ class EngramMemory(nn.Module):
         self.convolutions = len(self.layer_ids) if self.reach else 0
 
     def named_parts(self) -> dict[str, TablePart]:
-        """The parts of all tables by their state-dict names, wherever their rows are."""
-        for _, order in named_orders(self.tables):
+        """The parts of all tables that are anywhere, by their state-dict names."""
+        found = {}
+        for prefix, order in named_orders(self.tables):
             order.mend_parts()
-        return dict(self.tables.named_parameters(prefix=TABLES_PREFIX.rstrip(".")))
+            if not order.absent:
+                found |= {f"{prefix}{number}": part for number, part in enumerate(order.parts)}
+        return found
 
     def names_without_ddp(self) -> list[str]:
         """State-dict names of what DDP leaves alone: rows are exchanged by themselves, hash constants never change."""
-        return [*self.named_parts(), *(f"{MEMORY_PREFIX}hashing.{name}" for name, _ in self.hashing.named_buffers())]
+        tables = [f"{TABLES_PREFIX}{name}" for name, _ in self.tables.named_parameters()]
+        return tables + [f"{MEMORY_PREFIX}hashing.{name}" for name, _ in self.hashing.named_buffers()]
 
     def cache_layer(self, cache: Cache | None, backbone_layers: int) -> EngramCacheLayer | None:
         """The Engram layer of a cache, appended on first sight."""

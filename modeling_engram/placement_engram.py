@@ -162,12 +162,11 @@ def mapped_place(device_map, name: str):
 
 
 def without_tables(device_map):
-    """A hand-written device map that leaves empty tables on the host, whatever it said of them."""
+    """A hand-written device map without its entries for tables, which are not there to be placed."""
     if not isinstance(device_map, dict):
         return device_map
     prefix = TABLES_PREFIX.rstrip(".")
-    others = {name: place for name, place in device_map.items() if not f"{name}.".startswith(f"{prefix}.")}
-    return {**others, prefix: "cpu"}
+    return {name: place for name, place in device_map.items() if not f"{name}.".startswith(f"{prefix}.")}
 
 
 def named_orders(tables: nn.ModuleDict) -> list[tuple[str, OrderRows]]:

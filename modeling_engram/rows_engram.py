@@ -343,12 +343,14 @@ class HostPart:
         """There is room."""
 
 
-class FileRows:
-    """Rows of one order in a checkpoint's files, as they are stored.
+class FileRows(RowStore):
+    """Rows of one order in a checkpoint's files, as they are stored: for reading alone.
 
     Args:
         parts (`list[FilePart]`): where the parts lie, each but the last of the same height.
     """
+
+    kind = "disk"
 
     def __init__(self, parts: list[FilePart]):
         self.parts = parts
@@ -397,6 +399,10 @@ class FileRows:
         if found:
             values[order] = torch.cat(found)
         return values
+
+    def part(self, number: int):
+        """Files are never written to."""
+        raise TypeError("rows in files are for reading alone: RowOverlay(rows) keeps changes over them.")
 
     def runs(self, rows: torch.Tensor) -> list["Runs"]:
         """What reads ascending rows, of each part that has some; neighbours by one call."""

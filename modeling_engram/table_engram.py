@@ -139,6 +139,19 @@ class TablePart(nn.Parameter):
     store = None
     selected: torch.Tensor | None = None
 
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True):
+        return super().__new__(cls, data.detach() if isinstance(data, TablePart) else data, requires_grad)
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> "TablePart":
+        """A plain parameter as a part, with what others have noted on it."""
+        part = cls(parameter.detach(), parameter.requires_grad)
+        part.__dict__.update(parameter.__dict__)
+        return part
+
+    def __reduce_ex__(self, protocol: int):  # torch's own would make a plain parameter of it
+        return _part_from, (self.detach(), self.requires_grad, self.__dict__)
+
     @property
     def table_shape(self) -> tuple[int, int]:
         """Rows and width, wherever they are."""
@@ -161,6 +174,13 @@ class TablePart(nn.Parameter):
         """Makes room where rows `(rows,)` will be written, so that it is made once."""
         if self.store is not None:
             self.store.expect(rows)
+
+
+def _part_from(rows: torch.Tensor, requires_grad: bool, noted: dict) -> TablePart:
+    """A part that was pickled."""
+    part = TablePart(rows, requires_grad)
+    part.__dict__.update(noted)
+    return part
 
 
 class GatherBrought(torch.autograd.Function):
@@ -285,7 +305,7 @@ class OrderRows(nn.Module):
                 part = TablePart(self.no_rows(), requires_grad=part.requires_grad)
                 self._parameters[str(number)] = part
             elif type(part) is nn.Parameter:
-                part = self._parameters[str(number)] = TablePart(part.detach(), requires_grad=part.requires_grad)
+                part = self._parameters[str(number)] = TablePart.of(part)
             if part.dtype != self.dtype:
                 part.data = part.data.to(self.dtype)
             if self.store is not None:
@@ -294,7 +314,7 @@ class OrderRows(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As for any module; rows that somebody sets as a plain parameter become a part."""
         if type(param) is nn.Parameter:
-            param = TablePart(param.detach(), requires_grad=param.requires_grad)
+            param = TablePart.of(param)
         super().register_parameter(name, param)
 
     def __setstate__(self, state: dict) -> None:

@@ -135,7 +135,7 @@ def test_gradients_of_rows_come_back_to_the_host(saved, ids):
     models = [loaded(saved, place).train().to("cuda") for place in ("device", "cpu")]
     for model in models:
         model(input_ids=ids, labels=ids).loss.backward()
-    parts = dict(models[1].memory.named_host_parts())
+    parts = dict(models[1].memory.named_parts().items())
     assert len(parts) == 4
     for name, part in parts.items():
         assert part.device.type == "cpu"

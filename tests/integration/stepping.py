@@ -2,9 +2,6 @@
 
 import torch
 
-from engram_transformers.overlay_engram import read_part
-from engram_transformers.training.optimizer import learnable
-
 
 def four_batches() -> list[dict]:
     """Four batches of two texts."""
@@ -27,7 +24,7 @@ def run(model, optimizer, batches):
 
 def rows_of(model):
     """Every row of every part, and the layers."""
-    tables = {n: read_part(p, torch.arange(150)) for n, p in learnable(model) if ".tables." in n}
+    tables = {n: p.read(torch.arange(150)) for n, p in model.named_parameters() if ".tables." in n}
     return {**tables, **{n: p.detach().clone() for n, p in model.named_parameters() if ".layers." in n}}
 
 

@@ -91,7 +91,8 @@ def empty(saved, tiny_tokenizer) -> EngramForCausalLM:
 
 def places(model: EngramForCausalLM, prefix: str) -> set[str]:
     """Devices of the parameters under a name: "meta" for those that are elsewhere between passes."""
-    return {p.device.type for name, p in model.named_parameters() if name.startswith(prefix)}
+    found = {name: p.device.type for name, p in model.named_parameters() if name.startswith(prefix) and p.numel()}
+    return set(found.values())
 
 
 def check_places(model: EngramForCausalLM, device_map: dict[str, str]) -> None:

@@ -197,7 +197,7 @@ def test_a_training_step_carries_rows_up_and_their_gradients_down(device, saved,
         model, there = loaded(saved, place).train().to("counting"), ids.to("counting")
         crossed[place] = crossing(lambda m=model, x=there: m(input_ids=x, labels=x).loss.backward())
         models[place] = model
-    parts = dict(models["cpu"].memory.named_host_parts())
+    parts = models["cpu"].memory.named_parts()
     gradients = sum(part.grad.rows.nbytes + part.grad.row_values.nbytes for part in parts.values())
     rows_up, numbers_down = travel(control, ids)
     assert crossed["cpu"] == (rows_up, numbers_down + gradients)

@@ -142,7 +142,7 @@ def test_a_disk_that_fails_is_an_error_with_file_and_place_and_may_come_back(sta
     if stand_in == "true":
         if not os.path.exists("/proc/self/mem"):
             pytest.skip("a file that gives a true EIO is /proc/self/mem, whose first page is never mapped")
-        file, stand_in = model.memory.tables["2"].order3.source.parts[0].file, lambda real, *asked: real(*asked)
+        file, stand_in = model.memory.tables["2"].order3.store.files[0], lambda real, *asked: real(*asked)
         kept, identity, memory = os.dup(file.descriptor), file.identity, os.open("/proc/self/mem", os.O_RDONLY)
         os.dup2(memory, file.descriptor)
         os.close(memory)
@@ -234,7 +234,7 @@ def test_a_generation_that_is_stopped_between_two_tokens_leaves_nothing_behind(p
 
 def train_rows(model, inputs):
     for order in (order for table in model.memory.tables.values() for order in table.orders()):
-        for part in order.parts():
+        for part in order.tensors():
             part.data.add_(1.0)
 
 

@@ -105,19 +105,13 @@ def test_what_was_frozen_by_hand_stays_chosen(tiny_engram):
         engram_optimizer(model)
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_tables_that_are_no_parameters_are_clipped_through_the_groups(place, placed, batches, caplog):
+@pytest.mark.parametrize("place", PLACES)
+def test_tables_are_clipped_with_the_model_wherever_they_are(place, placed, batches):
     model = placed(place)
-    with caplog.at_level(logging.WARNING, "engram_transformers"):
-        optimizer = engram_optimizer(model)
-    assert caplog.text.count("clipping model.parameters() leaves them out") == 1
     backward(model, batches[0])
-    parts = optimizer.row_groups()[0]["params"]
+    parts = list(model.memory.named_parts().values())
     before = [part.grad.row_values.clone() for part in parts]
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-4)
-    assert all(torch.equal(p.grad.row_values, own) for p, own in zip(parts, before, strict=True)), "control"
-    every = [p for group in optimizer.param_groups for p in group["params"]]
-    total = torch.nn.utils.clip_grad_norm_(every, 1e-4)
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-4)
     for part, own in zip(parts, before, strict=True):
         torch.testing.assert_close(part.grad.row_values, own * (1e-4 / total), rtol=1e-4, atol=0)
 

@@ -21,7 +21,6 @@ from engram_transformers import EngramFormatError, load_memory_pack, save_memory
 from engram_transformers.adapters import memory_delta as packs
 from engram_transformers.adapters import save_changes
 from engram_transformers.adapters.memory_delta import PACK_NAME, dense_weights, named_parts, read_pack_header
-from engram_transformers.overlay_engram import part_shape, write_part
 
 from ..conftest import examples
 from .placed import loaded
@@ -35,9 +34,9 @@ def change(model, seed: int = 0, rows: int = 5) -> dict[str, torch.Tensor]:
     """Stands for training: other values in some rows of every part and in the dense weights. The state afterwards."""
     generator = torch.Generator().manual_seed(seed)
     for part in named_parts(model).values():
-        height, width = part_shape(part)
+        height, width = part.table_shape
         chosen = torch.randperm(height, generator=generator)[:rows].sort().values
-        write_part(part, chosen, torch.randn(rows, width, generator=generator))
+        part.write(chosen, torch.randn(rows, width, generator=generator))
     for weight in dense_weights(model).values():
         weight.add_(torch.randn(weight.shape, generator=generator))
     return state(model)
@@ -72,7 +71,7 @@ def test_a_pack_holds_changed_rows_and_is_the_same_file_wherever_the_tables_are(
         model = loaded(saved, place)
         change(model)
         name, part = next(iter(named_parts(model).items()))
-        write_part(part, torch.tensor([0]), packs.read_part(loaded_part(saved, name), torch.tensor([0])))  # as it was
+        part.write(torch.tensor([0]), loaded_part(saved, name).read(torch.tensor([0])))  # as it was
         held[place] = contents(save_memory_pack(model, tmp_path / f"{place}.safetensors"))
         header = read_pack_header(tmp_path / f"{place}.safetensors")
         assert all(4 <= count <= 5 for count in header.rows.values())
@@ -271,7 +270,7 @@ def test_a_base_that_differs_in_one_row_is_refused(row, saved, tmp_path, monkeyp
     monkeypatch.setattr(packs, "SAMPLED_ROWS", 2)  # the first row and the last one
     model = loaded(saved, "disk")
     name, part = next(iter(named_parts(model).items()))
-    write_part(part, torch.tensor([7]), torch.ones(1, part_shape(part)[1]))
+    part.write(torch.tensor([7]), torch.ones(1, part.table_shape[1]))
     save_memory_pack(model, tmp_path / "pack")
     other = loaded(saved)
     with torch.no_grad():

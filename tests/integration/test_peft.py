@@ -217,7 +217,7 @@ def test_text_goes_on_as_in_the_reference(tiny_engram, reference):
 def test_peft_freezes_tables_wherever_they_are(tiny_engram):
     for placement in ("device", "cpu"):
         model = tiny_engram(trained=True).place_memory(placement)
-        tables = [*model.memory.tables.parameters(), *(part for _, part in model.memory.named_host_parts())]
+        tables = [*model.memory.tables.parameters(), *(part for part in model.memory.named_parts().values())]
         assert len(tables) == 4
         assert all(table.requires_grad for table in tables), "control"
         get_peft_model(model, lora())
@@ -231,7 +231,7 @@ def test_train_mode_reaches_through_peft_and_names_memory_and_adapter(placement,
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in learning if "lora_" not in name and ".memory." not in name} == set()
     assert sum("lora_" in name for name in learning) == 4 * 2 * 2
-    assert all(parameter.requires_grad for _, parameter in model.memory.named_host_parts())
+    assert all(parameter.requires_grad for parameter in model.memory.named_parts().values())
     assert all(parameter.requires_grad for parameter in model.memory.parameters())
     model.train_mode("memory")
     assert not any("lora_" in name and p.requires_grad for name, p in model.named_parameters())
@@ -251,7 +251,7 @@ def test_zero_grad_of_a_peft_model_reaches_tables_that_are_away(placement, tiny_
     model = get_peft_model(tiny_engram(trained=True).place_memory(placement), lora())
     engram = model.train_mode("memory+lora")
     model(input_ids=ids(), labels=ids()).loss.backward()
-    parts = [*engram.memory.tables.parameters(), *(part for _, part in engram.memory.named_host_parts())]
+    parts = [*engram.memory.tables.parameters(), *(part for part in engram.memory.named_parts().values())]
     assert all(part.grad is not None for part in parts), "control"
     model.zero_grad()
     assert all(part.grad is None for part in parts)

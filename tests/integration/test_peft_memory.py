@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, EngramFormatError
 from engram_transformers.adapters.memory_delta import PACK_NAME, named_parts, read_pack_header
-from engram_transformers.overlay_engram import part_shape, read_part, write_part
 
 from .adapted import adapted, logits, lora, stir
 from .backbones import HEADS
@@ -33,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def train(model, amount: float = 1.0, row: int = 7):
     """Stands for training a memory: one row of every part, and all dense weights."""
     for part in named_parts(model).values():
-        rows = torch.tensor([row, part_shape(part)[0] - 1])
-        write_part(part, rows, read_part(part, rows) + amount)
+        rows = torch.tensor([row, part.table_shape[0] - 1])
+        part.write(rows, part.read(rows) + amount)
     for weight in model.memory.layers.parameters():
         weight.mul_(1 + amount / 4)
     return model
@@ -115,7 +114,7 @@ def test_a_memory_is_saved_where_it_changed_or_learns(place, saved, tmp_path):
     assert read_pack_header(tmp_path / "learning").rows == {}
 
     train(model.get_base_model())
-    for parameter in (*model.parameters(), *(part for _, part in model.memory.named_host_parts())):
+    for parameter in (*model.parameters(), *(part for part in model.memory.named_parts().values())):
         parameter.requires_grad_(False)
     model.save_pretrained(tmp_path / "changed")
     assert set(read_pack_header(tmp_path / "changed").rows.values()) == {2}
@@ -130,9 +129,9 @@ def test_settings_say_twice_that_a_memory_belongs_to_an_adapter_and_only_while_i
     model = by_peft(saved, folder, "disk")
     assert model.peft_config["default"].auto_mapping["engram_memory_pack"] == PACK_NAME
     for part in named_parts(model.get_base_model()).values():
-        part.changes.clear()  # the graft's memory again
+        part.store.clear()  # the graft's memory again
     model.memory.layers.load_state_dict(loaded(saved).memory.layers.state_dict())
-    for parameter in (*model.parameters(), *(part for _, part in model.memory.named_host_parts())):
+    for parameter in (*model.parameters(), *(part for part in model.memory.named_parts().values())):
         parameter.requires_grad_(False)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / PACK_NAME).exists()
@@ -143,8 +142,8 @@ def test_settings_say_twice_that_a_memory_belongs_to_an_adapter_and_only_while_i
 def test_one_changed_row_is_enough(place, saved, tmp_path):
     model = adapted(loaded(saved, place))
     name, part = next(iter(named_parts(model.get_base_model()).items()))
-    rows = torch.tensor([part_shape(part)[0] - 1])
-    write_part(part, rows, read_part(part, rows) + 1)
+    rows = torch.tensor([part.table_shape[0] - 1])
+    part.write(rows, part.read(rows) + 1)
     model.save_pretrained(tmp_path)
     assert read_pack_header(tmp_path).rows == {name: 1}
 

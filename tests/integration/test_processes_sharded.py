@@ -41,7 +41,7 @@ GROUPS: dict = {}
 
 def rows_of(heights: list[int], dtype: torch.dtype) -> OrderRows:
     order = OrderRows(heights, 3, dtype)
-    for number, part in enumerate(order.parts()):
+    for number, part in enumerate(order.tensors()):
         part.data.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(number)))
     return order
 
@@ -54,7 +54,7 @@ def read_over(ranks: int, heights: list[int], requests: list[list[int]], dtype: 
         return None
     whole = rows_of(heights, dtype)
     bounds = row_bounds(sum(heights), ranks)
-    mine = torch.cat([part.detach() for part in whole.parts()])[bounds[rank] : bounds[rank + 1]].clone()
+    mine = torch.cat([part.detach() for part in whole.tensors()])[bounds[rank] : bounds[rank + 1]].clone()
     order = RankRows(whole, mine, True, group)
     rows = torch.tensor(requests[rank], dtype=torch.int64)
     for _ in range(repeats):  # gradients of accumulated batches
@@ -81,7 +81,7 @@ def tables_and_requests(draw):
 @given(case=tables_and_requests(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), repeats=st.integers(1, 2))
 def test_rows_and_gradients_travel_to_whom_they_belong(trio, case, dtype, repeats):
     ranks, heights, requests = case
-    table = torch.cat([part.detach() for part in rows_of(heights, dtype).parts()])
+    table = torch.cat([part.detach() for part in rows_of(heights, dtype).tensors()])
     expected = torch.zeros(sum(heights), 3)
     for rank in range(ranks):
         rows = torch.tensor(requests[rank], dtype=torch.int64)

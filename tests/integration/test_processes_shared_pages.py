@@ -86,7 +86,7 @@ def pages_after_a_step(graft: str, placement: str) -> tuple[int, int, int, int]:
     exchange_row_gradients(model)
     touched = sum(len(part.grad.rows) for part in table_parts(model))
     optimizer.step()
-    kept = sum(part.changes.values.nbytes for part in table_parts(model) if hasattr(part, "changes"))
+    kept = sum(part.store.values.nbytes for part in table_parts(model) if hasattr(part.store, "values"))
     return touched, mapped_pages("Private_Dirty"), kept, sum(part.nbytes for part in table_parts(model))
 
 

@@ -65,7 +65,7 @@ def test_a_save_over_the_files_that_rows_are_read_from_goes_on_with_the_new_ones
         model.save_pretrained(folder)
         assert torch.equal(logits(model, ids), expected)
         hook = rows_hook(model.memory.tables["1"].order2)
-        assert (hook.verify, hook.prefetch, hook.source.kind) == (True, False, placement)
+        assert (hook.verify, hook.prefetch, hook.store.kind) == (True, False, placement)
     assert {name: data for name, data in contents(folder).items() if "safetensors" in name} == {
         name: data for name, data in before.items() if "safetensors" in name
     }

@@ -380,7 +380,7 @@ def test_a_fork_in_the_middle_of_a_fetch_reads_by_itself(rows):
 def test_a_fetch_that_nobody_holds_takes_its_source_with_it(rows):
     gate = Gate()
     fetches = [RowFetch(Watched(rows, act), MANY, CPU) for act in (lambda: None, gate, gate)]
-    alive = [weakref.ref(held) for fetch in fetches for held in (fetch, fetch.source)]
+    alive = [weakref.ref(held) for fetch in fetches for held in (fetch, fetch.store)]
     fetch_ahead(fetches)
     assert gate.reached.wait(10)
     for fetch in fetches:

@@ -17,7 +17,6 @@ from transformers import TrainingArguments
 
 from engram_transformers.gradient_engram import are_among, row_gradient
 from engram_transformers.hashing_engram import naive_hash_ids
-from engram_transformers.overlay_engram import part_shape, read_part
 from engram_transformers.training import EngramTrainer, engram_optimizer
 from engram_transformers.training.selection import RowCounts, RowSelection, select_rows
 
@@ -226,8 +225,7 @@ def changed_rows(model, before: dict[str, torch.Tensor]) -> set[tuple[str, int]]
 
 def rows_of(model) -> dict[str, torch.Tensor]:
     return {
-        name: read_part(part, torch.arange(part_shape(part)[0])).clone()
-        for name, part in model.memory.named_parts().items()
+        name: part.read(torch.arange(part.table_shape[0])).clone() for name, part in model.memory.named_parts().items()
     }
 
 
