@@ -161,6 +161,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             `TypeError`: if the donor is no model, or a model comes without its tokenizer.
             `ValueError`: if the donor cannot take a memory, or tables whose size was not given would take more than
                 half of the free memory.
+            `ImportError`: for a donor that carries adapters, in a checkpoint's copy of the code.
 
         Example:
 

@@ -71,6 +71,31 @@ def test_a_travelling_file_needs_nothing_but_transformers(path):
     assert {name for name in get_imports(path) if name not in sys.stdlib_module_names} <= BRINGS_ALONG
 
 
+HOOKS = {"meta_path", "path_hooks", "import_module", "__import__", "modules"}  # the last as in `sys.modules`
+
+
+def reaches_for_modules(source: str) -> set[str]:
+    """Names by which code hooks into imports, or takes modules that it does not import in plain sight."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} & (HOOKS - {"modules"})
+    attributes = {node for node in nodes if isinstance(node, ast.Attribute) and node.attr in HOOKS}
+    of_sys = {node.attr for node in attributes if getattr(node.value, "id", None) in ("sys", "importlib")}
+    return names | of_sys
+
+
+@pytest.mark.parametrize("path", FLAT.values(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_travelling_file_hooks_into_no_import(path):
+    assert reaches_for_modules(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["sys.meta_path.insert(0, x)", "importlib.import_module('peft')", "sys.modules['peft']", "__import__('peft')"],
+)
+def test_a_hook_would_be_found(line):
+    assert reaches_for_modules(line)
+
+
 def test_the_door_is_a_door():
     names = {"EngramConfig", "EngramFormatError", "refuse_parts"}
     body = ast.parse(DOOR.read_text(encoding="utf-8")).body

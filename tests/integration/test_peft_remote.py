@@ -61,8 +61,11 @@ said["by peft"] = logits(PeftModel.from_pretrained(load(), plain))
 native = load()
 native.load_adapter(plain)
 said["by transformers"] = logits(native)
-native.save_pretrained(out)
-said["saved again"] = logits(PeftModel.from_pretrained(load(), out))
+try:
+    native.save_pretrained(out)
+    said["saved again"] = logits(PeftModel.from_pretrained(load(), out))
+except ValueError as error:  # Transformers wants a newer PEFT
+    said["saved again"] = str(error)
 
 def refuse_saving():
     for parameter in native.memory.layers.parameters():
@@ -139,9 +142,12 @@ def test_making_and_loading_a_model_installs_no_import_hook_and_patches_nothing(
     assert [path for path in found["functions"] if "/peft/" not in path and not path.endswith("contextlib.py")] == []
 
 
+@pytest.mark.native_peft
 @pytest.mark.parametrize("way", ["by peft", "by transformers", "saved again"])
 def test_an_adapter_without_a_memory_is_loaded(way, said):
     found, expected = said
+    if isinstance(found[way], str):
+        raise ValueError(found[way])
     assert near(torch.tensor(found[way]), expected["plain"])
     assert not near(expected["plain"], expected["graft"]), "control: the adapter is seen"
 

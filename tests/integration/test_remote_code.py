@@ -44,7 +44,7 @@ print(json.dumps({"module": type(model).__module__, "sum": float(logits.double()
 
 @pytest.fixture
 def saved(tiny_engram, tmp_path):
-    model = tiny_engram(trained=True)
+    model = tiny_engram(trained=True).train_mode("memory")
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         expected = float(model(torch.arange(3, 20)[None]).logits.double().abs().sum())
@@ -77,6 +77,9 @@ def test_without_the_package_the_folders_own_code_is_used(saved, tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["module"].startswith("transformers_modules.")
     assert result["sum"] == pytest.approx(expected, rel=1e-9)
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["engram_train_mode"] == "memory", "kept for whoever trains it, though nothing is trained here"
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "again").glob("*.py")}
 
 
 def test_with_the_package_installed_but_not_imported_remote_code_still_works(saved, tmp_path):
