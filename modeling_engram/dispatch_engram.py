@@ -82,7 +82,8 @@ def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> HostRows | FileRow
     if all(prefix + name in state for name in names):
         return HostRows([as_parameter(state[prefix + name]) for name in names])
     try:
-        return FileRows([offloaded_part(dataset, index[prefix + name], prefix + name, order) for name in names])
+        opened: dict[Path, ShardFile] = {}  # many parts are in one file
+        return FileRows([offloaded_part(dataset, index[prefix + name], prefix + name, order, opened) for name in names])
     except (KeyError, AttributeError) as error:
         raise RuntimeError(
             f"accelerate has offloaded '{prefix}' to a place that is not known ({error}): load the model with "
@@ -95,9 +96,11 @@ def as_parameter(tensor: torch.Tensor) -> nn.Parameter:
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
 
 
-def offloaded_part(dataset, entry: dict, name: str, order: OrderRows) -> FilePart:
+def offloaded_part(dataset, entry: dict, name: str, order: OrderRows, opened: dict[Path, ShardFile]) -> FilePart:
     """A part in accelerate's offload folder, or in the safetensors file that its index names."""
     if "safetensors_file" in entry:
         path = Path(entry["safetensors_file"])
-        return file_part(ShardFile(path), read_header(path), entry.get("weight_name", name))
+        if path not in opened:
+            opened[path] = ShardFile(path)
+        return file_part(opened[path], read_header(path), entry.get("weight_name", name))
     return FilePart(ShardFile(f"{dataset.save_folder}/{name}.dat"), 0, tuple(entry["shape"]), order.dtype)

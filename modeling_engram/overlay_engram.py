@@ -149,9 +149,9 @@ class RowOverlay(FileRows):
                 over |= known
         return over
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self, mappings: dict | None = None) -> list[torch.Tensor]:
         """The parts as tensors that are mapped from the files, changed rows written into private pages."""
-        tensors = super().tensors()
+        tensors = super().tensors(mappings)
         for tensor, changes in zip(tensors, self.changes, strict=True):
             if len(changes):
                 rows, values = changes.named()

@@ -11,6 +11,7 @@ refused; nothing is changed before everything that is needed is there. Never cop
 Source: Engram (arXiv 2601.07372), section 2.5; docs/offload.md.
 """
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, moved, rows_hook
 from .overlay_engram import RowOverlay
-from .rows_engram import CheckpointTables, FileRows, HostRows, is_mapped, written_to
+from .rows_engram import CheckpointTables, FileRows, HostRows, ShardFile, is_mapped, written_to
 from .table_engram import EngramTables, OrderRows
 
 
@@ -201,9 +202,9 @@ def place_tables(
         `FileNotFoundError` or [`EngramFormatError`]: if files are missing or damaged.
     """
     # Everything that can fail comes before the first change.
-    ready = []
+    ready, mappings = [], {}
     for prefix, order in named_orders(tables):
-        rows = rows_at(placement, prefix, order, checkpoint, elsewhere)
+        rows = rows_at(placement, prefix, order, checkpoint, elsewhere, mappings)
         hook = EngramRowsHook(rows, **settings)
         layer = prefix.removeprefix(TABLES_PREFIX).split(".")[0]
         held = [moved(part, devices[layer]) for part in rows.tensors()] if placement == "device" else []
@@ -217,9 +218,14 @@ def place_tables(
 
 
 def rows_at(
-    placement: str, prefix: str, order: OrderRows, checkpoint: CheckpointTables | None, elsewhere: bool = False
+    placement: str,
+    prefix: str,
+    order: OrderRows,
+    checkpoint: CheckpointTables | None,
+    elsewhere: bool,
+    mappings: dict[ShardFile, mmap.mmap],
 ) -> HostRows | FileRows | None:
-    """The rows of an order as they are to be kept; None for nowhere."""
+    """The rows of an order as they are to be kept; None for nowhere. Mappings are shared with other orders."""
     held = HostRows(order.parts()) if order._parameters else order.source
     if any(getattr(part, "is_meta", False) for part in getattr(held, "parts", ())):
         raise ValueError(
@@ -241,7 +247,7 @@ def rows_at(
         return HostRows([moved(part, torch.device("cpu")) for part in held.parts], held.files)
     stored = held or stored_rows(prefix, order, checkpoint)
     files = list({id(part.file): part.file for part in stored.parts}.values())
-    return HostRows([nn.Parameter(part, requires_grad=order.learns) for part in stored.tensors()], files)
+    return HostRows([nn.Parameter(part, requires_grad=order.learns) for part in stored.tensors(mappings)], files)
 
 
 def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> FileRows:

@@ -321,10 +321,16 @@ class FileRows:
         """Bytes of all rows."""
         return sum(math.prod(part.shape) * part.dtype.itemsize for part in self.parts)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """The parts as tensors that are mapped from the files, for a state dict."""
+    def tensors(self, mappings: dict[ShardFile, mmap.mmap] | None = None) -> list[torch.Tensor]:
+        """The parts as tensors that are mapped from the files, for a state dict.
+
+        Args:
+            mappings (`dict`, *optional*): of files, to which those that are missing are added.
+        """
         # Once for each file and call: a mapping takes a descriptor, and all users of one see what is written to it.
-        mappings = {file: file.map() for file in {part.file for part in self.parts}}
+        mappings = {} if mappings is None else mappings
+        for file in {part.file for part in self.parts} - mappings.keys():
+            mappings[file] = file.map()
         return [part.within(mappings[part.file]) for part in self.parts]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
