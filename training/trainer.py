@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
-from ..adapters_engram import inside
+from ..adapters_engram import inside, same_memory
 from ..checkpoint_engram import save_changes
 from ..compat_engram import check_parent, left_out_of_ddp
 from ..gradient_engram import row_gradient
@@ -116,6 +116,7 @@ class EngramTrainerMixin:
         if word is not None:
             self.engram.train_mode(word)
         refuse_moving_reference(self)
+        refuse_other_reference(self, given=kwargs.get("ref_model") is not None)
 
     @property
     def engram(self):
@@ -431,6 +432,39 @@ def refuse_moving_reference(trainer) -> None:
             "the memory that is trained stays on: the reference would move with the model. Pass ref_model= (the graft, "
             "loaded again), set precompute_ref_log_probs=True, or freeze the memory (train the adapters alone with "
             "TRL's own trainer)."
+        )
+
+
+def refuse_other_reference(trainer, given: bool) -> None:
+    """Refuses a reference of TRL's trainers that is not what they take it for.
+
+    Args:
+        trainer ([`EngramTrainerMixin`]): a trainer that was made.
+        given (`bool`): whether the reference was given, and not loaded by the name in the model's configuration.
+
+    Raises:
+        `ValueError`: for a reference with another memory than the model's, or one that would follow the model
+            (`sync_ref_model=True`) without its tables.
+    """
+    if getattr(trainer, "ref_model", None) is None:
+        return
+    model, reference = trainer.engram, inside(trainer.ref_model)
+    if not given and (reference is None or not same_memory(model, reference)):
+        raise ValueError(
+            f"{type(trainer).__name__} loaded its reference from '{model.config.name_or_path}', and that is not the "
+            "model: its memory was trained, or a pack loaded, since. Save the model (model.save_pretrained(folder)) "
+            "and train what from_pretrained(folder) loads."
+        )
+    if not getattr(trainer.args, "sync_ref_model", False):
+        return
+    tables = any(part.requires_grad for part in model.memory.named_parts().values())
+    places = [model.memory.placement, "none" if reference is None else reference.memory.placement]
+    if len(set(places)) > 1 or (tables and places != ["device", "device"]):
+        raise ValueError(
+            "sync_ref_model=True mixes the model's parameters into the reference's, and tables in host memory or in "
+            f"files are none: the model's are on {places[0]!r}, the reference's on {places[1]!r}. Load both with "
+            "engram_placement='device' (the reference by model_init_kwargs={'engram_placement': 'device'}), or leave "
+            "sync_ref_model out."
         )
 
 

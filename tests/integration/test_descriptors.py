@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import load_checkpoint_and_dispatch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from transformers import AutoConfig, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, load_memory_pack, save_memory_pack
@@ -82,8 +82,10 @@ def test_a_run_with_checkpoints_that_come_back_holds_files_and_not_tensors(place
 
 
 def test_tables_that_accelerate_reads_from_the_checkpoint_hold_files_and_not_tensors(graft, tmp_path):
-    with torch.device("meta"):
-        empty = EngramForCausalLM(AutoConfig.from_pretrained(graft))
+    config = AutoConfig.from_pretrained(graft)
+    token_map = loaded(graft).memory.hashing.token_map
+    with init_empty_weights():
+        empty = EngramForCausalLM(config, token_map=token_map)
     places = {"backbone": "cpu", "memory.hashing": "cpu", "memory.layers": "cpu", "memory.tables": "disk"}
     model = load_checkpoint_and_dispatch(empty, graft, places, offload_folder=str(tmp_path))
     found = logits(model.eval(), repeating_texts())
