@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from transformers import AutoConfig, LlamaConfig
+from accelerate import dispatch_model
+from transformers import LlamaConfig
 
-from engram_transformers import EngramForCausalLM, load_memory_pack, save_memory_pack
+from engram_transformers import load_memory_pack, save_memory_pack
+from engram_transformers.shards_engram import read_index
 
 from ..tiny import engram_on
 from .placed import loaded, logits, repeating_texts
@@ -81,13 +82,16 @@ def test_a_run_with_checkpoints_that_come_back_holds_files_and_not_tensors(place
     assert held(graft.parent) + held(tmp_path) <= 2 * (FILES + 1)
 
 
-def test_tables_that_accelerate_reads_from_the_checkpoint_hold_files_and_not_tensors(graft, tmp_path):
-    config = AutoConfig.from_pretrained(graft)
-    token_map = loaded(graft).memory.hashing.token_map
-    with init_empty_weights():
-        empty = EngramForCausalLM(config, token_map=token_map)
+def test_tables_that_accelerate_reads_from_the_checkpoint_hold_files_and_not_tensors(graft):
     places = {"backbone": "cpu", "memory.hashing": "cpu", "memory.layers": "cpu", "memory.tables": "disk"}
-    model = load_checkpoint_and_dispatch(empty, graft, places, offload_folder=str(tmp_path))
-    found = logits(model.eval(), repeating_texts())
-    assert held(graft.parent) <= FILES + 1 + len(model.memory.tables) * 2, "opened once for each layer and order"
+    model, names = loaded(graft), read_index(graft)
+    index = {
+        name: {"safetensors_file": str(graft / file), "weight_name": name, "dtype": "float32"}
+        for name, file in names.items()
+        if name.startswith("memory.tables.")
+    }
+    assert len(index) == 4 * PARTS
+    dispatch_model(model, places, main_device="cpu", offload_index=index)
+    found = logits(model, repeating_texts())
+    assert held(graft.parent) <= FILES + 1 + 4, "opened once for each layer and order"
     assert torch.allclose(found, logits(loaded(graft), repeating_texts()), atol=1e-5)

@@ -123,7 +123,7 @@ def test_what_is_made_from_the_configuration_of_a_pack_is_saved_whole(saved, tmp
     save_changes(loaded(saved), tmp_path / "pack")
     config = EngramConfig.from_pretrained(tmp_path / "pack")
     assert config.engram_memory_pack == PACK_NAME, "the control"
-    model = EngramForCausalLM(config)
+    model = EngramForCausalLM(config, token_map=loaded(saved).memory.hashing.token_map)
     change(model)
     model.save_pretrained(tmp_path / "whole")
     assert same(state(loaded(tmp_path / "whole")), state(model))
