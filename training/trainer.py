@@ -457,9 +457,8 @@ def refuse_other_reference(trainer, given: bool) -> None:
         )
     if not getattr(trainer.args, "sync_ref_model", False):
         return
-    tables = any(part.requires_grad for part in model.memory.named_parts().values())
-    places = [model.memory.placement, "none" if reference is None else reference.memory.placement]
-    if len(set(places)) > 1 or (tables and places != ["device", "device"]):
+    places = [model.memory.placement, reference.memory.placement if reference is not None else "none"]
+    if places != ["device", "device"]:
         raise ValueError(
             "sync_ref_model=True mixes the model's parameters into the reference's, and tables in host memory or in "
             f"files are none: the model's are on {places[0]!r}, the reference's on {places[1]!r}. Load both with "

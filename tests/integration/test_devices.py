@@ -105,6 +105,12 @@ def test_a_model_over_two_devices_says_what_it_says_on_one(places, device, saved
     assert same(torch.cat(pieces, dim=1), logits(control, ids))
 
 
+def test_a_layer_that_was_moved_by_hand_gets_the_stream_and_gives_it_back(device, saved, control, ids):
+    model = loaded(saved)
+    model.memory.layers["1"].to("counting")  # no hook of accelerate brings it anything
+    assert same(logits(model, ids), logits(control, ids))
+
+
 def test_gradients_find_their_rows_over_two_devices(device, saved, ids):
     losses = []
     for model in (loaded(saved), spread(loaded(saved), {"backbone": "cpu", "memory": "counting"})):
