@@ -15,7 +15,8 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from engram_transformers import EngramForCausalLM
+from engram_transformers import EngramConfig, EngramForCausalLM
+from engram_transformers.checkpoint_engram import CheckpointFiles
 from engram_transformers.training import engram_optimizer
 
 from .placed import loaded, logits, repeating_texts, same
@@ -61,6 +62,14 @@ def test_a_default_device_changes_nothing_but_where_the_model_is(default, place,
     assert torch.equal(written.cpu(), control.generate(ids[:, :5], max_new_tokens=4, do_sample=False))
     trained = loaded(tmp_path)
     assert same(logits(trained, ids), logits(control, ids)) == (place == "device")
+
+
+@every_default
+def test_auto_counts_the_memory_of_the_default_device(default, device, counting_device, saved):
+    files = CheckpointFiles(EngramConfig, saved, {})
+    assert files.placement("auto") == "device", "the control: there is room on the CPU"
+    with counting_device.total_memory(1 << 10), default():
+        assert files.placement("auto") == "cpu"
 
 
 @every_default
