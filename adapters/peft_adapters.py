@@ -120,6 +120,23 @@ def memory_travels(model: nn.Module) -> bool:
     return any(differs(part, files.part(name)) for name, part in parts.items())
 
 
+@torch.no_grad()
+def same_memory(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models that were loaded from the tables of one checkpoint have the same memory now."""
+    files = one.checkpoint_tables, other.checkpoint_tables
+    if None in files or files[0].name != files[1].name:
+        return False
+    weights, others = dense_weights(one), dense_weights(other)
+    if any(not torch.equal(weight.to("cpu"), others[name].to("cpu", weight.dtype)) for name, weight in weights.items()):
+        return False
+    others = named_parts(other)
+    for name, part in named_parts(one).items():
+        changes = changed_rows(part, files[0].part(name)), changed_rows(others[name], files[1].part(name))
+        if not all(map(torch.equal, *changes)):
+            return False
+    return True
+
+
 def differs(part: torch.Tensor, stored) -> bool:
     """Whether any row of a part is not what its file holds."""
     if is_over(part, stored):

@@ -9,12 +9,60 @@ leaves open.
 
 import difflib
 import math
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from packaging.version import Version
+from transformers import __version__ as transformers_version
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# As in setup.py, which a checkpoint's own copy of this code does not have: the oldest version of Transformers that it
+# was tested with, and the first that it was not.
+TESTED_FROM, NOT_TESTED_FROM = "5.20.2", "5.25"
+REMEDY = (
+    f"install transformers>={TESTED_FROM},<{NOT_TESTED_FROM}, or a newer engram-transformers (on no index yet: `pip "
+    "install .` in a clone of its repository, or a wheel that `make wheel` builds there) and `import "
+    "engram_transformers` before the model is loaded."
+)
+
+
+def warn_of_other_transformers(version: str) -> None:
+    """Says so where this code, which a checkpoint may carry anywhere, meets a Transformers that is out of range.
+
+    Args:
+        version (`str`): of Transformers.
+    """
+    first, end = Version(TESTED_FROM).release, Version(NOT_TESTED_FROM).release
+    if not first <= Version(version).release < end:
+        logger.warning(
+            f"This code of engram-transformers was tested with transformers {TESTED_FROM} to before {NOT_TESTED_FROM}, "
+            f"and this is {version}: if anything fails or changes, {REMEDY}"
+        )
+
+
+@contextmanager
+def saying_what_to_install():
+    """Gives an import that fails, because another package has dropped a name, an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if REMEDY in str(error):
+            raise
+        raise ImportError(
+            f"this code of engram-transformers cannot run under transformers {transformers_version} ({error}): {REMEDY}"
+        ) from error
+
+
+warn_of_other_transformers(transformers_version)
+
+with saying_what_to_install():
+    from huggingface_hub.dataclasses import strict
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.configuration_utils import SubConfigSpec
 
 
 FORMAT_VERSION = 1

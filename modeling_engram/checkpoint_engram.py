@@ -120,7 +120,10 @@ class EngramCheckpointMixin:
             pack = pack_in(path, folder, kwargs)
             if pack is not None:
                 package = full_package(f"'{path}' holds what training changed in another checkpoint, and loading it")
-                return package.from_pack(cls, pack, *model_args, engram_placement=engram_placement, **kwargs)
+                found = package.from_pack(cls, pack, *model_args, engram_placement=engram_placement, **kwargs)
+                model = found[0] if isinstance(found, tuple) else found
+                model.config.name_or_path = path  # and not the base's: others load the model again by this name
+                return found
             return cls.from_whole(path, *model_args, engram_placement=engram_placement, **kwargs)
 
         loaded = load() if folder is None else read_undisturbed(folder, load)

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .configuration_engram import REMEDY
 from .private_names_engram import PRIVATE_NAMES
 
 
@@ -213,8 +214,7 @@ def check_parent(parent: type, path: str) -> None:
     names = [p.name.removeprefix(f"{path}.") for p in PRIVATE_NAMES if p.name.startswith(f"{path}.")]
     if missing := [name for name in names if not hasattr(parent, name)]:
         raise ImportError(
-            f"{path} of transformers {transformers_version} has no {missing}, which this package builds on: install "
-            "transformers older than 5.25, or a newer engram-transformers."
+            f"{path} of transformers {transformers_version} has no {missing}, which this package builds on: {REMEDY}"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, remove_hook_from_module
 from torch import nn
 
-from .offload_engram import EngramRowsHook, attach_rows_hook, held_hooks, rows_hook
+from .offload_engram import EngramRowsHook, attach_rows_hook, held_hooks
 from .overlay_engram import RowOverlay
 from .rows_engram import FilePart, FileRows, HostRows, RowStore, ShardFile, file_part
 from .shards_engram import read_header
@@ -30,7 +30,6 @@ def settle_table(table: EngramTable) -> None:
     elsewhere = False
     for order in orders:
         align = align_hooks(order)
-        ours = rows_hook(order)
         if order.is_resident and any(hook.offload for hook in align):
             source = waiting_rows(order, next(hook for hook in align if hook.offload))
             drop_align_hooks(order)
@@ -81,8 +80,9 @@ def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
     if all(prefix + name in state for name in names):
         return HostRows([state[prefix + name] for name in names])
     try:
-        stored = FileRows([offloaded_part(dataset, index[prefix + name], prefix + name, order) for name in names])
-        return RowOverlay(stored)
+        opened: dict[Path, ShardFile] = {}  # many parts are in one file
+        parts = [offloaded_part(dataset, index[prefix + name], prefix + name, order, opened) for name in names]
+        return RowOverlay(FileRows(parts))
     except (KeyError, AttributeError) as error:
         raise RuntimeError(
             f"accelerate has offloaded '{prefix}' to a place that is not known ({error}): load the model with "
@@ -90,9 +90,11 @@ def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
         ) from error
 
 
-def offloaded_part(dataset, entry: dict, name: str, order: OrderRows) -> FilePart:
+def offloaded_part(dataset, entry: dict, name: str, order: OrderRows, opened: dict[Path, ShardFile]) -> FilePart:
     """A part in accelerate's offload folder, or in the safetensors file that its index names."""
     if "safetensors_file" in entry:
         path = Path(entry["safetensors_file"])
-        return file_part(ShardFile(path), read_header(path), entry.get("weight_name", name))
+        if path not in opened:
+            opened[path] = ShardFile(path)
+        return file_part(opened[path], read_header(path), entry.get("weight_name", name))
     return FilePart(ShardFile(f"{dataset.save_folder}/{name}.dat"), 0, tuple(entry["shape"]), order.dtype)

@@ -10,24 +10,27 @@ Source: Engram (arXiv 2601.07372), section 2; docs/design.md for what differs.
 
 import inspect
 
-import torch
-from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from .configuration_engram import EngramConfig, saying_what_to_install
 
-from .cache_engram import seen_tokens
-from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
-from .configuration_engram import EngramConfig
-from .dispatch_engram import computing_device
-from .donor_engram import load_donor, recipe
-from .guard_engram import full_package
-from .memory_engram import find_decoder_layers
-from .placement_engram import free_memory
-from .pretrained_engram import EngramPreTrainedModel
-from .sizes_engram import say_size
+
+with saying_what_to_install():  # every other file of a checkpoint's own code is imported from here
+    import torch
+    from torch import nn
+    from transformers import GenerationMixin, PreTrainedModel
+    from transformers.cache_utils import Cache
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.processing_utils import Unpack
+    from transformers.utils import TransformersKwargs
+
+    from .cache_engram import seen_tokens
+    from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
+    from .dispatch_engram import computing_device
+    from .donor_engram import load_donor, recipe
+    from .guard_engram import full_package
+    from .memory_engram import find_decoder_layers
+    from .placement_engram import free_memory
+    from .pretrained_engram import EngramPreTrainedModel
+    from .sizes_engram import say_size
 
 
 class EngramModel(EngramPreTrainedModel):

@@ -155,9 +155,9 @@ class RowOverlay(RowStore):
                 over |= known
         return over
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self, mappings: dict | None = None) -> list[torch.Tensor]:
         """The parts as tensors that are mapped from the files, changed rows written into private pages."""
-        tensors = self.stored.tensors()
+        tensors = self.stored.tensors(mappings)
         for tensor, changes in zip(tensors, self.changes, strict=True):
             if len(changes):
                 rows, values = changes.named()

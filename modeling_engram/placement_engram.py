@@ -11,6 +11,7 @@ refused; nothing is changed before everything that is needed is there. Never cop
 Source: Engram (arXiv 2601.07372), section 2.5; docs/offload.md.
 """
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import nn
 
 from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, rows_hook
 from .overlay_engram import RowOverlay
-from .rows_engram import CheckpointTables, FileRows, HostRows, RowStore, is_mapped, written_to
+from .rows_engram import CheckpointTables, FileRows, HostRows, RowStore, ShardFile, is_mapped, written_to
 from .table_engram import OrderRows
 
 
@@ -201,9 +202,9 @@ def place_tables(
         `FileNotFoundError` or [`EngramFormatError`]: if files are missing or damaged.
     """
     # Everything that can fail comes before the first change.
-    ready = []
+    ready, mappings = [], {}
     for prefix, order in named_orders(tables):
-        store = store_at(placement, prefix, order, checkpoint, elsewhere)
+        store = store_at(placement, prefix, order, checkpoint, elsewhere, mappings)
         layer = prefix.removeprefix(TABLES_PREFIX).split(".")[0]
         ready.append((order, store, EngramRowsHook(store, **settings), devices[layer]))
     for order, store, hook, device in ready:
@@ -225,9 +226,14 @@ def held_rows(order: OrderRows) -> RowStore | None:
 
 
 def store_at(
-    placement: str, prefix: str, order: OrderRows, checkpoint: CheckpointTables | None, elsewhere: bool = False
+    placement: str,
+    prefix: str,
+    order: OrderRows,
+    checkpoint: CheckpointTables | None,
+    elsewhere: bool,
+    mappings: dict[ShardFile, mmap.mmap],
 ) -> RowStore | None:
-    """The rows of an order as they are to be kept; None for nowhere."""
+    """The rows of an order as they are to be kept; None for nowhere. Mappings are shared with other orders."""
     held = held_rows(order)
     if isinstance(held, HostRows) and any(part.is_meta for part in held.parts):
         raise ValueError(
@@ -248,7 +254,7 @@ def store_at(
     if isinstance(held, HostRows):
         return HostRows([part.to("cpu") for part in held.parts]) if order.is_resident and placement == "cpu" else held
     stored = held or stored_rows(prefix, order, checkpoint)
-    return HostRows(stored.tensors(), stored.files)
+    return HostRows(stored.tensors(mappings), stored.files)
 
 
 def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> FileRows:

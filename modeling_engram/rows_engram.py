@@ -362,10 +362,16 @@ class FileRows(RowStore):
         """The files that rows are read from."""
         return list(dict.fromkeys(part.file for part in self.parts))
 
-    def tensors(self) -> list[torch.Tensor]:
-        """The parts as tensors that are mapped from the files, for a state dict."""
+    def tensors(self, mappings: dict[ShardFile, mmap.mmap] | None = None) -> list[torch.Tensor]:
+        """The parts as tensors that are mapped from the files, for a state dict.
+
+        Args:
+            mappings (`dict`, *optional*): of files, to which those that are missing are added.
+        """
         # Once for each file and call: a mapping takes a descriptor, and all users of one see what is written to it.
-        mappings = {file: file.map() for file in self.files}
+        mappings = {} if mappings is None else mappings
+        for file in set(self.files) - mappings.keys():
+            mappings[file] = file.map()
         return [part.within(mappings[part.file]) for part in self.parts]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from ..adapters import load_memory_pack, save_changes
-from ..adapters.peft_adapters import inside
+from ..adapters.peft_adapters import inside, same_memory
 from ..adapters.trainable import adapter_parameters
 from ..compat_engram import check_parent, left_out_of_ddp
 from ..memory_engram import refuse_copied_code
@@ -114,6 +114,7 @@ class EngramTrainerMixin:
         if word is not None:
             self.engram.train_mode(word)
         refuse_moving_reference(self)
+        refuse_other_reference(self, given=kwargs.get("ref_model") is not None)
 
     @property
     def engram(self):
@@ -415,6 +416,38 @@ def refuse_moving_reference(trainer) -> None:
             "the memory that is trained stays on: the reference would move with the model. Pass ref_model= (the graft, "
             "loaded again), set precompute_ref_log_probs=True, or freeze the memory (train the adapters alone with "
             "TRL's own trainer)."
+        )
+
+
+def refuse_other_reference(trainer, given: bool) -> None:
+    """Refuses a reference of TRL's trainers that is not what they take it for.
+
+    Args:
+        trainer ([`EngramTrainerMixin`]): a trainer that was made.
+        given (`bool`): whether the reference was given, and not loaded by the name in the model's configuration.
+
+    Raises:
+        `ValueError`: for a reference with another memory than the model's, or one that would follow the model
+            (`sync_ref_model=True`) without its tables.
+    """
+    if getattr(trainer, "ref_model", None) is None:
+        return
+    model, reference = trainer.engram, inside(trainer.ref_model)
+    if not given and (reference is None or not same_memory(model, reference)):
+        raise ValueError(
+            f"{type(trainer).__name__} loaded its reference from '{model.config.name_or_path}', and that is not the "
+            "model: its memory was trained, or a pack loaded, since. Save the model (model.save_pretrained(folder)) "
+            "and train what from_pretrained(folder) loads."
+        )
+    if not getattr(trainer.args, "sync_ref_model", False):
+        return
+    places = [model.memory.placement, reference.memory.placement if reference is not None else "none"]
+    if places != ["device", "device"]:
+        raise ValueError(
+            "sync_ref_model=True mixes the model's parameters into the reference's, and tables in host memory or in "
+            f"files are none: the model's are on {places[0]!r}, the reference's on {places[1]!r}. Load both with "
+            "engram_placement='device' (the reference by model_init_kwargs={'engram_placement': 'device'}), or leave "
+            "sync_ref_model out."
         )
 
 

@@ -24,6 +24,7 @@ FLAT = {**{path.name: path for path in FILES}, DOOR.name: REAL_CONFIGURATION}
 # What everybody who can load a Transformers model has, and accelerate, whose hooks keep tables off the device.
 BRINGS_ALONG = {
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "accelerate", "psutil"),
+    "packaging",
 }
 
 
@@ -97,7 +98,7 @@ def test_a_hook_would_be_found(line):
 
 
 def test_the_door_is_a_door():
-    names = {"EngramConfig", "EngramFormatError", "refuse_parts"}
+    names = {"REMEDY", "EngramConfig", "EngramFormatError", "refuse_parts", "saying_what_to_install"}
     body = ast.parse(DOOR.read_text(encoding="utf-8")).body
     (door,) = [node for node in body if isinstance(node, ast.ImportFrom)]
     assert door.module == "engram_transformers.configuration.configuration_engram"

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import engram_transformers
+from engram_transformers.configuration.configuration_engram import NOT_TESTED_FROM, REMEDY, TESTED_FROM
 
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,11 @@ def test_a_public_name_can_be_imported_and_is_documented(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'EngramTrainerr'"):
         engram_transformers.EngramTrainerr  # noqa: B018 (the look-up is what is tested)
+
+
+def test_a_checkpoints_code_knows_the_transformers_that_setup_allows():
+    asked = next(text for text in assigned("REQUIRED") if text.startswith("transformers"))
+    assert asked == f"transformers>={TESTED_FROM},<{NOT_TESTED_FROM}" and asked in REMEDY
 
 
 def test_the_version_stands_in_one_place():

@@ -15,7 +15,8 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from engram_transformers import EngramForCausalLM
+from engram_transformers import EngramConfig, EngramForCausalLM
+from engram_transformers.checkpoint_engram import CheckpointFiles
 from engram_transformers.training import engram_optimizer
 
 from .placed import loaded, logits, repeating_texts, same
@@ -64,6 +65,14 @@ def test_a_default_device_changes_nothing_but_where_the_model_is(default, place,
 
 
 @every_default
+def test_auto_counts_the_memory_of_the_default_device(default, device, counting_device, saved):
+    files = CheckpointFiles(EngramConfig, saved, {})
+    assert files.placement("auto") == "device", "the control: there is room on the CPU"
+    with counting_device.total_memory(1 << 10), default():
+        assert files.placement("auto") == "cpu"
+
+
+@every_default
 def test_a_donor_on_the_default_device_takes_a_memory(default, device, tiny_tokenizer, tiny_llama_config, ids):
     with default():
         donor = AutoModelForCausalLM.from_config(tiny_llama_config).eval()
@@ -103,6 +112,12 @@ def test_a_model_over_two_devices_says_what_it_says_on_one(places, device, saved
     cache = DynamicCache()
     pieces = [model(piece, cache=cache).logits.detach().cpu() for piece in ids.split([12, 1, 7], dim=1)]
     assert same(torch.cat(pieces, dim=1), logits(control, ids))
+
+
+def test_a_layer_that_was_moved_by_hand_gets_the_stream_and_gives_it_back(device, saved, control, ids):
+    model = loaded(saved)
+    model.memory.layers["1"].to("counting")  # no hook of accelerate brings it anything
+    assert same(logits(model, ids), logits(control, ids))
 
 
 def test_gradients_find_their_rows_over_two_devices(device, saved, ids):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engram_transformers import EngramFormatError, load_memory_pack, save_memory_pack
+from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError, load_memory_pack, save_memory_pack
 from engram_transformers.adapters import memory_delta as packs
 from engram_transformers.adapters import save_changes
 from engram_transformers.adapters.memory_delta import PACK_NAME, dense_weights, named_parts, read_pack_header
@@ -116,6 +116,16 @@ def test_a_folder_with_a_pack_alone_loads_as_base_and_pack(place, saved, tmp_pat
     assert {name for name, part in held.items() if part.requires_grad} == set(named_parts(again))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement="none")
     assert plain.runs_as_donor
+
+
+def test_what_is_made_from_the_configuration_of_a_pack_is_saved_whole(saved, tmp_path):
+    save_changes(loaded(saved), tmp_path / "pack")
+    config = EngramConfig.from_pretrained(tmp_path / "pack")
+    assert config.engram_memory_pack == PACK_NAME, "the control"
+    model = EngramForCausalLM(config, token_map=loaded(saved).memory.hashing.token_map)
+    change(model)
+    model.save_pretrained(tmp_path / "whole")
+    assert same(state(loaded(tmp_path / "whole")), state(model))
 
 
 def test_a_base_that_is_gone_is_named(saved, tmp_path):

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, EngramFormatError
 from engram_transformers.adapters.memory_delta import PACK_NAME, named_parts, read_pack_header
+from engram_transformers.saves_engram import checkpoint_in
 
 from .adapted import adapted, logits, lora, stir
 from .backbones import HEADS
@@ -169,6 +170,14 @@ def test_an_older_checkpoint_in_an_adapters_folder_is_not_taken_for_its_base(lea
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_an_adapter_in_the_folder_of_its_base_leaves_that_a_whole_checkpoint(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    model = adapted(loaded(tmp_path), seed=4)
+    train(model.get_base_model()).requires_grad_(True)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / PACK_NAME).exists() and checkpoint_in(tmp_path) == "whole"
 
 
 def test_an_older_adapter_in_a_checkpoints_folder_is_not_put_on_top(saved, trained, tmp_path):

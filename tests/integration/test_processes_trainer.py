@@ -139,7 +139,7 @@ def exchanges(graft: str) -> list[list[int]]:
     """At each exchange, how many rows part by part have a gradient, and those of all batches since the last step."""
     model = EngramForCausalLM.from_pretrained(graft, engram_placement="disk")
     held = trainer(2, "unused", model=model)
-    parts = [part for part in model.memory.named_parts().values()]
+    parts = list(model.memory.named_parts().values())
     before, after, plain = [], [], training_trainer.exchange_row_gradients
 
     def counting(trained):

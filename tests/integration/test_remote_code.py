@@ -104,6 +104,34 @@ def test_without_package_and_without_trust_nothing_is_run(saved, tmp_path):
     assert "trust_remote_code" in done.stderr
 
 
+LATER = "import transformers\ntransformers.__version__ = '5.31.0'\n"
+# What our copies of the code build on, in the file that is read first and in one behind it.
+DROPPED = {
+    "a name of the configuration": "import transformers.configuration_utils as m\ndel m.SubConfigSpec\n",
+    "a name of a module behind it": "import transformers.cache_utils as m\ndel m.LinearAttentionCacheLayerMixin\n",
+}
+WHAT_TO_DO = ("install transformers>=5.20.2,<5.25, or a newer engram-transformers", "pip install .", "make wheel")
+
+
+def test_a_copy_of_the_code_under_a_later_transformers_says_which_package_to_install(saved, tmp_path):
+    folder, expected = saved
+    done = run(folder, tmp_path, "block", "trust", LATER)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["sum"] == pytest.approx(expected, rel=1e-9)
+    said = " ".join(done.stderr.split())
+    assert "this is 5.31.0" in said and all(text in said for text in WHAT_TO_DO)
+    control = run(folder, tmp_path, "block", "trust")
+    assert control.returncode == 0 and "engram-transformers" not in control.stderr
+
+
+@pytest.mark.parametrize("dropped", DROPPED)
+def test_a_copy_of_the_code_that_misses_a_name_says_which_package_to_install(dropped, saved, tmp_path):
+    done = run(saved[0], tmp_path, "block", "trust", LATER + DROPPED[dropped])
+    assert done.returncode != 0
+    error = done.stderr[done.stderr.rindex("\nImportError: ") :]  # the last one, which ends the program
+    assert "cannot run under transformers 5.31.0" in error and all(text in error for text in WHAT_TO_DO)
+
+
 TRAINED = """
 import engram_transformers
 from engram_transformers import EngramTrainer

@@ -343,6 +343,16 @@ def test_adapters_in_subfolders_leave_the_folder_of_their_base_as_it_is(saved, t
     assert {path: path.read_bytes() for path in base.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_a_run_from_a_checkpoint_in_its_own_folder_needs_none_that_trainer_deletes(place, saved, dataset, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run / "checkpoint-1")  # whole, as a run that trains everything leaves it
+    model = loaded(run / "checkpoint-1", place).train_mode("memory")
+    train(model, dataset, run, save_total_limit=1)
+    assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"], "the control"
+    assert same(state(loaded(run / f"checkpoint-{STEPS}")), state(model))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_embeddings_come_back_around_tables_on_disk(tied, dataset, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

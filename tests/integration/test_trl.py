@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from engram_transformers import EngramForCausalLM
+from engram_transformers import EngramForCausalLM, load_memory_pack, save_memory_pack
+from engram_transformers.checkpoint_engram import save_changes
 from engram_transformers.gradient_engram import RowGradient, row_gradient
 from engram_transformers.training import EngramTrainerMixin, EngramTrainingArguments, engram_optimizer, select_rows
 
@@ -340,3 +341,69 @@ def test_a_reference_that_would_learn_with_the_model_is_refused(arguments, tiny_
     before = clone(fixed.engram)
     fixed.train()  # the control: trains both where the reference is worked out before
     assert {"tables", "lora"} <= changed(fixed.engram, before)
+
+
+class EngramGRPOTrainer(EngramTrainerMixin, trl.GRPOTrainer):
+    pass
+
+
+def letters(completions, **_) -> list[float]:
+    """A reward that has nothing to do with sense."""
+    return [float(sum(map(ord, completion)) % 7) for completion in completions]
+
+
+@pytest.fixture
+def by_reward(arguments, tiny_tokenizer):
+    """Factory of trainers by rewards, whose reference TRL loads by itself."""
+    tiny_tokenizer.pad_token = tiny_tokenizer.pad_token or tiny_tokenizer.convert_ids_to_tokens(2)
+    prompts = datasets.Dataset.from_dict({"prompt": ["the sea is", "a ship"] * 4})
+
+    def make(model, reference="device", **changes):
+        settings = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+        where = {"model_init_kwargs": {"engram_placement": reference}}
+        args = arguments(trl.GRPOConfig, **settings, **where, **changes)
+        given = {"train_dataset": prompts, "processing_class": tiny_tokenizer, "train_mode": "memory"}
+        return EngramGRPOTrainer(model, args, reward_funcs=letters, **given)
+
+    return make
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_reference_that_was_loaded_is_the_model_and_follows_it_where_it_should(
+    sync, by_reward, tiny_engram, tmp_path
+):
+    tiny_engram(trained=True).save_pretrained(tmp_path / "graft")
+    model = EngramForCausalLM.from_pretrained(tmp_path / "graft", engram_placement="device")
+    trainer = by_reward(model, sync_ref_model=sync, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0)
+    before = clone(trainer.ref_model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    trainer.train()
+    assert changed(model, before) == {"tables", "layers"}
+    assert changed(trainer.ref_model, before) == ({"tables", "layers"} if sync else set())
+    assert not sync or all(torch.equal(clone(model)[name], tensor) for name, tensor in clone(trainer.ref_model).items())
+
+
+@pytest.mark.parametrize("places", [("disk", "disk"), ("cpu", "cpu"), ("disk", "device"), ("device", "disk")])
+def test_a_reference_that_would_follow_without_its_tables_is_refused(places, by_reward, tiny_engram, tmp_path):
+    tiny_engram(trained=True).save_pretrained(tmp_path / "graft")
+    model = EngramForCausalLM.from_pretrained(tmp_path / "graft", engram_placement=places[0])
+    assert by_reward(model, places[1]).ref_model is not None, "the control: a reference that stays"
+    with pytest.raises(ValueError, match=f"the model's are on '{places[0]}', the reference's on '{places[1]}'"):
+        by_reward(model, places[1], sync_ref_model=True)
+
+
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_a_reference_that_was_loaded_without_a_pack_is_refused(place, by_reward, tiny_engram, tmp_path):
+    model = tiny_engram(trained=True)
+    model.save_pretrained(tmp_path / "graft")
+    model.memory.tables["1"].order2[0].data[5:9] += 1
+    save_memory_pack(model, tmp_path / "pack", base=tmp_path / "graft")
+    model = EngramForCausalLM.from_pretrained(tmp_path / "graft", engram_placement=place)
+    assert by_reward(model, place).ref_model is not None, "the control"
+    load_memory_pack(model, tmp_path / "pack")
+    with pytest.raises(ValueError, match="loaded its reference from '.*graft', and that is not the model"):
+        by_reward(model, place)
+    save_changes(model, tmp_path / "changes")
+    model = EngramForCausalLM.from_pretrained(tmp_path / "changes", engram_placement=place)
+    reference = by_reward(model, place).ref_model  # loaded by the folder of the pack
+    assert all(torch.equal(clone(model)[name], tensor) for name, tensor in clone(reference).items())

@@ -6,6 +6,7 @@ Run: pytest tests/unit/test_placement.py
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,14 @@ def test_a_device_s_own_numbers_are_asked(counting_device):
         assert device_memory("counting") == counting_device.mem_get_info()[0] <= 1 << 20
     assert device_memory("cuda:7") == (0 if not torch.cuda.is_available() else device_memory("cuda:7"))
     assert device_memory("mps") is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_device_that_says_that_it_is_integrated_shares_the_hosts_memory(shared, counting_device, monkeypatch):
+    module = torch.get_device_module("counting")
+    properties = SimpleNamespace(is_integrated=shared)
+    monkeypatch.setattr(module, "get_device_properties", lambda device: properties, raising=False)
+    assert (device_memory("counting") is None) == shared
 
 
 # What files of two control groups hold (limit, and what is in use), and how much they leave.

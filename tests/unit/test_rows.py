@@ -9,13 +9,17 @@ Run: pytest tests/unit/test_rows.py
 
 import copy
 import errno
+import importlib.util
+import mmap
 import os
 import pickle
 import re
 import signal
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from engram_transformers import EngramFormatError
+from engram_transformers import EngramFormatError, rows_engram
 from engram_transformers.rows_engram import (
     FEW_ROWS,
     NEAR,
@@ -382,8 +386,40 @@ def test_a_system_without_positioned_reads_reads_the_same_from_many_threads(tabl
     """Windows: the place in the file is moved and read from under a lock."""
     rows = stored(folder, cut(table, 3))
     monkeypatch.delattr(os, "preadv")
+    real = os.lseek
+    monkeypatch.setattr(os, "lseek", lambda *args: (real(*args), time.sleep(1e-4)))  # another thread's turn
     asked = [torch.randint(len(table), (50,), generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(rows.read, asked))
     assert all(map(same, found, (table[numbers] for numbers in asked)))
     assert rows.read_resident(asked[0]) is None, "nobody can say there what is in the page cache"
+
+
+def test_a_system_without_mmaps_flags_and_advice_maps_and_reads_the_same(table, folder, monkeypatch):
+    """Windows: a private mapping is asked for in other words, and the kernel takes no advice."""
+    rows = stored(folder, cut(table, 3))
+    for name in ("MAP_PRIVATE", "PROT_READ", "PROT_WRITE"):
+        monkeypatch.delattr(mmap, name)
+    monkeypatch.delattr(os, "posix_fadvise")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "name", "nt")
+        mappings = {file: file.map() for file in {part.file for part in rows.parts}}
+    parts = rows.tensors(mappings)
+    assert same(torch.cat(parts), table)
+    parts[0].zero_()  # a page of this process alone
+    asked = torch.tensor([5, 1, len(table) - 1])
+    for part in rows.parts:
+        part.file.expect(part.offset, 8)
+    assert same(rows.read(asked), table[asked])
+
+
+@pytest.mark.parametrize(("system", "flag"), [("Darwin", 0), ("Linux", 0x4000)])
+def test_flags_that_a_system_knows_are_used_and_others_are_not(system, flag, monkeypatch):
+    """The module is run once more: it asks the system when it is imported."""
+    monkeypatch.setattr(os, "O_BINARY", 1 << 30, raising=False)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname=system))
+    monkeypatch.delattr(mmap, "MAP_NORESERVE", raising=False)
+    spec = importlib.util.spec_from_file_location("engram_transformers.rows_once_more", rows_engram.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert (flag, 1 << 30) == (again.NO_RESERVE, again.OPEN & 1 << 30)

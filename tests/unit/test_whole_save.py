@@ -26,6 +26,7 @@ from engram_transformers.saves_engram import (
     SAVING_PREFIX,
     SINGLE_NAME,
     WITHOUT_TABLES_NAME,
+    checkpoint_in,
     finish_saves,
     read_undisturbed,
     remove_checkpoint,
@@ -218,7 +219,8 @@ def test_a_save_that_fails_while_files_move_is_finished_by_the_next_reader(moves
     assert contents(tmp_path) == expected(1, b"third")
 
 
-def test_reading_an_index_finishes_a_save(tmp_path):
+@pytest.mark.parametrize("asks", ["the index", "what the folder holds"])
+def test_who_reads_a_folder_finishes_a_save(asks, tmp_path):
     save(tmp_path, 2, b"old")
     draft = tmp_path / f"{SAVING_PREFIX}dead"
     draft.mkdir()
@@ -226,7 +228,10 @@ def test_reading_an_index_finishes_a_save(tmp_path):
     (draft / INDEX_NAME).write_text(json.dumps({"weight_map": {"memory": "engram-memory-00001-of-00001.safetensors"}}))
     saves_engram.mark_complete(draft)
     os.replace(draft / CONFIG_NAME, tmp_path / CONFIG_NAME)
-    assert list(read_index(tmp_path)) == ["memory"]
+    if asks == "the index":
+        assert list(read_index(tmp_path)) == ["memory"]
+    else:
+        assert checkpoint_in(tmp_path) == "whole"
     assert not drafts(tmp_path)
 
 
