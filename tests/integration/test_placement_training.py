@@ -23,7 +23,6 @@ from engram_transformers.training import engram_optimizer
 from engram_transformers.training.optimizer import learnable
 
 
-pytestmark = pytest.mark.core
 needs_523 = pytest.mark.skipif(CHECKPOINTS_RUN_HOOKS, reason="checkpointing is refused before transformers 5.23")
 
 
@@ -63,6 +62,7 @@ def train(model, dataset, folder, resume=None, **changes) -> dict[str, torch.Ten
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=needs_523)], ids=["plain", "checkpointing"])
 def test_training_in_host_memory_is_training_on_the_device(checkpointing, saved, dataset, tmp_path):
     """Accumulated, clipped, saved half-way and resumed."""
@@ -79,11 +79,13 @@ def test_training_in_host_memory_is_training_on_the_device(checkpointing, saved,
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.items())
 
 
+@pytest.mark.core
 def test_a_memory_that_was_not_loaded_is_not_trained(saved, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"'none'.*place_memory\('disk'\)"):
         train(load(saved, "none"), dataset, tmp_path)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("frozen", ["model", "memory"])
 @pytest.mark.parametrize("place", ["device", "cpu"])
 def test_frozen_tables_stay_frozen_wherever_they_go(place, frozen, saved, ids):
@@ -107,6 +109,7 @@ def test_frozen_tables_stay_frozen_wherever_they_go(place, frozen, saved, ids):
     assert not any(torch.equal(part, before[name]) for name, part in rows_of(model).items())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(place, saved, dataset, tmp_path):
     """On the device torch's optimizers refuse the gradient themselves; elsewhere they never see it."""
@@ -133,6 +136,7 @@ def test_an_optimizer_that_does_not_see_the_tables_is_an_error_and_not_silence(p
     assert all(part.grad is None for _, part in model.memory.named_host_parts())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("before", [None, "one that is gone", "one that holds them"])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_a_loop_whose_optimizer_does_not_hold_the_tables_ends_at_its_second_pass(place, before, saved, ids):
@@ -158,6 +162,7 @@ def test_a_loop_whose_optimizer_does_not_hold_the_tables_ends_at_its_second_pass
     model(input_ids=ids, labels=ids).loss.backward()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("found", [1.0, float("inf")], ids=["finite", "inf"])
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_a_scaler_on_a_device_reaches_rows_on_the_host(place, found, saved, ids, device):
@@ -184,6 +189,7 @@ def test_a_scaler_on_a_device_reaches_rows_on_the_host(place, found, saved, ids,
         assert torch.equal(late, right) or found != 1.0
 
 
+@pytest.mark.core
 def test_gradients_are_measured_in_the_same_order_wherever_tables_are(saved):
     """Norms of many gradients are added up in their order: another one clips by another last bit."""
     names = {place: [name for name, _ in learnable(load(saved, place))] for place in ("device", "cpu", "disk")}
@@ -191,6 +197,7 @@ def test_gradients_are_measured_in_the_same_order_wherever_tables_are(saved):
     assert names["device"] == names["cpu"] == names["disk"] == in_order
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("parts", [1, 3])
 def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tiny_engram, tmp_path, monkeypatch):
     tiny_engram(trained=True, engram_table_parts=parts).save_pretrained(tmp_path)
