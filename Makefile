@@ -46,7 +46,8 @@ test-all: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(PYTEST) --hypothesis-profile=wide $(ARGS)
 
 # The core tests on other versions than the locked ones, and checkpoints between them: VERSIONS="5.20.2 oldest" for some,
-# with names of tests/versions/__main__.py. The ends of the range need Python 3.10 and 3.13. Table: runs/versions.json.
+# with names of tests/versions/__main__.py. Needs Python 3.10, 3.12 and 3.13 too, which
+# uv must be able to start: with pyenv, PYENV_VERSION=3.11.7:3.10.13:3.12.1:3.13.0. Table: runs/versions.json.
 test-versions: $(VENV)/.dev
 	WORKERS=$(WORKERS) $(BIN)/python -m tests.versions $(VERSIONS)
 

@@ -36,7 +36,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -94,8 +93,6 @@ def seeded():
 @pytest.fixture(scope="session")
 def counting_device():
     """`torch.counting`, an accelerator that counts bytes; skipped where it cannot be built."""
-    if Version(torch.__version__) < Version("2.13"):
-        pytest.skip("the counting device is written for the headers of torch 2.13 and newer")
     try:
         return load()
     except NoCompiler as reason:

@@ -276,11 +276,16 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
 }
 
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<COUNTING> {
+// Of the interface and not of NoOpDeviceGuardImpl, which is final before torch 2.7.
+struct Guard final : c10::impl::DeviceGuardImplInterface {
   static c10::Stream stream(int64_t id) { return c10::Stream(c10::Stream::UNSAFE, DEVICE, id); }
   static int64_t number(void* event) { return reinterpret_cast<int64_t>(event); }
   c10::Device exchangeDevice(c10::Device) const override { return DEVICE; }
+  c10::DeviceType type() const override { return COUNTING; }
   c10::Device getDevice() const override { return DEVICE; }
+  void setDevice(c10::Device) const override {}
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   c10::Stream getStream(c10::Device) const noexcept override { return stream(current_stream); }
   c10::Stream getDefaultStream(c10::Device) const override { return stream(0); }
   c10::Stream exchangeStream(c10::Stream next) const noexcept override {
@@ -327,8 +332,8 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<COUNTING> {
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  bool isBuilt() const { return true; }  // without `override`: torch 2.6 does not ask
+  bool isAvailable() const { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }

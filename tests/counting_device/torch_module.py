@@ -14,6 +14,7 @@ def always(answer) -> Callable:
 
 is_available = is_initialized = always(True)
 _is_in_bad_fork = always(False)
+_lazy_init = always(None)  # without one, torch 2.6 synchronizes nothing
 device_count, current_device, device = always(1), always(0), always(nullcontext())  # there is one
 set_device = empty_cache = manual_seed_all = always(None)  # random numbers are the CPU's
 get_amp_supported_dtype = always([])  # autocast warns and does nothing
@@ -34,12 +35,18 @@ class Event(torch.Event):
         return super().__new__(cls, device="counting")
 
 
-def stream(chosen: torch.Stream | None) -> AbstractContextManager:
-    return nullcontext() if chosen is None else chosen
-
-
 def current_stream(device=None) -> torch.Stream:
     return torch.accelerator.current_stream()
+
+
+@contextmanager
+def stream(chosen: torch.Stream | None) -> Iterator[None]:
+    before = current_stream()  # a stream is a context by itself from torch 2.7 on
+    set_stream(before if chosen is None else chosen)
+    try:
+        yield
+    finally:
+        set_stream(before)
 
 
 def mem_get_info(device=None) -> tuple[int, int]:

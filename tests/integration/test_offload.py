@@ -23,13 +23,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.integrations.accelerate import _get_device_map
 
-from engram_transformers import (
-    EngramConfig,
-    EngramForCausalLM,
-    EngramTrainer,
-    attach_memory_offload,
-    detach_memory_offload,
-)
+from engram_transformers import EngramConfig, EngramForCausalLM, EngramTrainer
 
 from ..conftest import examples
 from ..counting_device import counted
@@ -212,8 +206,8 @@ def test_a_training_step_carries_rows_up_and_their_gradients_down(device, saved,
 WAYS = {
     "placed on cpu": lambda saved: loaded(saved, "cpu"),
     "placed on disk": lambda saved: loaded(saved, "disk"),
-    "attached before": lambda saved: attach_memory_offload(loaded(saved), "cpu"),
-    "attached before, disk": lambda saved: attach_memory_offload(loaded(saved), "disk"),
+    "moved to cpu": lambda saved: loaded(saved).place_memory("cpu"),
+    "moved to disk": lambda saved: loaded(saved).place_memory("disk"),
     "left to the map": loaded,
 }
 MAPS = {"one": ONE, "by parts": TABLES_ON_HOST, "by parts, disk": TABLES_ON_DISK}
@@ -240,11 +234,11 @@ def test_a_table_is_taken_back_from_a_dispatched_model(place, device, saved, con
     model, there = loaded(saved), ids.to("counting")
     dispatch_model(model, ONE, main_device="counting:0", force_hooks=True)
     with counted() as block:
-        attach_memory_offload(model, place)
+        model.place_memory(place)
     assert block.h2d == 0
     assert crossing(lambda: model(input_ids=there)) == travel(control, ids)
     assert same(logits(model, there), logits(control, ids))
-    detach_memory_offload(model)
+    model.place_memory("device")
     assert {p.device.type for n, p in model.named_parameters() if "tables" in n} == {"counting"}
     assert crossing(lambda: model(input_ids=there)) == (0, 0)
 

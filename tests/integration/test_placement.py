@@ -27,6 +27,8 @@ from .backbones import HEADS
 from .test_hub import Hub
 
 
+pytestmark = pytest.mark.core
+
 PLACES = ("device", "cpu", "disk")
 AWAY = ("cpu", "disk")
 SHARD = "engram-memory-00001-of-00001.safetensors"

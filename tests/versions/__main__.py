@@ -19,6 +19,7 @@ VERSIONS = {
     "5.20.2": lambda: layered("5.20.2"),
     "5.22.2": lambda: layered("5.22.2"),
     "5.24.0": lambda: layered("5.24.0"),
+    "3.12": lambda: whole("3.12", "3.12", "--constraint", "requirements/lock.txt"),
     "oldest": lambda: whole("oldest", "3.10", "--resolution", "lowest-direct"),
     "newest": lambda: whole("newest", "3.13", "transformers==5.24.*"),
     "latest": lambda: whole("latest", "3.13", "--upgrade", "--override", "requirements/latest.txt"),
