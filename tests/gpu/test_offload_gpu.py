@@ -11,7 +11,7 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from engram_transformers import EngramForCausalLM, attach_memory_offload, detach_memory_offload
+from engram_transformers import EngramForCausalLM
 
 from ..tiny import engram_on
 
@@ -111,10 +111,10 @@ def test_rows_come_from_pinned_memory(saved, ids):
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_dispatched_and_offloaded_models_give_the_same_logits(place, saved, ids, expected):
-    dispatched = attach_memory_offload(loaded(saved), place)
+    dispatched = loaded(saved).place_memory(place)
     dispatch_model(dispatched, {"": 0}, force_hooks=True)
     assert close(logits(dispatched, ids), expected)
-    detach_memory_offload(dispatched)
+    dispatched.place_memory("device")
     assert close(logits(dispatched, ids), expected)
     offloaded = loaded(saved, place)
     cpu_offload(offloaded, "cuda:0")

@@ -33,13 +33,10 @@ EXPORTS = [
     "EngramFormatError",
     "EngramLayer",
     "EngramModel",
-    "EngramRowsHook",
     "EngramTrainer",
     "EngramTrainingArguments",
     "NgramHasher",
     "TokenCompressor",
-    "attach_memory_offload",
-    "detach_memory_offload",
     "load_memory_pack",
     "save_memory_pack",
 ]

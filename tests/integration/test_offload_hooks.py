@@ -1,5 +1,5 @@
-"""Hooks of accelerate's kind that leave a table where it is: removing one undoes attaching it, the hooks of others stay,
-a wrong row is found, and what cannot work is refused.
+"""Hooks of accelerate's kind that leave a table where it is: removing one undoes attaching it, hooks of others stay, a
+wrong row is found, and what cannot work is refused.
 
 Bytes are counted on the device of tests/counting_device; logits on it differ from the CPU's by at most 1e-5 (float32).
 Run: pytest tests/integration/test_offload_hooks.py
