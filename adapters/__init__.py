@@ -6,20 +6,20 @@ Promises: importing it imports no PEFT.
 Source: docs/design.md, "What travels".
 """
 
-from .memory_delta import from_pack, load_memory_pack, save_changes, save_memory_pack
+from .memory_delta import from_delta, load_memory_delta, save_changes, save_memory_delta
 from .peft_adapters import load_adapter, memory_beside, take_over_adapters, unwrapped_donor
 from .peft_patches import support_peft, support_peft_when_imported
-from .trainable import set_train_mode
+from .trainable import apply_trainable
 
 
 __all__ = [
-    "from_pack",
+    "apply_trainable",
+    "from_delta",
     "load_adapter",
-    "load_memory_pack",
+    "load_memory_delta",
     "memory_beside",
     "save_changes",
-    "save_memory_pack",
-    "set_train_mode",
+    "save_memory_delta",
     "support_peft",
     "support_peft_when_imported",
     "take_over_adapters",

@@ -1,10 +1,10 @@
-"""Memory packs: what training changed in a memory, in one file apart from the checkpoint that it changed.
+"""Memory deltas: what training changed in a memory, in one file apart from the checkpoint that it changed.
 
-What it chooses: a pack names its base (a folder, or a Hub id and its commit) and holds the rows that differ from it and
-the memory's dense weights, as they are and not as differences, so that base and pack give the trained memory bit for
+What it chooses: a delta names its base (a folder, or a Hub id and its commit) and holds the rows that differ from it and
+the memory's dense weights, as they are and not as differences, so that base and delta give the trained memory bit for
 bit. The base's digest covers hash constants, token map, dense weights and a sample of rows of every part: reading all
 rows of a large table would cost more than the training.
-Promises: a pack is checked whole, against file, model and base, before anything is changed; it is written under another
+Promises: a delta is checked whole, against file, model and base, before anything is changed; it is written under another
 name and then renamed. Never unpickles, never writes into the base.
 Source: docs/training.md, docs/format.md.
 """
@@ -23,24 +23,24 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..checkpoint_engram import AUTO_MAP, DIGESTS
 from ..compat_engram import transformers_version
 from ..configuration_engram import EngramFormatError
-from ..overlay_engram import ChangedRows
-from ..rows_engram import CheckpointTables, FilePart, FileRows
-from ..saves_engram import ADAPTER_NAME, INDEX_NAME, PACK_NAME, flush, locked, whole_save
-from ..shards_engram import DTYPE_NAMES, read_header
-from ..table_engram import TablePart
-from .trainable import set_train_mode
+from ..files_atomic_engram import ADAPTER_NAME, DELTA_NAME, INDEX_NAME, delta_file, flush, locked, whole_save
+from ..files_checkpoint_engram import AUTO_MAP, DIGESTS
+from ..files_safetensors_engram import DTYPE_NAMES, read_header
+from ..rows_overlay_engram import ChangedRows
+from ..rows_storage_engram import CheckpointTables, FilePart, FileRows
+from ..rows_table_engram import TablePart
+from .trainable import apply_trainable
 
 
-KIND = "engram-memory-pack"
+KIND = "engram-memory-delta"
 VERSION = "1"
 
 # State-dict prefix of the memory's dense weights.
 LAYERS_PREFIX = "memory.layers."
 
-# Rows of every part, beside those that a pack changes, that the base's digest looks at. A memory in which 1 of 300
+# Rows of every part, beside those that a delta changes, that the base's digest looks at. A memory in which 1 of 300
 # other rows differs passes for the base once in 30 with one part, and once in 800,000 with four.
 SAMPLED_ROWS = 1024
 
@@ -49,12 +49,12 @@ BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
-class PackHeader:
-    """What a pack says of itself.
+class DeltaHeader:
+    """What a delta says of itself.
 
     Args:
         base (`str`): folder or Hub id of the checkpoint that it changes.
-        revision (`str`, *optional*): the commit of a base on the Hub; None for a folder, and in older packs.
+        revision (`str`, *optional*): the commit of a base on the Hub; None for a folder, and in older deltas.
         subfolder (`str`): where in its repository a base on the Hub is.
         base_sha256 (`str`): digest of that memory, as far as `base_digest` looks at it.
         digests (`dict[str, str]`): of hash constants and token map, as in `config.json`.
@@ -81,12 +81,12 @@ def named_base(base: str, revision: str | None) -> str:
     return repr(base) if revision is None else f"{base!r} (revision {revision})"
 
 
-def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
+def save_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
     """Writes what differs between a model's memory and the checkpoint that it came from.
 
     Args:
         model ([`EngramForCausalLM`]): the model, wherever its tables are.
-        path (`str` or `os.PathLike`): a file, or a folder for `memory_pack.safetensors`.
+        path (`str` or `os.PathLike`): a file, or a folder for `memory_delta.safetensors`.
         base (`str` or `os.PathLike`, *optional*): folder of the checkpoint; the one that the model came from if None.
         provenance: anything that JSON can hold, kept in the file.
 
@@ -100,23 +100,23 @@ def save_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
     Example:
 
     ```python
-    >>> from engram_transformers import load_memory_pack, save_memory_pack
+    >>> from engram_transformers.adapters import load_memory_delta, save_memory_delta
 
-    >>> save_memory_pack(model, "my-pack", base="my-graft")
+    >>> save_memory_delta(model, "my-delta", base="my-graft")
     >>> model = AutoModelForCausalLM.from_pretrained("my-graft")
-    >>> load_memory_pack(model, "my-pack")
+    >>> load_memory_delta(model, "my-delta")
     ```"""
-    path = pack_path(path)
-    if path.name == PACK_NAME and (path.parent / INDEX_NAME).exists() and not (path.parent / ADAPTER_NAME).exists():
+    path = delta_path(path)
+    if path.name == DELTA_NAME and (path.parent / INDEX_NAME).exists() and not (path.parent / ADAPTER_NAME).exists():
         raise ValueError(
             f"'{path.parent}' holds a whole checkpoint, and loading would not know which of both is meant: name "
-            "another folder or file for the pack, or save the model whole (model.save_pretrained(folder))."
+            "another folder or file for the delta, or save the model whole (model.save_pretrained(folder))."
         )
-    return write_pack(model, path, base, **provenance)
+    return write_delta(model, path, base, **provenance)
 
 
-def write_pack(model, path: Path, base: str | os.PathLike | None = None, **provenance) -> Path:
-    """Writes a pack's file; see `save_memory_pack`."""
+def write_delta(model, path: Path, base: str | os.PathLike | None = None, **provenance) -> Path:
+    """Writes a delta's file; see `save_memory_delta`."""
     check_loaded(model)
     files, name = base_of(model, base)
     parts = named_parts(model)
@@ -152,25 +152,26 @@ def write_pack(model, path: Path, base: str | os.PathLike | None = None, **prove
     return path
 
 
-def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | None = None):
-    """Makes a model's memory what it was when a pack was saved; whatever else was changed in it is undone.
+def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None):
+    """Makes a model's memory what it was when a delta was saved; whatever else was changed in it is undone.
 
     Args:
-        model ([`EngramForCausalLM`]): a model with the memory of the pack's base, wherever its tables are.
+        model ([`EngramForCausalLM`]): a model with the memory of the delta's base, wherever its tables are.
         path (`str` or `os.PathLike`): the file, or its folder.
         base (`str` or `os.PathLike`, *optional*):
-            Folder of the base; where the model came from, or the name in the pack, if None.
+            Folder of the base; where the model came from, or the name in the delta, if None.
 
     Returns:
         The model, changed in place.
 
     Raises:
-        `FileNotFoundError`: if the pack or its base is not there.
-        [`EngramFormatError`]: if the pack is damaged, of another memory or another base; nothing is changed then.
+        `FileNotFoundError`: if the delta or its base is not there.
+        [`EngramFormatError`]: if the delta is damaged, of another memory or another base; nothing is changed then.
     """
     check_loaded(model)
-    path = pack_path(path)
-    header = read_pack_header(path)
+    path = delta_path(path)
+    path = delta_file(path.parent) or path if path.name == DELTA_NAME else path
+    header = read_delta_header(path)
     for field in DIGESTS:
         if header.digests.get(field) != getattr(model.config, field):
             raise EngramFormatError(
@@ -202,77 +203,77 @@ def load_memory_pack(model, path: str | os.PathLike, base: str | os.PathLike | N
 
 
 def save_changes(model, folder: str | os.PathLike) -> None:
-    """Saves a memory pack, and a configuration that says so: `from_pretrained(folder)` loads the pack and its base.
+    """Saves a memory delta, and a configuration that says so: `from_pretrained(folder)` loads the delta and its base.
 
     Args:
         model ([`EngramForCausalLM`]): the model, wherever its tables are.
         folder (`str` or `os.PathLike`): an older checkpoint in it is replaced.
 
     Raises:
-        `ValueError`: if the folder is the base's own, which the pack needs, or as for `save_memory_pack`.
+        `ValueError`: if the folder is the base's own, which the delta needs, or as for `save_memory_delta`.
     """
     folder = Path(folder)
     files, _ = base_of(model, None)
     if files.folder.resolve() == folder.resolve():
         raise ValueError(
-            f"'{folder}' holds the checkpoint that a pack would name as its base: name another folder, or save the "
+            f"'{folder}' holds the checkpoint that a delta would name as its base: name another folder, or save the "
             "model whole (model.save_pretrained(folder))."
         )
     config = copy.deepcopy(model.config)
-    config.engram_memory_pack = PACK_NAME
+    config.engram_memory_delta = DELTA_NAME
     with whole_save(folder) as draft:
-        save_memory_pack(model, draft)
+        save_memory_delta(model, draft)
         # Model first, configuration second: its copy replaces the door of the same name.
         custom_object_save(model, draft, config=config)
         config.auto_map = dict(AUTO_MAP)
         config.save_pretrained(draft)
 
 
-def from_pack(cls, pack: Path, *model_args, **kwargs):
-    """The base of a pack, with the pack's memory and the train mode of the configuration beside it.
+def from_delta(cls, delta: Path, *model_args, **kwargs):
+    """The base of a delta, with the delta's memory and the train mode of the configuration beside it.
 
     Raises:
         `FileNotFoundError`: if the base is not where it was.
     """
-    header = read_pack_header(pack)
+    header = read_delta_header(delta)
     if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
         raise FileNotFoundError(
-            f"'{pack.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
-            f"the checkpoint from where it is and call load_memory_pack(model, '{pack}', base=...)."
+            f"'{delta.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
+            f"the checkpoint from where it is and call load_memory_delta(model, '{delta}', base=...)."
         )
-    for name in ("subfolder", "revision"):  # of the pack's repository
+    for name in ("subfolder", "revision"):  # of the delta's repository
         kwargs.pop(name, None)
     if header.revision is not None:
         kwargs |= {"revision": header.revision, "subfolder": header.subfolder}
     if isinstance(kwargs.get("config"), PreTrainedConfig):
         kwargs["config"] = copy.deepcopy(kwargs["config"])
-        kwargs["config"].engram_memory_pack = None
+        kwargs["config"].engram_memory_delta = None
     found = cls.from_pretrained(header.base, *model_args, **kwargs)
     model = found[0] if isinstance(found, tuple) else found
     if model.memory.placement == "none":
         return found
-    load_memory_pack(model, pack)
-    word = cls.config_class.from_pretrained(pack.parent).engram_train_mode
+    load_memory_delta(model, delta)
+    word = cls.config_class.from_pretrained(delta.parent).engram_trainable
     if word is not None:
-        set_train_mode(model, word, adapters_must_be_there=False)
-        model.config.engram_train_mode = word
+        apply_trainable(model, word, adapters_must_be_there=False)
+        model.config.engram_trainable = word
     return found
 
 
-def pack_path(path: str | os.PathLike) -> Path:
-    """A pack's file: a folder holds it under its usual name."""
+def delta_path(path: str | os.PathLike) -> Path:
+    """A delta's file: a folder holds it under its usual name, or the one that it had before 0.1."""
     path = Path(path)
-    return path if path.suffix == ".safetensors" else path / PACK_NAME
+    return path if path.suffix == ".safetensors" else path / DELTA_NAME
 
 
-def read_pack_header(path: str | os.PathLike) -> PackHeader:
-    """What a pack says of itself, when it is whole.
+def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
+    """What a delta says of itself, when it is whole.
 
     Raises:
         `FileNotFoundError`: if it is not there.
-        [`EngramFormatError`]: if it is no pack, truncated, or of a later version.
+        [`EngramFormatError`]: if it is no delta, truncated, or of a later version.
     """
-    path = pack_path(path)
+    path = delta_path(path)
     read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -281,21 +282,21 @@ def read_pack_header(path: str | os.PathLike) -> PackHeader:
         raise EngramFormatError(f"'{path}' cannot be read ({error}): copy it again.") from error
     if metadata.get("kind") != KIND or metadata.get("version") != VERSION:
         raise EngramFormatError(
-            f"'{path}' is no memory pack of version {VERSION} (kind {metadata.get('kind')!r}, version "
-            f"{metadata.get('version')!r}): name a file that save_memory_pack wrote, or upgrade this package."
+            f"'{path}' is no memory delta of version {VERSION} (kind {metadata.get('kind')!r}, version "
+            f"{metadata.get('version')!r}): name a file that save_memory_delta wrote, or upgrade this package."
         )
     try:
         held = {name: json.loads(metadata[name]) for name in ("digests", "provenance", "rows")}
         where = {"revision": metadata.get("base_revision"), "subfolder": metadata.get("base_subfolder", "")}
-        return PackHeader(metadata["base"], base_sha256=metadata["base_sha256"], **where, **held)
+        return DeltaHeader(metadata["base"], base_sha256=metadata["base_sha256"], **where, **held)
     except (KeyError, ValueError) as error:
         raise EngramFormatError(f"'{path}' has a damaged header ({error!r}): copy it again.") from error
 
 
 def check_loaded(model) -> None:
-    """Raises for a model without tables that a pack could be taken from or given to."""
+    """Raises for a model without tables that a delta could be taken from or given to."""
     if not hasattr(model, "memory"):
-        raise TypeError(f"{type(model).__name__} has no memory: a pack is of an EngramForCausalLM.")
+        raise TypeError(f"{type(model).__name__} has no memory: a delta is of an EngramForCausalLM.")
     if model.memory.placement == "none":
         raise ValueError("the memory was not loaded (engram_placement='none'): model.place_memory('disk') first.")
 
@@ -323,14 +324,14 @@ def base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, st
     files = model.checkpoint_tables
     if files is None:
         raise ValueError(
-            "this memory came from no checkpoint, and a pack holds what differs from one: name it (base=...), or keep "
+            "this memory came from no checkpoint, and a delta holds what differs from one: name it (base=...), or keep "
             "the model whole (model.save_pretrained(folder))."
         )
     return files, files.name
 
 
 def base_digest(config, files: CheckpointTables, changed: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of a stored memory: constants, token map, dense weights, a sample of rows, and the rows of a pack.
+    """SHA-256 of a stored memory: constants, token map, dense weights, a sample of rows, and the rows of a delta.
 
     All rows would have to be read for more: 40 seconds for 40 GB.
     """
@@ -355,8 +356,8 @@ def stored_weights(files: CheckpointTables) -> Iterator[tuple[str, bytes]]:
         yield name, bytes(buffer)
 
 
-def matching_base(model, base, header: PackHeader, changed: dict[str, torch.Tensor]) -> CheckpointTables:
-    """The files of the base of a pack that changes these rows.
+def matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Tensor]) -> CheckpointTables:
+    """The files of the base of a delta that changes these rows.
 
     Raises:
         `FileNotFoundError`: if there are none.
@@ -375,17 +376,17 @@ def matching_base(model, base, header: PackHeader, changed: dict[str, torch.Tens
         tried.append(repr(header.base))
     if not tried:
         raise FileNotFoundError(
-            f"the pack changes the memory of {header.base_name}, which is not here: name the folder (base=...)."
+            f"the delta changes the memory of {header.base_name}, which is not here: name the folder (base=...)."
         )
     raise EngramFormatError(
-        f"the pack changes the memory of {header.base_name} (digest {header.base_sha256[:16]}...); "
-        f"{' and '.join(tried)} has other rows or weights. Load the pack's base"
+        f"the delta changes the memory of {header.base_name} (digest {header.base_sha256[:16]}...); "
+        f"{' and '.join(tried)} has other rows or weights. Load the delta's base"
         f"{f' (revision={header.revision!r})' if header.revision else ''}, or name it (base=...)."
     )
 
 
 def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Tensor]:
-    """A pack's tensors, checked against the model by the file's header before they are read.
+    """A delta's tensors, checked against the model by the file's header before they are read.
 
     Raises:
         [`EngramFormatError`]: naming what does not fit.
@@ -404,7 +405,7 @@ def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Ten
         if wanted != is_there and not dense_in_another_type:
             raise EngramFormatError(
                 f"'{path}' holds '{name}' as {is_there or 'nothing'}, the model needs {wanted or 'no such tensor'}: "
-                "the pack belongs to a memory of other sizes, or is damaged."
+                "the delta belongs to a memory of other sizes, or is damaged."
             )
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in found}
@@ -415,7 +416,7 @@ def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Ten
         if int(rows[0]) < 0 or int(rows[-1]) >= part.table_shape[0] or bool((rows.diff() <= 0).any()):
             raise EngramFormatError(
                 f"'{path}' names rows of '{name}' that are not ascending and unique within {part.table_shape[0]:,} "
-                "rows: the pack is damaged."
+                "rows: the delta is damaged."
             )
     return tensors
 

@@ -1,9 +1,9 @@
 """Adapters of PEFT and the memory: what is kept beside an adapter, and what comes back with it.
 
 What it chooses: a memory that learns, or is no longer what its checkpoint holds, is saved into every adapter folder as
-a pack. A model has one memory, whatever adapters it has: an adapter that brings another one than those that are loaded
-is refused. An adapter's folder may also hold no pack; then the memory stays what it is.
-Promises: a memory is saved with an adapter or the save raises an error; a pack is in place before the adapter's
+a delta. A model has one memory, whatever adapters it has: an adapter that brings another one than those that are loaded
+is refused. An adapter's folder may also hold no delta; then the memory stays what it is.
+Promises: a memory is saved with an adapter or the save raises an error; a delta is in place before the adapter's
 settings name it, and is checked before the adapter is loaded. Never needs PEFT to be installed.
 Source: docs/peft.md.
 """
@@ -22,28 +22,38 @@ from transformers.utils import logging
 
 from ..compat_engram import mark_loaded, set_carries_adapters
 from ..configuration_engram import EngramFormatError
+from ..files_atomic_engram import (
+    ADAPTER_NAME,
+    DELTA_KEY,
+    DELTA_NAME,
+    OLD_DELTA_KEY,
+    OLD_DELTA_NAME,
+    checkpoint_in,
+    locked,
+    named_delta,
+    remove_checkpoint,
+)
 from ..guard_engram import adapter_file, where_of_adapter
 from ..memory_engram import EngramMemory, refuse_copied_code
-from ..placement_engram import named_orders
-from ..rows_engram import CheckpointTables
-from ..saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, checkpoint_in, locked, remove_checkpoint, said_pack
+from ..rows_placement_engram import named_orders
+from ..rows_storage_engram import CheckpointTables
 from .memory_delta import (
     base_digest,
     blocks_that_differ,
     changed_rows,
     dense_weights,
     is_over,
-    load_memory_pack,
+    load_memory_delta,
     named_parts,
     stored_weights,
-    write_pack,
+    write_delta,
 )
 
 
 logger = logging.get_logger(__name__)
 
 # A process that does not know this package gets PEFT's warning about the setting instead of silence.
-UNKNOWN_SETTING = rf"Unexpected keyword arguments \['{PACK_KEY}'\]"
+UNKNOWN_SETTING = rf"Unexpected keyword arguments \['({DELTA_KEY}|{OLD_DELTA_KEY})'\]"
 
 
 def load_adapter(original, model: nn.Module, source: str | None, name: str | None, *args, **kwargs):
@@ -59,10 +69,10 @@ def load_adapter(original, model: nn.Module, source: str | None, name: str | Non
         See `EngramCheckpointMixin.load_adapter`.
     """
     adapter = name or "default"
-    pack = None if source is None else find_pack(source, **where_of_adapter(kwargs))
+    delta = None if source is None else find_delta(source, **where_of_adapter(kwargs))
     # In `from_pretrained` tables are not yet where they are to be.
-    take_pack(model, adapter, pack, later=kwargs.get("load_config") is not None)
-    with quiet_about_packs():
+    take_delta(model, adapter, delta, later=kwargs.get("load_config") is not None)
+    with quiet_about_deltas():
         info = original(source, name, *args, **kwargs)
     if info.missing_keys and info.unexpected_keys:
         model.delete_adapter(adapter)
@@ -97,9 +107,9 @@ def take_over_adapters(model: nn.Module) -> None:
 @torch.no_grad()
 def memory_travels(model: nn.Module) -> bool:
     """Whether an adapter needs the memory beside it: it learns, or is no longer what its checkpoint holds."""
-    if model.due_pack is not None:
+    if model.due_delta is not None:
         raise ValueError(
-            f"the memory of '{model.due_pack}' was not loaded (engram_placement='none'), and a save would lose it: "
+            f"the memory of '{model.due_delta}' was not loaded (engram_placement='none'), and a save would lose it: "
             "model.place_memory('disk') first."
         )
     if model.memory.placement == "none":
@@ -149,7 +159,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     """Saves the memory into adapter folders, if it has to be there, and names it in the settings that the block writes.
 
     Raises:
-        `ValueError`: if there is no checkpoint that a pack could be the change of; nothing is written then.
+        `ValueError`: if there is no checkpoint that a delta could be the change of; nothing is written then.
     """
     if not folders:
         yield
@@ -164,18 +174,19 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     for folder in folders:
         remove_other_checkpoint(model, folder)
         if not travels:
-            (folder / PACK_NAME).unlink(missing_ok=True)  # of an adapter that was here before
+            for name in (DELTA_NAME, OLD_DELTA_NAME):  # of an adapter that was here before
+                (folder / name).unlink(missing_ok=True)
         elif folder is folders[0]:
-            write_pack(model, folder / PACK_NAME)
+            write_delta(model, folder / DELTA_NAME)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder):
-                shutil.copyfile(folders[0] / PACK_NAME, folder / f"{PACK_NAME}.part")
-                os.replace(folder / f"{PACK_NAME}.part", folder / PACK_NAME)
+                shutil.copyfile(folders[0] / DELTA_NAME, folder / f"{DELTA_NAME}.part")
+                os.replace(folder / f"{DELTA_NAME}.part", folder / DELTA_NAME)
     yield
     for folder in folders:
         with locked(folder):
-            name_pack(folder / ADAPTER_NAME, model, travels)
+            name_delta(folder / ADAPTER_NAME, model, travels)
 
 
 def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
@@ -194,12 +205,12 @@ def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
 
 
 def is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -> bool:
-    """Whether two checkpoints hold the same memory, as far as a pack's digest looks at it."""
+    """Whether two checkpoints hold the same memory, as far as a delta's digest looks at it."""
     none = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in named_parts(model)}
     return base_digest(model.config, there, none) == base_digest(model.config, base, none)
 
 
-def name_pack(path: Path, model: nn.Module, travels: bool) -> None:
+def name_delta(path: Path, model: nn.Module, travels: bool) -> None:
     """Writes into an adapter's settings whether a memory belongs to it, and the checkpoint of both if none is named.
 
     `auto_mapping` says it too: that is what PEFT keeps of settings that it does not know, so that a checkpoint's own
@@ -208,22 +219,25 @@ def name_pack(path: Path, model: nn.Module, travels: bool) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     named = settings.get("auto_mapping") or {}
     if travels:
-        settings[PACK_KEY] = PACK_NAME
+        settings.pop(OLD_DELTA_KEY, None)
+        settings[DELTA_KEY] = DELTA_NAME
         # PEFT wants the other two in every `auto_mapping`, and reads them where an adapter names no task.
         own = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-        settings["auto_mapping"] = {**own, **named, PACK_KEY: PACK_NAME}
+        settings["auto_mapping"] = {**own, **named, DELTA_KEY: DELTA_NAME}
         if not settings.get("base_model_name_or_path"):
             settings["base_model_name_or_path"] = model.checkpoint_tables.name
             settings["revision"] = settings.get("revision") or model.checkpoint_tables.revision
-    elif named.pop(PACK_KEY, None) is None:  # left from the settings that the adapter was loaded with
+    elif (
+        named.pop(DELTA_KEY, named.pop(OLD_DELTA_KEY, None)) is None
+    ):  # left from the settings that the adapter was loaded with
         return
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     os.replace(draft, path)
 
 
-def find_pack(source: str | os.PathLike, **where) -> Path | None:
-    """The pack that an adapter's settings name, in its folder or repository; None if they name none.
+def find_delta(source: str | os.PathLike, **where) -> Path | None:
+    """The delta that an adapter's settings name, in its folder or repository; None if they name none.
 
     Raises:
         `FileNotFoundError`: if it is not there.
@@ -232,22 +246,24 @@ def find_pack(source: str | os.PathLike, **where) -> Path | None:
     settings = adapter_file(source, ADAPTER_NAME, **where)
     if settings is None:
         return None  # PEFT says what is missing
-    named, is_local = said_pack(settings), Path(source).is_dir()
-    pack = adapter_file(source, PACK_NAME, **where) if named or is_local else None
-    if named and pack is None:
+    named, is_local = named_delta(settings), Path(source).is_dir()
+    delta = None
+    if named or is_local:
+        delta = adapter_file(source, DELTA_NAME, **where) or adapter_file(source, OLD_DELTA_NAME, **where)
+    if named and delta is None:
         raise FileNotFoundError(
-            f"the adapter '{source}' was saved with a memory, and {PACK_NAME} is not there: copy it again, or take "
-            f"'{PACK_KEY}' out of its {ADAPTER_NAME} to load the adapter without."
+            f"the adapter '{source}' was saved with a memory, and {DELTA_NAME} is not there: copy it again, or take "
+            f"'{DELTA_KEY}' out of its {ADAPTER_NAME} to load the adapter without."
         )
-    if pack is not None and not named and checkpoint_in(pack.parent) != "pack":
+    if delta is not None and not named and checkpoint_in(delta.parent) != "delta":
         raise EngramFormatError(
-            f"'{pack}' lies beside an adapter whose settings do not name it: the save of one of them was interrupted. "
-            f"Save the adapter again, or delete the pack, or add '{PACK_KEY}': '{PACK_NAME}' to {ADAPTER_NAME}."
+            f"'{delta}' lies beside an adapter whose settings do not name it: the save of one of them was interrupted. "
+            f"Save the adapter again, or delete the delta, or add '{DELTA_KEY}': '{DELTA_NAME}' to {ADAPTER_NAME}."
         )
-    return pack if named else None
+    return delta if named else None
 
 
-def refuse_packs(model: nn.Module, source: str | os.PathLike, **where) -> None:
+def refuse_deltas(model: nn.Module, source: str | os.PathLike, **where) -> None:
     """Refuses an adapter in a folder that was saved with a memory, for a model that has none.
 
     Raises:
@@ -257,45 +273,45 @@ def refuse_packs(model: nn.Module, source: str | os.PathLike, **where) -> None:
     # Not of the Hub's: each adapter of every other model would cost a request.
     settings = adapter_file(source, ADAPTER_NAME, **where) if Path(source).is_dir() else None
     known = {} if settings is None else json.loads(settings.read_text(encoding="utf-8"))
-    if PACK_KEY in known:
+    if {DELTA_KEY, OLD_DELTA_KEY} & {*known}:
         refuse_copied_code(model)
         raise ValueError(
             f"the adapter '{source}' was trained together with a memory, which this model has not: load it with "
             f"AutoModelForCausalLM.from_pretrained('{source}'), or onto '{known.get('base_model_name_or_path')}'. To "
-            f"use the adapter without its memory, take '{PACK_KEY}' out of its {ADAPTER_NAME}."
+            f"use the adapter without its memory, take '{DELTA_KEY}' out of its {ADAPTER_NAME}."
         )
 
 
-def take_pack(model: nn.Module, adapter: str, pack: Path | None, later: bool = False) -> None:
+def take_delta(model: nn.Module, adapter: str, delta: Path | None, later: bool = False) -> None:
     """Makes the memory what was saved with an adapter that is about to be loaded.
 
     Args:
         model ([`EngramForCausalLM`]): the model.
         adapter (`str`): the adapter's name; one that is there already is being restored.
-        pack (`Path`, *optional*): from `find_pack`; None leaves the memory as it is.
+        delta (`Path`, *optional*): from `find_delta`; None leaves the memory as it is.
         later (`bool`, *optional*, defaults to `False`): whether the tables are not in their place yet.
 
     Raises:
         `ValueError`: if other adapters brought another memory.
-        [`EngramFormatError`]: if the pack does not fit the model; nothing is changed then.
+        [`EngramFormatError`]: if the delta does not fit the model; nothing is changed then.
     """
-    if pack is None:
+    if delta is None:
         return
-    digest = sha256(pack)
+    digest = sha256(delta)
     there = getattr(model, "peft_config", None) or {}
-    others = {name: held for name, held in model.adapter_packs.items() if name in there and name != adapter}
+    others = {name: held for name, held in model.adapter_deltas.items() if name in there and name != adapter}
     if adapter not in there and any(held != digest for held in others.values()):
         raise ValueError(
             f"adapter {adapter!r} brings another memory than {', '.join(map(repr, sorted(others)))}, and a model has "
             "one for all its adapters: load it into a model of its own, or delete_adapter the others first."
         )
     if later or model.memory.placement == "none":
-        model.due_pack = pack
+        model.due_delta = delta
         if not later:
-            logger.warning(f"the memory in '{pack}' waits for place_memory(...): engram_placement='none'.")
+            logger.warning(f"the memory in '{delta}' waits for place_memory(...): engram_placement='none'.")
     else:
-        load_memory_pack(model, pack)
-    model.adapter_packs = {**dict.fromkeys(others, digest), adapter: digest}
+        load_memory_delta(model, delta)
+    model.adapter_deltas = {**dict.fromkeys(others, digest), adapter: digest}
 
 
 def sha256(path: Path) -> str:
@@ -317,8 +333,8 @@ def other_layers(source, missing, unexpected) -> ValueError:
 
 
 @contextmanager
-def quiet_about_packs():
-    """Holds back PEFT's warning about the setting that names a pack, where the pack is looked after."""
+def quiet_about_deltas():
+    """Holds back PEFT's warning about the setting that names a delta, where the delta is looked after."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", UNKNOWN_SETTING)
         yield

@@ -24,13 +24,13 @@ from ..compat_engram import adapter_reaches, register_adapter_layer
 from ..layer_engram import Projection
 from ..memory_engram import MEMORY_PREFIX
 from .peft_adapters import (
-    find_pack,
+    find_delta,
     inside,
     memory_beside,
     other_layers,
-    quiet_about_packs,
-    refuse_packs,
-    take_pack,
+    quiet_about_deltas,
+    refuse_deltas,
+    take_delta,
 )
 
 
@@ -133,8 +133,8 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
     if model._tied_weights_keys is None:
         model._tied_weights_keys = {}  # PEFT then asks the backbone, which layers are tied to its embeddings
     result = original(tuner, model, adapter_name, *args, **kwargs)
-    if not config.inference_mode and getattr(model.config, "engram_train_mode", None) == "memory+lora":
-        model.train_mode("memory+lora")
+    if not config.inference_mode and getattr(model.config, "engram_trainable", None) == "memory+lora":
+        model.set_trainable("memory+lora")
     return result
 
 
@@ -194,7 +194,7 @@ def refuse_memory(tuner, config, model) -> None:
         if found is not None:
             raise ValueError(
                 f"{field}={wanted} reaches the memory ({found}), where PEFT would copy whole tables: leave it out, and "
-                "train the memory itself: model.train_mode('memory+lora')."
+                "train the memory itself: model.set_trainable('memory+lora')."
             )
     if getattr(config, "target_modules", None) is None or str(config.target_modules).lower() == "all-linear":
         return
@@ -204,7 +204,7 @@ def refuse_memory(tuner, config, model) -> None:
     if others or (found and kind != "LORA"):
         raise ValueError(
             f"target_modules={config.target_modules} of {kind} reaches the memory ({(others or found)[0]}): only its "
-            f"projections ({PROJECTION!r}) can be adapted, by LoRA; model.train_mode('memory+lora') trains all of it."
+            f"projections ({PROJECTION!r}) can be adapted, by LoRA; model.set_trainable('memory+lora') trains all of it."
         )
     if found:
         register_adapter_layer(config, {Projection: lora_for_projections()})
@@ -247,15 +247,15 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
     """
     engram = inside(model)
     if engram is None:
-        refuse_packs(model, model_id, **kwargs)
+        refuse_deltas(model, model_id, **kwargs)
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
-    take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
-    engram.pack_taken = adapter_name
+    take_delta(engram, adapter_name, find_delta(model_id, **kwargs))
+    engram.delta_taken = adapter_name
     try:
-        with quiet_about_packs():
+        with quiet_about_deltas():
             return original(cls, model, model_id, adapter_name, *args, **kwargs)
     finally:
-        engram.__dict__.pop("pack_taken", None)
+        engram.__dict__.pop("delta_taken", None)
 
 
 def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
@@ -266,16 +266,16 @@ def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     """
     engram = inside(model)
     if engram is None:
-        refuse_packs(model, model_id, **kwargs)
+        refuse_deltas(model, model_id, **kwargs)
         return original(model, model_id, adapter_name, *args, **kwargs)
     known = adapter_name in model.peft_config
-    if engram.__dict__.pop("pack_taken", None) != adapter_name:  # not by `from_pretrained`
-        take_pack(engram, adapter_name, find_pack(model_id, **kwargs))
+    if engram.__dict__.pop("delta_taken", None) != adapter_name:  # not by `from_pretrained`
+        take_delta(engram, adapter_name, find_delta(model_id, **kwargs))
     signature = inspect.signature(original)
     given = signature.bind(model, model_id, adapter_name, *args, **kwargs).arguments
     if "key_mapping" in signature.parameters and not given.get("key_mapping"):
         kwargs["key_mapping"] = donors_names(engram)
-    with quiet_about_packs():
+    with quiet_about_deltas():
         result = original(model, model_id, adapter_name, *args, **kwargs)
     if result is not None and result.missing_keys and result.unexpected_keys:
         if not known:

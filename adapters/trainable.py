@@ -16,33 +16,33 @@ from operator import attrgetter
 from torch import nn
 
 
-TRAIN_MODES = ("memory", "tables", "memory+lora", "all")
+TRAINABLE = ("memory", "tables", "memory+lora", "all")
 
 
-def check_train_mode(word: str) -> str:
+def check_trainable(word: str) -> str:
     """Raises ValueError for a word that is no mode."""
-    if word not in TRAIN_MODES:
-        raise ValueError(f"train_mode {word!r} must be one of {', '.join(map(repr, TRAIN_MODES))}.")
+    if word not in TRAINABLE:
+        raise ValueError(f"trainable={word!r} must be one of {', '.join(map(repr, TRAINABLE))}.")
     return word
 
 
-def set_train_mode(model, word: str, adapters_must_be_there: bool = True) -> None:
+def apply_trainable(model, word: str, adapters_must_be_there: bool = True) -> None:
     """Says which parameters of a model learn.
 
     Args:
         model ([`EngramForCausalLM`]): the model.
-        word (`str`): one of `TRAIN_MODES`.
+        word (`str`): one of `TRAINABLE`.
         adapters_must_be_there (`bool`, *optional*, defaults to `True`): False while a model is loaded.
 
     Raises:
         `ValueError`: for another word, or for "memory+lora" without an adapter.
     """
-    check_train_mode(word)
+    check_trainable(word)
     adapters = list(adapter_parameters(model)) if word in ("memory+lora", "all") else []
     if word == "memory+lora" and adapters_must_be_there and not adapters:
         raise ValueError(
-            "train_mode('memory+lora') found no adapter in the backbone: get_peft_model(model, LoraConfig(...)) or "
-            "model.add_adapter(LoraConfig(...)) first, or train_mode('memory')."
+            "set_trainable('memory+lora') found no adapter in the backbone: get_peft_model(model, LoraConfig(...)) or "
+            "model.add_adapter(LoraConfig(...)) first, or set_trainable('memory')."
         )
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(word == "all" and parameter.is_floating_point())  # quantised weights never learn

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from engram_transformers import EngramForCausalLM
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 from .domain_text import SAMPLES, DomainText
 
@@ -83,11 +83,11 @@ def build(donor: Path, recipe: Recipe, seed: int) -> torch.nn.Module:
     if recipe.memory is None:
         model = AutoModelForCausalLM.from_pretrained(donor)
         return model.requires_grad_(False) if lora is None else get_peft_model(model, lora)
-    model = EngramForCausalLM.from_donor(str(donor), **recipe.memory)
+    model = EngramForCausalLM.from_backbone(str(donor), **recipe.memory)
     if lora is None:
-        return model.train_mode("memory")
+        return model.set_trainable("memory")
     inject_adapter_in_model(lora, model.backbone)
-    return model.train_mode("memory+lora")
+    return model.set_trainable("memory+lora")
 
 
 def optimizer_for(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -96,7 +96,7 @@ def optimizer_for(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimiz
     if recipe.memory is None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=recipe.lora_lr, betas=betas, weight_decay=0.0)
-    optimizer = engram_optimizer(
+    optimizer = create_optimizer(
         model,
         lr=recipe.dense_lr,
         table_lr_multiplier=recipe.table_lr / recipe.dense_lr,

@@ -13,9 +13,9 @@ import numpy as np
 from transformers import AutoConfig
 
 from engram_transformers.conversion import graft
+from engram_transformers.files_atomic_engram import MEMORY_STEM
+from engram_transformers.files_safetensors_engram import read_header
 from engram_transformers.memory_engram import MEMORY_PREFIX
-from engram_transformers.saves_engram import MEMORY_STEM
-from engram_transformers.shards_engram import read_header
 
 
 TABLES = f"{MEMORY_PREFIX}tables."

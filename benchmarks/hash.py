@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from engram_transformers import EngramForCausalLM, NgramHasher
+from engram_transformers import EngramForCausalLM
+from engram_transformers.hash_ngrams_engram import NgramHasher
 
 from . import models, passes
 from .command import CannotMeasure, integers, limit_seconds, parser, run, say, start, whole_donor
@@ -47,7 +48,7 @@ def measure(asked: argparse.Namespace) -> dict:
     ids = real_ids(models.tokenizer_of(donor), max(asked.tokens, PROMPT + asked.decoded))
     # Rows of the forward do not change what it costs, and zero tables of 50 rows need no disk.
     fields = {"engram_n_heads": 8, "engram_head_dim": asked.head_dim}
-    model = EngramForCausalLM.from_donor(
+    model = EngramForCausalLM.from_backbone(
         models.load(donor), models.tokenizer_of(donor), asked.layers, engram_vocab_size=50, **fields
     ).eval()
     hasher = hasher_of(model, asked.rows)

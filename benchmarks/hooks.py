@@ -132,7 +132,7 @@ def compare(placed: dict[str, torch.nn.Module], text: torch.Tensor, unique: int,
         model(input_ids=ids, use_cache=False)
         with counted() as count:
             out = model(input_ids=ids, use_cache=False).logits
-        with model.without_memory(), counted() as plain:
+        with model.disable_memory(), counted() as plain:
             model(input_ids=ids, use_cache=False)
         # `cpu_offload` also brings the projections of the memory, and its norms and convolutions.
         dense = dense_bytes(placed[CONTROL]) if name.startswith("cpu_offload") else 0

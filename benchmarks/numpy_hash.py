@@ -7,7 +7,7 @@ Source: the demo `engram_demo_v1.py` (CompressedTokenizer, NgramHashMapping).
 
 import numpy as np
 
-from engram_transformers import NgramHasher
+from engram_transformers.hash_ngrams_engram import NgramHasher
 
 
 class NumpyHash:

@@ -18,7 +18,7 @@ def ours(job: dict, donor, tokenizer):
     """A memory of this package."""
     from engram_transformers import EngramForCausalLM, __version__
 
-    model = EngramForCausalLM.from_donor(
+    model = EngramForCausalLM.from_backbone(
         donor,
         tokenizer,
         job["layers"],

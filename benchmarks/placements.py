@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engram_transformers.rows_engram import FilePart, FileRows, ShardFile
+from engram_transformers.rows_storage_engram import FilePart, FileRows, ShardFile
 
 from . import grafts, page_cache
 from .command import limit_seconds, parser, run, say, start

@@ -78,15 +78,15 @@ def lora(job: dict):
 
 def memory(job: dict, adapter: bool = False):
     """The memory of a graft."""
-    from engram_transformers.training import engram_optimizer
+    from engram_transformers.training import create_optimizer
 
     model = AutoModelForCausalLM.from_pretrained(job["graft"], dtype=torch.float32, engram_placement=job["placement"])
     if adapter:
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(lora_config(job), model.backbone)
-    model.train_mode("memory+lora" if adapter else "memory")
-    return model, engram_optimizer(model, lr=LEARNING_RATE)
+    model.set_trainable("memory+lora" if adapter else "memory")
+    return model, create_optimizer(model, lr=LEARNING_RATE)
 
 
 def both(job: dict):

@@ -78,6 +78,10 @@ class EngramFormatError(ValueError):
     """A checkpoint does not hold what its configuration and index say: damaged, incomplete or of another memory."""
 
 
+# Fields that were called otherwise before 0.1, in files that are still read.
+OLD_NAMES = {"engram_train_mode": "engram_trainable", "engram_memory_pack": "engram_memory_delta"}
+
+
 @strict
 class EngramConfig(PreTrainedConfig):
     r"""
@@ -92,7 +96,7 @@ class EngramConfig(PreTrainedConfig):
         engram_vocab_size (`int` or `list[int]`, *optional*, defaults to 2262400):
             Lower bound for the rows of one head; every head gets a prime number of rows of its own at or above it. One
             number, or one for each order (paper Table 5: 2262400 for 27B, 7239680 for 40B). The default is that of a
-            configuration that is written by hand; `from_donor` and `graft` derive a smaller one from the backbone.
+            configuration that is written by hand; `from_backbone` and `graft` derive a smaller one from the backbone.
         engram_max_ngram_size (`int`, *optional*, defaults to 3):
             Longest n-gram N; the orders are 2..N.
         engram_n_heads (`int`, *optional*, defaults to 8):
@@ -136,10 +140,10 @@ class EngramConfig(PreTrainedConfig):
         engram_reset_token_ids (`list[int]`, *optional*):
             Tokens after which a new document begins: n-grams and convolution do not look back across them (an
             end-of-sequence token, as Qwen4's memory does it). None, as in the paper, treats them like any text.
-        engram_train_mode (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
-            What is trained; set by `model.train_mode(...)` and restored by `from_pretrained`. None: not chosen yet.
-        engram_memory_pack (`str`, *optional*):
-            In the `config.json` of a folder whose weights are another checkpoint's and a memory pack's: the pack's file
+        engram_trainable (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
+            What is trained; set by `model.set_trainable(...)` and restored by `from_pretrained`. None: not chosen yet.
+        engram_memory_delta (`str`, *optional*):
+            In the `config.json` of a folder whose weights are another checkpoint's and a memory delta's: the delta's file
             name. Written by each save, and never by hand.
         engram_format_version (`int`, *optional*, defaults to 1):
             Version of the checkpoint format (docs/format.md).
@@ -184,8 +188,8 @@ class EngramConfig(PreTrainedConfig):
     engram_table_parts: int = 1
     engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
-    engram_train_mode: Literal["memory", "tables", "memory+lora", "all"] | None = None
-    engram_memory_pack: str | None = None
+    engram_trainable: Literal["memory", "tables", "memory+lora", "all"] | None = None
+    engram_memory_delta: str | None = None
     engram_format_version: int = FORMAT_VERSION
     engram_token_map_sha256: str | None = None
     engram_hash_sha256: str | None = None
@@ -246,6 +250,7 @@ class EngramConfig(PreTrainedConfig):
             `ValueError`: if the file is a donor's, or an adapter of another package that also says "engram".
         """
         refuse_foreign_config(config_dict)
+        config_dict = {OLD_NAMES.get(name, name): value for name, value in config_dict.items()}
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -328,7 +333,7 @@ def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> st
     return (
         f"this folder holds a '{found}' model without an Engram memory, and EngramConfig would have to make one up. "
         "Graft one with `engram graft DONOR OUT --layers 1,10 --rows 200000` or "
-        "`EngramForCausalLM.from_donor(DONOR, tokenizer, engram_layer_ids=[1, 10])`, or wrap the configuration with "
+        "`EngramForCausalLM.from_backbone(DONOR, tokenizer, engram_layer_ids=[1, 10])`, or wrap the configuration with "
         "EngramConfig(text_config=AutoConfig.from_pretrained(DONOR), ...)."
     )
 
@@ -393,7 +398,7 @@ def refuse_parts(text_config: PreTrainedConfig) -> None:
     if text is not text_config:
         raise ValueError(
             f"the backbone {text_config.model_type} holds other models beside its text model ({text.model_type}), "
-            "and a memory reads text. Graft the text model: from_donor(text_model, tokenizer), or "
+            "and a memory reads text. Graft the text model: from_backbone(text_model, tokenizer), or "
             "EngramConfig(text_config=config.get_text_config())."
         )
 

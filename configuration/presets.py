@@ -34,7 +34,7 @@ class Presets(dict[str, Mapping[str, Any]]):
     Example:
 
     ```python
-    >>> from engram_transformers import PRESETS
+    >>> from engram_transformers.configuration import PRESETS
 
     >>> PRESETS["engram-27b"]["engram_vocab_size"]
     2262400

@@ -19,16 +19,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..checkpoint_engram import AUTO_MAP, commit_of, number_rest_files
 from ..configuration import EngramConfig, EngramFormatError
 from ..configuration.configuration_engram import foreign_config_message
-from ..constants_engram import derive_constants
-from ..donor_engram import load_donor, recipe, refuse_own_code
-from ..memory_engram import MEMORY_PREFIX
-from ..modeling_engram import EngramForCausalLM
-from ..placement_engram import TABLES_PREFIX
-from ..saves_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME
-from ..shards_engram import (
+from ..files_atomic_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME
+from ..files_checkpoint_engram import AUTO_MAP, commit_of, number_rest_files
+from ..files_safetensors_engram import (
     MAX_MEMORY_SHARD_SIZE,
     ZeroTensor,
     parse_size,
@@ -38,8 +33,13 @@ from ..shards_engram import (
     write_shard,
     write_shards,
 )
-from ..sizes_engram import say_size
+from ..hash_constants_engram import derive_constants
+from ..memory_engram import MEMORY_PREFIX
+from ..modeling_engram import EngramForCausalLM
+from ..rows_placement_engram import TABLES_PREFIX
+from .backbone import load_donor, recipe, refuse_own_code
 from .reference_copy import copy_by_reference
+from .sizes import say_size
 
 
 RECEIPT_NAME = "engram_graft.json"

@@ -49,12 +49,12 @@ def main() -> None:
     if isinstance(AutoConfig.from_pretrained(args.model), EngramConfig):
         model = AutoModelForCausalLM.from_pretrained(args.model)
     else:
-        model = EngramForCausalLM.from_donor(args.model, engram_vocab_size=args.rows, engram_head_dim=48)
+        model = EngramForCausalLM.from_backbone(args.model, engram_vocab_size=args.rows, engram_head_dim=48)
         model.save_pretrained(out / "graft")  # first: the adapter's folder names it, and holds only what changed
         tokenizer.save_pretrained(out / "graft")
 
     model = get_peft_model(model, LoraConfig(r=args.rank, task_type="CAUSAL_LM"))
-    model.train_mode("memory+lora")  # PEFT froze the memory
+    model.set_trainable("memory+lora")  # PEFT froze the memory
     options = {"max_steps": args.max_steps, "learning_rate": args.lr, "save_strategy": "no", "report_to": []}
     settings = TrainingArguments(str(out / "run"), per_device_train_batch_size=4, **options)
     EngramTrainer(model, settings, train_dataset=dataset).train()
@@ -62,11 +62,11 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(out / "adapter")
     both = loss(model, dataset)
-    with model.without_memory():
+    with model.disable_memory():
         lora = loss(model, dataset)
     model.disable_adapters()
     memory = loss(model, dataset)
-    with model.without_memory():
+    with model.disable_memory():
         donor = loss(model, dataset)
     print(f"donor {donor:.3f}, LoRA {lora:.3f}, memory {memory:.3f}, both {both:.3f} nats a token")
     print(f"saved in {out / 'adapter'}; AutoModelForCausalLM.from_pretrained loads it")

@@ -48,7 +48,7 @@ def main() -> None:
     if isinstance(AutoConfig.from_pretrained(args.model), EngramConfig):
         model = AutoModelForCausalLM.from_pretrained(args.model)
     else:
-        model = EngramForCausalLM.from_donor(args.model, engram_vocab_size=args.rows, engram_head_dim=48)
+        model = EngramForCausalLM.from_backbone(args.model, engram_vocab_size=args.rows, engram_head_dim=48)
     before = answer(model, tokenizer, prompt)
 
     settings = TrainingArguments(

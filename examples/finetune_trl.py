@@ -64,7 +64,7 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"text": read_texts(args.text)}),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(r=16, lora_alpha=32),
-        train_mode="memory+lora",
+        trainable="memory+lora",
     )
     loss = trainer.train().training_loss
     trainer.save_model(str(adapter))

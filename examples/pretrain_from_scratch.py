@@ -50,7 +50,7 @@ def main() -> None:
     set_seed(0)
     plain = AutoModelForCausalLM.from_config(config)
     memory = {"engram_layer_ids": [1, 3], "engram_vocab_size": args.rows, "engram_head_dim": 16}
-    model = EngramForCausalLM.from_donor(copy.deepcopy(plain), tokenizer, **memory)
+    model = EngramForCausalLM.from_backbone(copy.deepcopy(plain), tokenizer, **memory)
 
     settings = {
         "max_steps": args.max_steps,
@@ -63,7 +63,7 @@ def main() -> None:
     five_times = EngramTrainingArguments(args.out, table_lr_multiplier=5.0, **settings)
     trainers = {
         "without memory": Trainer(plain, TrainingArguments(args.out, **settings), **data),
-        "with memory": EngramTrainer(model, five_times, train_mode="all", **data),
+        "with memory": EngramTrainer(model, five_times, trainable="all", **data),
     }
     for name, trainer in trainers.items():
         trainer.train()

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling_engram import EngramForCausalLM
-from .ways import SEED, WAYS, Reading, Subject, Way
+from .modes import SEED, WAYS, Reading, Subject, Way
 
 
 # Largest difference of logits that counts as none.

@@ -14,14 +14,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from ..checkpoint_engram import expected_shards
-from ..compression_engram import DEAD, check_token_map
 from ..configuration import EngramConfig
-from ..constants_engram import HashConstants, derive_constants
-from ..hashing_engram import NgramHasher
+from ..files_checkpoint_engram import expected_shards
+from ..files_safetensors_engram import check_folder, read_header, read_index
+from ..hash_constants_engram import HashConstants, derive_constants
+from ..hash_ngrams_engram import NgramHasher
+from ..hash_tokens_engram import DEAD, check_token_map
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
-from ..shards_engram import check_folder, read_header, read_index
 from .generation import GenerationReport, check_generation
 
 

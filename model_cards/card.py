@@ -8,8 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from ..checkpoint_engram import expected_shards
 from ..configuration import EngramConfig
+from ..files_checkpoint_engram import expected_shards
 
 
 TEMPLATE = Path(__file__).parent / "template.md"

@@ -4,37 +4,32 @@ Importing this package registers [`EngramConfig`], [`EngramModel`] and [`EngramF
 that `AutoModelForCausalLM.from_pretrained(folder)` reads an Engram checkpoint. It loads no model and no trainer.
 """
 
+import importlib
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import adapters
-from .adapters import load_memory_pack, save_memory_pack
-from .compression_engram import TokenCompressor
-from .configuration import PRESETS
 from .configuration_engram import EngramConfig, EngramFormatError
 from .guard_engram import register
-from .hashing_engram import NgramHasher
-from .layer_engram import EngramLayer
 from .modeling_engram import EngramForCausalLM, EngramModel
 
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "PRESETS",
-    "EngramConfig",
-    "EngramForCausalLM",
-    "EngramFormatError",
-    "EngramLayer",
-    "EngramModel",
-    "EngramTrainer",
-    "EngramTrainingArguments",
-    "NgramHasher",
-    "TokenCompressor",
-    "load_memory_pack",
-    "save_memory_pack",
-]
+# Where the names are that need more than inference does: Trainer, the tools around checkpoints.
+_ELSEWHERE = {
+    "EngramTrainer": "training",
+    "EngramTrainingArguments": "training",
+    "create_optimizer": "training",
+    "graft": "conversion",
+    "check_generation": "inspection",
+    "verify_checkpoint": "inspection",
+}
 
-register(adapters)  # what models call that is not in the files beside a checkpoint
+__all__ = ["EngramConfig", "EngramForCausalLM", "EngramFormatError", "EngramModel", *_ELSEWHERE]
+
+# What models call that is not in the files beside a checkpoint.
+register(adapters=lambda: adapters, conversion=lambda: importlib.import_module(".conversion", __name__))
 adapters.support_peft_when_imported()
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)
@@ -48,9 +43,6 @@ EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def __getattr__(name: str):
-    # They pull in transformers' Trainer, which inference does not need.
-    if name in ("EngramTrainer", "EngramTrainingArguments"):
-        from . import training
-
-        return getattr(training, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_ELSEWHERE[name]}", __name__), name)

@@ -281,7 +281,7 @@ def refuse_engram_history(cache: Cache | None) -> None:
     if cache is not None and any(isinstance(layer, EngramCacheLayer) for layer in cache.layers):
         raise ValueError(
             "the cache was begun with the memory on, and running on without it would leave a gap in its history: "
-            "start from an empty cache inside without_memory()."
+            "start from an empty cache inside disable_memory()."
         )
 
 

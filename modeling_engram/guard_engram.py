@@ -1,14 +1,15 @@
 """What a checkpoint's own copy of this code cannot do: it refuses, and says what to install.
 
-What it chooses: the files that travel hold what runs a model. Memory packs, adapters with a memory and the choice of
+What it chooses: the files that travel hold what runs a model. Memory deltas, adapters with a memory and the choice of
 what is trained are in `engram_transformers.adapters`, which registers itself here when the package is imported. A copy
 of these files in a checkpoint's folder stays without it, even where the package is installed.
-Promises: a memory that belongs to an adapter or a pack is loaded with it, or an error is raised; so is a memory that
+Promises: a memory that belongs to an adapter or a delta is loaded with it, or an error is raised; so is a memory that
 learns saved with an adapter. Never imports PEFT, never patches another package.
 Source: docs/design.md, "What travels".
 """
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -16,48 +17,48 @@ from types import ModuleType
 from torch import nn
 from transformers.utils import cached_file
 
-from .saves_engram import ADAPTER_NAME, PACK_KEY, PACK_NAME, said_pack
+from .files_atomic_engram import ADAPTER_NAME, DELTA_KEY, OLD_DELTA_KEY, delta_file, named_delta
 
 
 # Arguments of `from_pretrained` and `load_adapter` that say where files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
-_adapters: ModuleType | None = None
+_parts: dict[str, Callable[[], ModuleType]] = {}
 
 
-def register(adapters: ModuleType) -> None:
-    """Makes `engram_transformers.adapters` known; the package does it when it is imported."""
-    global _adapters
-    _adapters = adapters
+def register(**parts: Callable[[], ModuleType]) -> None:
+    """Makes parts of the package known that do not travel; the package does it when it is imported."""
+    _parts.update(parts)
 
 
 def registered() -> ModuleType | None:
     """`engram_transformers.adapters`; None in a checkpoint's own copy of this code."""
-    return _adapters
+    return _parts["adapters"]() if _parts else None
 
 
-def full_package(purpose: str) -> ModuleType:
-    """`engram_transformers.adapters`.
+def full_package(purpose: str, part: str = "adapters") -> ModuleType:
+    """A part of `engram_transformers` that does not travel.
 
     Args:
         purpose (`str`): what it is needed for, as the subject of the error's first sentence.
+        part (`str`, *optional*, defaults to `"adapters"`): its name; imported when it is first asked for.
 
     Raises:
         `ImportError`: in a checkpoint's own copy of this code.
     """
-    if _adapters is None:
+    if not _parts:
         raise ImportError(
             f"{purpose} needs the package engram-transformers, and this model runs the copy of its code that is in the "
             "checkpoint: `pip install engram-transformers`, `import engram_transformers`, and load the model again "
             "without trust_remote_code."
         )
-    return _adapters
+    return _parts[part]()
 
 
 def refuse_adapter(source: str | os.PathLike, **where) -> None:
     """Raises ImportError if a memory belongs to the adapter in a folder or a repository."""
     settings = adapter_file(source, ADAPTER_NAME, **where)
-    if settings is not None and (said_pack(settings) or (settings.parent / PACK_NAME).is_file()):
+    if settings is not None and (named_delta(settings) or delta_file(settings.parent)):
         full_package(f"the adapter '{source}' was saved together with a memory, and loading both")
 
 
@@ -69,10 +70,10 @@ def refuse_adapters_of_peft(model: nn.Module) -> None:
     Raises:
         `ImportError`: if a memory belongs to one of them.
     """
-    if _adapters is not None:
+    if _parts:
         return  # it has looked at the adapter's folder
     for name, settings in (model.__dict__.get("peft_config") or {}).items():
-        if PACK_KEY in (getattr(settings, "auto_mapping", None) or {}):
+        if {DELTA_KEY, OLD_DELTA_KEY} & {*(getattr(settings, "auto_mapping", None) or {})}:
             full_package(f"the adapter {name!r} was saved together with a memory, and loading both")
 
 
@@ -88,8 +89,8 @@ def saving_adapters(model: nn.Module, folders: list[Path]) -> AbstractContextMan
     Raises:
         `ImportError`: in a checkpoint's own copy of this code, if the memory learns.
     """
-    if _adapters is not None:
-        return _adapters.memory_beside(model, folders)
+    if _parts:
+        return registered().memory_beside(model, folders)
     if any(parameter.requires_grad for parameter in model.memory.layers.parameters()):
         full_package("the memory learns, and saving it with an adapter")
     return nullcontext()

@@ -24,13 +24,8 @@ with saying_what_to_install():  # every other file of a checkpoint's own code is
 
     from .cache_engram import seen_tokens
     from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
-    from .dispatch_engram import computing_device
-    from .donor_engram import load_donor, recipe
     from .guard_engram import full_package
-    from .memory_engram import find_decoder_layers
-    from .placement_engram import free_memory
     from .pretrained_engram import EngramPreTrainedModel
-    from .sizes_engram import say_size
 
 
 class EngramModel(EngramPreTrainedModel):
@@ -135,7 +130,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_donor(
+    def from_backbone(
         cls,
         donor: PreTrainedModel | str,
         tokenizer=None,
@@ -171,26 +166,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         ```python
         >>> from engram_transformers import EngramForCausalLM
 
-        >>> model = EngramForCausalLM.from_donor("runs/donor", engram_layer_ids=[1, 10], engram_vocab_size=200_000)
+        >>> model = EngramForCausalLM.from_backbone("runs/donor", engram_layer_ids=[1, 10], engram_vocab_size=200_000)
         ```"""
-        engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
-        if hasattr(donor, "peft_config"):
-            donor = full_package("a donor that carries adapters").unwrapped_donor(donor)
-        donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
-        made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
-        # Each layer goes where its decoder layer computes, and its table with it.
-        decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)
-        places = {str(layer): computing_device(decoder_layers[layer]) for layer in made.config.engram_layer_ids}
-        # Tables are made in host memory and then moved. Of two places that are one (a Mac's), one is not counted.
-        free = min(filter(None, free_memory(places)), default=0)
-        say_size(made.config, free, "memory", made.parameters)
-        model = cls(made.config, backbone=donor, token_map=made.token_map)
-        model.generation_config = donor.generation_config
-        model.memory.hashing.to(device=computing_device(donor.get_input_embeddings()))
-        for layer, device in places.items():
-            model.memory.layers[layer].to(device=device, dtype=donor.dtype)
-            model.memory.tables[layer].to(device=device)
-        return model.eval()
+        conversion = full_package("grafting a memory", "conversion")
+        return conversion.graft_onto(cls, donor, tokenizer, engram_layer_ids, trust_remote_code, **kwargs)
 
     @takes_old_cache_name
     def forward(

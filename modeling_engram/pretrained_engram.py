@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, in
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
+from .backbone_engram import leaves_conversions_to_base_model, take_over_quantiser
 from .cache_engram import refuse_engram_history, seen_tokens
-from .checkpoint_engram import DIGESTS, EngramCheckpointMixin
 from .compat_engram import (
     CACHE,
     CHECKPOINTS_WITHOUT_GRADIENTS,
@@ -34,14 +34,17 @@ from .compat_engram import (
     with_cache_named,
     without_checkpointing,
 )
-from .compression_engram import check_token_map
 from .configuration_engram import EngramConfig, EngramFormatError
-from .constants_engram import check_constants, derive_constants
+from .files_checkpoint_engram import DIGESTS, EngramCheckpointMixin
 from .guard_engram import full_package
-from .hashing_engram import NgramHasher, identity_map, on_meta
+from .hash_constants_engram import check_constants, derive_constants
+from .hash_ngrams_engram import NgramHasher, identity_map, on_meta
+from .hash_tokens_engram import check_token_map
+from .injection_engram import WITHOUT_MEMORY, insert_memory
+from .inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from .layer_engram import EngramLayer
-from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
-from .placement_engram import (
+from .memory_engram import EngramMemory, MemoryReads, layer_device
+from .rows_placement_engram import (
     TABLES_PREFIX,
     check_placement,
     choose_placement,
@@ -49,10 +52,8 @@ from .placement_engram import (
     place_tables,
     placed_bytes,
 )
-from .quantised_engram import take_over_quantiser
-from .reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
-from .rows_engram import CheckpointTables
-from .table_engram import EngramTable
+from .rows_storage_engram import CheckpointTables
+from .rows_table_engram import EngramTable
 
 
 logger = logging.get_logger(__name__)
@@ -213,7 +214,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             raise RuntimeError(
                 f"the memory of decoder layers {lost} was not added: something took the memory's hook off these "
                 "layers, replaced them or called their forward() past it. The logits would be without the memory; "
-                "use model.without_memory() where that is wanted."
+                "use model.disable_memory() where that is wanted."
             )
 
     def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> MemoryReads:
@@ -252,7 +253,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         return wanted if config.return_dict else {**wanted, "return_dict": False}
 
     @contextmanager
-    def without_memory(self):
+    def disable_memory(self):
         """Runs the model as its donor while the block runs, for this thread: no row is read, nothing is added.
 
         A cache that was begun with memory cannot be continued without it, nor the other way round.
@@ -260,13 +261,13 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Example:
 
         ```python
-        >>> with model.without_memory():
+        >>> with model.disable_memory():
         ...     donor_logits = model(**inputs).logits
         ```"""
         with self.reads_in_flight.hold(WITHOUT_MEMORY):
             yield self
 
-    def train_mode(self, word: str) -> "EngramPreTrainedModel":
+    def set_trainable(self, word: str) -> "EngramPreTrainedModel":
         """Says what is trained; everything else is frozen. Kept in the configuration, and restored when it is loaded.
 
         Args:
@@ -283,15 +284,76 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Example:
 
         ```python
-        >>> model = model.train_mode("memory")
+        >>> model = model.set_trainable("memory")
         ```"""
-        full_package("training").set_train_mode(self, word)
-        self.config.engram_train_mode = word
+        full_package("training").apply_trainable(self, word)
+        self.config.engram_trainable = word
         return self
+
+    def save_memory_delta(self, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
+        """Saves what training changed in the memory: the rows that differ from the checkpoint, and its dense weights.
+
+        Args:
+            path (`str` or `os.PathLike`): a file, or a folder for `memory_delta.safetensors`.
+            base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes; where the model came from if None.
+            provenance: texts to keep in the file's header.
+
+        Returns:
+            `Path` of the file.
+
+        Raises:
+            `ValueError`: if there is no base, or it holds another memory.
+
+        Example:
+
+        ```python
+        >>> model.save_memory_delta("my-delta")
+        ```"""
+        return full_package("saving a delta").save_memory_delta(self, path, base, **provenance)
+
+    def load_memory_delta(
+        self, path: str | os.PathLike, base: str | os.PathLike | None = None
+    ) -> "EngramPreTrainedModel":
+        """Makes the memory what it was when a delta was saved, whatever was trained since.
+
+        Args:
+            path (`str` or `os.PathLike`): from `save_memory_delta`.
+            base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes, if it lies elsewhere now.
+
+        Returns:
+            The model.
+
+        Raises:
+            `FileNotFoundError` or [`EngramFormatError`]: if the file is not there, damaged, or of another memory.
+
+        Example:
+
+        ```python
+        >>> model = AutoModelForCausalLM.from_pretrained("my-graft").load_memory_delta("my-delta")
+        ```"""
+        return full_package("loading a delta").load_memory_delta(self, path, base)
+
+    def memory_summary(self) -> str:
+        """A table of the memory: rows and bytes of each layer's orders, where they are, and what is trainable.
+
+        Example:
+
+        ```python
+        >>> print(model.memory_summary())
+        ```"""
+        lines = [f"{'layer':>5}  {'order':>5}  {'rows':>13}  {'bytes':>15}  trainable"]
+        for layer, table in self.memory.tables.items():
+            for number, order in enumerate(table.orders(), start=2):
+                trains = "yes" if all(part.requires_grad for part in order.parts) else "no"
+                lines.append(f"{layer:>5}  {number:>5}  {sum(order.heights):>13,}  {order.nbytes:>15,}  {trains}")
+        dense = list(self.memory.layers.parameters())
+        trains = "yes" if any(weight.requires_grad for weight in dense) else "no"
+        lines.append(f"dense weights  {sum(p.numel() for p in dense):>13,}  {sum(p.nbytes for p in dense):>15,}  {trains}")
+        return "\n".join([self.describe_placement(), *lines])
 
     @property
     def runs_as_donor(self) -> bool:
-        """Whether this thread's passes read no memory: inside `without_memory()`, or if it is placed nowhere."""
+        """Whether this thread's passes read no memory: inside `disable_memory()`, or if it is placed nowhere."""
         return self.memory.placement == "none" or self.reads_in_flight.current is WITHOUT_MEMORY
 
     def place_memory(
@@ -428,13 +490,3 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
-
-
-def leaves_conversions_to_base_model() -> bool:
-    """Stands in for `is_custom_code` of a backbone, so that its renamings of old checkpoint keys keep their scope.
-
-    Transformers 5.23 applies a model type's renamings below the outermost model of that type. Alone that is the base
-    model ("model."); in a wrapper it would be the whole language model, and a pattern such as deepseek_v4's ".norm."
-    would match one level too high. A model of custom code is passed over, and its base model takes the renamings.
-    """
-    return True

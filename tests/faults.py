@@ -29,9 +29,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engram_transformers.rows_engram import CheckpointTables, FileRows, HostRows
-from engram_transformers.saves_engram import MEMORY_STEM
-from engram_transformers.shards_engram import ZeroTensor, write_index, write_shards
+from engram_transformers.files_atomic_engram import MEMORY_STEM
+from engram_transformers.files_safetensors_engram import ZeroTensor, write_index, write_shards
+from engram_transformers.rows_storage_engram import CheckpointTables, FileRows, HostRows
 
 
 def random_table(rows: int, width: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -118,7 +118,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 def plain(model, ids: torch.Tensor) -> torch.Tensor:
     """What it says without its memory."""
-    with model.without_memory():
+    with model.disable_memory():
         return logits(model, ids)
 
 

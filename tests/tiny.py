@@ -31,4 +31,4 @@ def engram_on(config: PreTrainedConfig, layers: tuple[int, ...] = (0, 1), seed: 
     donor = AutoModelForCausalLM.from_config(config).eval()
     sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4, **fields}
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    return fill_memory(EngramForCausalLM.from_donor(donor, tokenizer, list(layers), **sizes), seed)
+    return fill_memory(EngramForCausalLM.from_backbone(donor, tokenizer, list(layers), **sizes), seed)

@@ -1,9 +1,9 @@
 """Training: optimizers that touch only the rows that were read, and a Trainer that uses them."""
 
-from .optimizer import EngramOptimizer, engram_optimizer
-from .processes import clip_gradients, exchange_row_gradients, shard_backbone
-from .selection import RowSelection, select_rows
-from .sharded import save_sharded, shard_tables
+from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
+from .optimizer import EngramOptimizer, create_optimizer
+from .row_selection import RowSelection, select_rows
+from .sharded_tables import save_sharded, shard_tables
 from .trainer import EngramTrainer, EngramTrainerMixin, EngramTrainingArguments
 
 
@@ -13,11 +13,11 @@ __all__ = [
     "EngramTrainerMixin",
     "EngramTrainingArguments",
     "RowSelection",
-    "clip_gradients",
-    "engram_optimizer",
-    "exchange_row_gradients",
+    "clip_grad_norm_",
+    "create_optimizer",
     "save_sharded",
     "select_rows",
     "shard_backbone",
     "shard_tables",
+    "sync_row_gradients",
 ]

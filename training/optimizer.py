@@ -14,14 +14,15 @@ import torch
 from torch.optim import AdamW
 from transformers.utils import logging
 
-from ..gradient_engram import ROW_OPTIMIZERS, RowGradient
 from ..memory_engram import refuse_copied_code
-from ..placement_engram import own_rows
-from .processes import agreed, ranks_of, refuse_deepspeed, refuse_unexchanged
-from .restoring import check_state
-from .rounding import rounded
-from .rows import RowState
-from .rules import RULES
+from ..rows_gradient_engram import ROW_OPTIMIZERS, RowGradient
+from ..rows_placement_engram import own_rows
+from ..rows_table_engram import TablePart
+from .distributed import agreed, ranks_of, refuse_deepspeed, refuse_unexchanged
+from .optimizer_state import check_state
+from .row_rules import RULES
+from .row_state import RowState
+from .stochastic_rounding import rounded
 
 
 logger = logging.get_logger(__name__)
@@ -41,11 +42,11 @@ class EngramOptimizer(AdamW):
     """AdamW for dense parameters, a rule for tables for groups with `rows=True`.
 
     Row groups have these settings beside torch's: `table_optimizer` (a name in `rules.RULES`), `table_state_dtype`
-    ("float32" or "bfloat16"), and `anchor` (c in `w - lr c (w - start)`, applied at each touch of a row; `start` is
+    ("float32" or "bfloat16"), and `l2_sp` (c in `w - lr c (w - start)`, applied at each touch of a row; `start` is
     what the row was when it was first touched, and is kept for touched rows if c > 0).
 
     Args:
-        params: parameter groups; see [`engram_optimizer`].
+        params: parameter groups; see [`create_optimizer`].
         lr (`float`, *optional*, defaults to 2e-3): learning rate.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of Adam's moments.
         eps (`float`, *optional*, defaults to 1e-8): epsilon of Adam and Adagrad.
@@ -55,7 +56,7 @@ class EngramOptimizer(AdamW):
     `skipped_steps` counts steps that were left out because a gradient had NaN or inf.
     """
 
-    # A weak reference to the memory whose tables these are, from `engram_optimizer`; copies and pickles have none.
+    # A weak reference to the memory whose tables these are, from `create_optimizer`; copies and pickles have none.
     memory = None
 
     def __init__(
@@ -119,7 +120,7 @@ class EngramOptimizer(AdamW):
 
     def step_rows(self, group: dict, part: torch.Tensor, gradient: RowGradient) -> None:
         """Updates the rows of one part of a table."""
-        rows, lr, anchor = gradient.rows, float(group["lr"]), group["anchor"]
+        rows, lr, l2_sp = gradient.rows, float(group["lr"]), group["l2_sp"]
         if part not in self.row_states:
             self.row_states[part] = self.new_state(group, part)
         state, generator = self.row_states[part], self.generator(rows.device)
@@ -134,17 +135,17 @@ class EngramOptimizer(AdamW):
             pull = direction.mul_(-lr)
             if group["weight_decay"]:
                 pull.add_(values, alpha=-lr * group["weight_decay"])
-            if anchor:
+            if l2_sp:
                 own = slots[piece]
                 fresh = own >= known
                 state.columns["start"].index_copy_(0, own[fresh], stored[fresh])
-                pull.add_(values - state.read("start", own), alpha=-lr * anchor)
+                pull.add_(values - state.read("start", own), alpha=-lr * l2_sp)
             part.write(rows[piece], rounded(values.add_(pull), stored.dtype, generator))
 
     def new_state(self, group: dict, part: torch.Tensor) -> RowState:
         """An empty state for a part."""
         columns = RULES[group["table_optimizer"]].columns(part.table_shape[1], STATE_TYPES[group["table_state_dtype"]])
-        if group["anchor"]:
+        if group["l2_sp"]:
             columns["start"] = ((part.table_shape[1],), part.dtype)
         return RowState(part.table_shape, columns, part.device)
 
@@ -160,8 +161,8 @@ class EngramOptimizer(AdamW):
                 found, needed = ("rows alone", "rows=True") if not group.get("rows") else ("dense", "no rows=True")
                 raise TypeError(
                     f"the gradient of {self.called(parameter)} is {found}: it belongs into a parameter group with "
-                    f"{needed}, as engram_transformers.training.engram_optimizer(model) makes them. A table learns by "
-                    "what reads its rows; a penalty on all of its rows (use anchor=) gives a dense gradient."
+                    f"{needed}, as engram_transformers.training.create_optimizer(model) makes them. A table learns by "
+                    "what reads its rows; a penalty on all of its rows (use l2_sp=) gives a dense gradient."
                 )
         return held
 
@@ -205,12 +206,13 @@ class EngramOptimizer(AdamW):
         if any(param_group.get(word) for word in ("maximize", "amsgrad")):
             raise ValueError("EngramOptimizer knows neither maximize nor amsgrad: turn the sign of the loss instead.")
         if param_group.get("rows"):
-            for name, default in (("table_optimizer", "adam"), ("table_state_dtype", "float32"), ("anchor", 0.0)):
+            _check_parts(param_group["params"])
+            for name, default in (("table_optimizer", "adam"), ("table_state_dtype", "float32"), ("l2_sp", 0.0)):
                 param_group.setdefault(name, default)
             check_choice("table_optimizer", param_group["table_optimizer"], RULES)
             check_choice("table_state_dtype", param_group["table_state_dtype"], STATE_TYPES)
-            if not 0 <= param_group["anchor"] < float("inf"):
-                raise ValueError(f"anchor={param_group['anchor']} must be 0 (off) or positive: a pull per unit of lr.")
+            if not 0 <= param_group["l2_sp"] < float("inf"):
+                raise ValueError(f"l2_sp={param_group['l2_sp']} must be 0 (off) or positive: a pull per unit of lr.")
         super().add_param_group(param_group)
 
     def _init_group(self, group, *lists) -> bool:
@@ -291,7 +293,7 @@ class EngramOptimizer(AdamW):
                 self.generator(torch.device(kind)).set_state(held)
 
 
-def engram_optimizer(
+def create_optimizer(
     model,
     lr: float = LEARNING_RATE,
     table_lr_multiplier: float = TABLE_LR_MULTIPLIER,
@@ -301,13 +303,13 @@ def engram_optimizer(
     *,
     table_optimizer: str = "adam",
     table_state_dtype: str = "float32",
-    anchor: float = 0.0,
+    l2_sp: float = 0.0,
     seed: int = 0,
 ) -> EngramOptimizer:
     """Makes the optimizer for a model with memory, over the parameters that require a gradient.
 
     A small table that is mapped from its file is copied into memory, so that no step pays a page for each of its rows.
-    If nothing was chosen (every parameter requires a gradient, no `model.train_mode(...)`), the memory alone is.
+    If nothing was chosen (every parameter requires a gradient, no `model.set_trainable(...)`), the memory alone is.
 
     Args:
         model ([`EngramForCausalLM`]): the model, also in a PEFT model.
@@ -320,7 +322,7 @@ def engram_optimizer(
             What tables are updated by; a touched row keeps 2 numbers a value, 1 number, or 1 number a value.
         table_state_dtype (`"float32"` or `"bfloat16"`, *optional*, defaults to `"float32"`):
             Type of what is kept for each value of a touched row; bfloat16 is rounded by chance.
-        anchor (`float`, *optional*, defaults to 0, which is off):
+        l2_sp (`float`, *optional*, defaults to 0, which is off):
             c in `w - lr c (w - start)`: at each touch a row is pulled to what it was when it was first touched.
         seed (`int`, *optional*, defaults to 0): of the chances of rounding.
 
@@ -336,9 +338,9 @@ def engram_optimizer(
     Example:
 
     ```python
-    >>> from engram_transformers.training import engram_optimizer
+    >>> from engram_transformers.training import create_optimizer
 
-    >>> optimizer = engram_optimizer(model, lr=2e-3)
+    >>> optimizer = create_optimizer(model, lr=2e-3)
     ```"""
     table_state_dtype = str(table_state_dtype).removeprefix("torch.")
     check_choice("table_optimizer", table_optimizer, RULES)
@@ -361,7 +363,7 @@ def engram_optimizer(
     names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for parameter, name in names.items():
         groups[group_of(name, parameter)].append(parameter)
-    rule = {"rows": True, "table_optimizer": table_optimizer, "table_state_dtype": table_state_dtype, "anchor": anchor}
+    rule = {"rows": True, "table_optimizer": table_optimizer, "table_state_dtype": table_state_dtype, "l2_sp": l2_sp}
     settings = {
         "tables": {"lr": lr * table_lr_multiplier, "lr_multiplier": table_lr_multiplier, "weight_decay": 0.0, **rule},
         "vectors": {"weight_decay": 0.0},
@@ -381,13 +383,13 @@ def engram_optimizer(
 def choose_what_learns(model) -> None:
     """Lets the memory alone learn where nobody has chosen: never silently everything."""
     config = getattr(model, "config", None)
-    if getattr(config, "engram_train_mode", None) or not hasattr(model, "train_mode"):
+    if getattr(config, "engram_trainable", None) or not hasattr(model, "set_trainable"):
         return
     if all(parameter.requires_grad for parameter in model.parameters()):
-        model.train_mode("memory")
+        model.set_trainable("memory")
         logger.warning(
-            'every parameter required a gradient: the memory alone is trained now, as by model.train_mode("memory"). '
-            'Choose with model.train_mode("memory" | "tables" | "memory+lora" | "all").'
+            "every parameter required a gradient: the memory alone is trained now, as by "
+            'model.set_trainable("memory"). Choose with model.set_trainable("memory" | "tables" | "memory+lora" | "all").'
         )
 
 
@@ -401,6 +403,16 @@ def group_of(name: str, parameter: torch.Tensor) -> str:
         if not ADAPTED.search(name):
             return "vectors"
     return "backbone" if parameter.ndim > 1 else "vectors"
+
+
+def _check_parts(params) -> None:
+    """Raises TypeError for parameters of a row group that are not parts of a table."""
+    for parameter in [params] if isinstance(params, torch.Tensor) else params:
+        if not isinstance(parameter, TablePart):
+            raise TypeError(
+                f"a group with rows=True is for the parts of a memory's tables, got a {type(parameter).__name__} of "
+                f"shape {tuple(parameter.shape)}: leave rows=True out for dense weights."
+            )
 
 
 def check_choice(name: str, value, choices) -> None:

@@ -2,7 +2,7 @@
 
 What it chooses: everything that Trainer does stays Trainer's own. This adds an optimizer that writes rows, gradients of
 tables that are no parameters of the model, and checkpoints that hold what changed.
-Promises: what `model.train_mode` says is trained, the memory alone unless told otherwise; a checkpoint of a run that
+Promises: what `model.set_trainable` says is trained, the memory alone unless told otherwise; a checkpoint of a run that
 trains the memory alone holds its changes and names the graft that it began with; a run that was killed in the middle of
 a save goes on from the last whole checkpoint. Never trains wrongly in silence.
 """
@@ -21,16 +21,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
-from ..adapters import load_memory_pack, save_changes
+from ..adapters import load_memory_delta, save_changes
 from ..adapters.peft_adapters import inside, same_memory
 from ..adapters.trainable import adapter_parameters
 from ..compat_engram import check_parent, left_out_of_ddp
+from ..files_atomic_engram import (
+    ADAPTER_NAME,
+    DELTA_NAME,
+    OLD_DELTA_NAME,
+    WITHOUT_TABLES_NAME,
+    checkpoint_in,
+    remove_checkpoint,
+)
 from ..memory_engram import refuse_copied_code
-from ..placement_engram import TABLES_PREFIX, reread_tables
-from ..rows_engram import CheckpointTables
-from ..saves_engram import ADAPTER_NAME, PACK_NAME, WITHOUT_TABLES_NAME, checkpoint_in, remove_checkpoint
-from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, engram_optimizer
-from .processes import RankPart, exchange_row_gradients, refuse_deepspeed
+from ..rows_placement_engram import TABLES_PREFIX, reread_tables
+from ..rows_storage_engram import CheckpointTables
+from .distributed import RankPart, refuse_deepspeed, sync_row_gradients
+from .optimizer import LEARNING_RATE, TABLE_LR_MULTIPLIER, EngramOptimizer, create_optimizer
 
 
 logger = logging.get_logger(__name__)
@@ -38,14 +45,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class EngramTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what a memory needs besides; see [`engram_optimizer`].
+    """`TrainingArguments` with what a memory needs besides; see [`create_optimizer`].
 
     Args:
         learning_rate (`float`, *optional*, defaults to 2e-3): learning rate of the dense weights.
         table_lr_multiplier (`float`, *optional*, defaults to 50): times `learning_rate`, the learning rate of tables.
         table_optimizer (`str`, *optional*, defaults to `"adam"`): "adam", "adagrad" or "sinkhorn".
         table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
-        anchor (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.
+        l2_sp (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.
 
     Example:
 
@@ -61,7 +68,7 @@ class EngramTrainingArguments(TrainingArguments):
     table_lr_multiplier: float = field(default=TABLE_LR_MULTIPLIER)
     table_optimizer: str = field(default="adam")
     table_state_dtype: str = field(default="float32")
-    anchor: float = field(default=0.0)
+    l2_sp: float = field(default=0.0)
 
 
 check_parent(Trainer, "transformers.Trainer")
@@ -79,7 +86,7 @@ class EngramTrainerMixin:
     # Whether what is saved is for the Hub, whatever the arguments say.
     is_pushing = False
 
-    def __init__(self, model=None, args=None, *, train_mode: str | None = None, **kwargs):
+    def __init__(self, model=None, args=None, *, trainable: str | None = None, **kwargs):
         if kwargs.get("model_init") is not None:
             raise TypeError(
                 "EngramTrainer takes the model itself, and not model_init: a table is not made anew for each trial. "
@@ -88,7 +95,7 @@ class EngramTrainerMixin:
         check_model(model)
         refuse_deepspeed(args)
         # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
-        quantised = getattr(model, "is_quantized", False) and train_mode != "all"
+        quantised = getattr(model, "is_quantized", False) and trainable != "all"
         if quantised:
             model.is_quantized = False
         super().__init__(model, args=args, **kwargs)  # by name: TRL's trainers have others in its place
@@ -97,7 +104,7 @@ class EngramTrainerMixin:
         if self.optimizer is not None and not isinstance(self.optimizer, EngramOptimizer):
             raise TypeError(
                 f"{type(self.optimizer).__name__} cannot write rows, the tables would stay as they are: pass "
-                "engram_transformers.training.engram_optimizer(model), or no optimizer."
+                "engram_transformers.training.create_optimizer(model), or no optimizer."
             )
         if self.optimizer is None:
             check_optimizer_arguments(self.args, self.optimizer_cls_and_kwargs)
@@ -105,14 +112,14 @@ class EngramTrainerMixin:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's, or itself
         if isinstance(tokenizer, PreTrainedTokenizerBase) and self.engram.config.engram_token_map_sha256 is not None:
             self.engram.check_tokenizer(tokenizer)
-        word = train_mode or self.engram.config.engram_train_mode
+        word = trainable or self.engram.config.engram_trainable
         if word is None and self.optimizer is None:
             adapted = next(adapter_parameters(self.engram), None) is not None
             word = "memory+lora" if adapted else "memory"
             what = "the memory and its adapters" if adapted else "the memory"
-            logger.warning(f"training {what} alone (train_mode={word!r}).")
+            logger.warning(f"training {what} alone (trainable={word!r}).")
         if word is not None:
-            self.engram.train_mode(word)
+            self.engram.set_trainable(word)
         refuse_moving_reference(self)
         refuse_other_reference(self, given=kwargs.get("ref_model") is not None)
 
@@ -125,7 +132,7 @@ class EngramTrainerMixin:
         if self.optimizer is None:
             args = self.args
             own = {name: getattr(args, name) for name in OWN_ARGUMENTS if hasattr(args, name)}
-            self.optimizer = engram_optimizer(
+            self.optimizer = create_optimizer(
                 self.model,
                 lr=args.learning_rate,
                 weight_decay=args.weight_decay,
@@ -153,7 +160,7 @@ class EngramTrainerMixin:
     def training_step(self, model, *args, **kwargs):
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            exchange_row_gradients(self.model)  # nothing to do in one process
+            sync_row_gradients(self.model)  # nothing to do in one process
         return loss
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -192,19 +199,19 @@ class EngramTrainerMixin:
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def saves_changes(self, output_dir: str | os.PathLike) -> bool:
-        """Whether a folder need hold no more than a pack.
+        """Whether a folder need hold no more than a delta.
 
         So it is if the memory alone is trained, and its graft stays where others than this run find it.
         """
         files = self.engram.checkpoint_tables
-        alone = self.engram.config.engram_train_mode in ("memory", "tables") and self.engram is self.accelerator_model
+        alone = self.engram.config.engram_trainable in ("memory", "tables") and self.engram is self.accelerator_model
         if not alone or files is None:
             return False
         if files.locate is not None:  # on the Hub
             return True
         if self.args.push_to_hub or self.is_pushing:  # nobody finds a folder of this machine
             return False
-        # A pack needs its graft: not one that this save or this run replaces, nor a checkpoint that Trainer deletes.
+        # A delta needs its graft: not one that this save or this run replaces, nor a checkpoint that Trainer deletes.
         own, run = files.folder.resolve(), Path(self.args.output_dir).resolve()
         of_this_run = own.parent == run and own.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         return not (self.reads_from(run) or self.reads_from(output_dir) or of_this_run)
@@ -251,8 +258,8 @@ class EngramTrainerMixin:
     def load_own_checkpoint(self, folder: Path) -> bool:
         """Loads a checkpoint that Trainer cannot load by itself; whether this was one."""
         kind = None if (folder / ADAPTER_NAME).exists() else checkpoint_in(folder)
-        if kind == "pack":
-            load_memory_pack(self.engram, folder)
+        if kind == "delta":
+            load_memory_delta(self.engram, folder)
         elif kind == "whole" and self.engram.memory.placement == "disk":
             load_around_tables(self.engram, folder)
         else:
@@ -267,8 +274,8 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
         model ([`EngramForCausalLM`]): the model, or a PEFT model around it.
         args ([`EngramTrainingArguments`] or `TrainingArguments`):
             As for Trainer; `learning_rate` is that of the dense weights, also where it is logged.
-        train_mode (`str`, *optional*):
-            "memory", "tables", "memory+lora" or "all" (`model.train_mode`). What the model's configuration says if
+        trainable (`str`, *optional*):
+            "memory", "tables", "memory+lora" or "all" (`model.set_trainable`). What the model's configuration says if
             None, and "memory" if it says nothing.
         kwargs: further arguments of Trainer.
 
@@ -288,7 +295,7 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
 
 
 # Arguments of ours that go to the optimizer.
-OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", "anchor")
+OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", "l2_sp")
 
 # The names of `optim` that mean the AdamW that EngramOptimizer is; one of them is Trainer's default.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -335,7 +342,7 @@ def check_model(model) -> None:
             refuse_copied_code(model)
         raise TypeError(
             f"EngramTrainer trains models with a memory, got {type(model).__name__}: make one with "
-            "EngramForCausalLM.from_donor(model, tokenizer)."
+            "EngramForCausalLM.from_backbone(model, tokenizer)."
         )
     if held.memory.placement == "none":
         raise ValueError("the memory was not loaded (engram_placement='none'): model.place_memory('disk') first.")
@@ -436,7 +443,7 @@ def refuse_other_reference(trainer, given: bool) -> None:
     if not given and (reference is None or not same_memory(model, reference)):
         raise ValueError(
             f"{type(trainer).__name__} loaded its reference from '{model.config.name_or_path}', and that is not the "
-            "model: its memory was trained, or a pack loaded, since. Save the model (model.save_pretrained(folder)) "
+            "model: its memory was trained, or a delta loaded, since. Save the model (model.save_pretrained(folder)) "
             "and train what from_pretrained(folder) loads."
         )
     if not getattr(trainer.args, "sync_ref_model", False):
@@ -454,11 +461,12 @@ def refuse_other_reference(trainer, given: bool) -> None:
 def bring_unknown_files(checkpoint: Path, folder: Path) -> None:
     """Copies what Trainer does not know of a checkpoint into a folder, and removes what an earlier one left there."""
     if (checkpoint / ADAPTER_NAME).exists() or checkpoint_in(checkpoint) is None:
-        (folder / PACK_NAME).unlink(missing_ok=True)  # no more: the folder may be that of the adapters' base
+        for name in (DELTA_NAME, OLD_DELTA_NAME):
+            (folder / name).unlink(missing_ok=True)  # no more: the folder may be that of the adapters' base
     else:
         remove_checkpoint(folder)
     code = [path.name for path in checkpoint.glob("*_engram.py")]
-    for name in (PACK_NAME, WITHOUT_TABLES_NAME, *code):
+    for name in (DELTA_NAME, WITHOUT_TABLES_NAME, *code):
         if (checkpoint / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint / name, folder / name)

@@ -112,7 +112,7 @@ class Demo:
     def control_losses(self) -> dict[str, float]:
         """Losses of the same memory with one row a head, trained on the same tokens."""
         torch.manual_seed(self.settings.seed)
-        control = EngramForCausalLM.from_donor(str(self.donor), **MEMORY, **CONTROL)
+        control = EngramForCausalLM.from_backbone(str(self.donor), **MEMORY, **CONTROL)
         self.train(control, "train control")
         return self.losses(control, "control")
 
@@ -149,7 +149,7 @@ def run(donor, out: Path, settings: Settings, with_control: bool, progress: Prog
     progress.advance(task)
     with demo.step("evaluate_after"):
         after = demo.losses(model, "after")
-        with model.without_memory():
+        with model.disable_memory():
             memory_off = demo.losses(model, "memory off")
     progress.advance(task)
     with demo.step("save"):

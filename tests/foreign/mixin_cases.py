@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from engram_transformers import EngramConfig, EngramForCausalLM, EngramModel
 from engram_transformers.layer_engram import EngramLayer
 from engram_transformers.pretrained_engram import EngramPreTrainedModel
-from engram_transformers.table_engram import EngramTable
+from engram_transformers.rows_table_engram import EngramTable
 
 from . import test_modeling_common
 from .test_configuration_common import ConfigTester
@@ -177,7 +177,7 @@ class EngramCase(StockCase):
         super().setUpClass()
         model = cls.all_model_classes[0](cls.engram_config()).eval()
         ids = torch.tensor([[5, 6, 7]])
-        with torch.no_grad(), model.without_memory():
+        with torch.no_grad(), model.disable_memory():
             bare = model(ids)[0]
         assert not torch.equal(model(ids)[0], bare), "the memory adds nothing, so nothing about it would be tested"
 

@@ -21,8 +21,8 @@ FACTORIES = {
 # Parameters of a fresh model are made where all of its parameters are, and `on_meta` asks where that is.
 FOLLOW_THE_DEFAULT = {
     "modeling_engram/layer_engram.py": {"Projection.__init__", "EngramLayer.__init__"},
-    "modeling_engram/table_engram.py": {"OrderRows.__init__"},
-    "modeling_engram/hashing_engram.py": {"on_meta"},
+    "modeling_engram/rows_table_engram.py": {"OrderRows.__init__"},
+    "modeling_engram/hash_ngrams_engram.py": {"on_meta"},
 }
 
 SHIPPED = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

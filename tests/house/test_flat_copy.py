@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files, get_relative_imports
 
-from engram_transformers.checkpoint_engram import AUTO_MAP
+from engram_transformers.files_checkpoint_engram import AUTO_MAP
 
 
 ROOT = Path(__file__).parents[2]

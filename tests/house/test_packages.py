@@ -27,18 +27,16 @@ LOCK = ROOT / "requirements" / "lock.txt"
 SETUP = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
 NOT_INSTALLED = {"tests", "examples", "benchmarks"}
 EXPORTS = [
-    "PRESETS",
     "EngramConfig",
     "EngramForCausalLM",
     "EngramFormatError",
-    "EngramLayer",
     "EngramModel",
     "EngramTrainer",
     "EngramTrainingArguments",
-    "NgramHasher",
-    "TokenCompressor",
-    "load_memory_pack",
-    "save_memory_pack",
+    "create_optimizer",
+    "graft",
+    "check_generation",
+    "verify_checkpoint",
 ]
 # Big, and needed by training, conversion or reports only.
 NOT_FOR_INFERENCE = {"matplotlib", "typer", "rich", "gguf", "peft", "accelerate", "datasets", "pandas", "hypothesis"}

@@ -110,7 +110,7 @@ def memory(tiny_engram):
 
     def make(**fields):
         model = tiny_engram(trained=True, **fields)
-        model.train_mode("memory")
+        model.set_trainable("memory")
         return model
 
     return make

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from engram_transformers import EngramTrainer
-from engram_transformers.training import EngramTrainingArguments, engram_optimizer, exchange_row_gradients
+from engram_transformers.training import EngramTrainingArguments, create_optimizer, sync_row_gradients
 
 from .process_models import LENGTH, loss_of, small_model, texts, weights
 
@@ -28,8 +28,8 @@ def dataset(count: int = 24) -> list[dict[str, torch.Tensor]]:
 def loop(batch_size: int) -> tuple[dict, list[float]]:
     """A training loop as users write it; weights and norms."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PIECES)
-    model = small_model().train_mode("all")
-    optimizer = engram_optimizer(model, **SETTINGS)
+    model = small_model().set_trainable("all")
+    optimizer = create_optimizer(model, **SETTINGS)
     batches = torch.utils.data.DataLoader(dataset(), batch_size=batch_size)
     trained, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     norms = []
@@ -37,7 +37,7 @@ def loop(batch_size: int) -> tuple[dict, list[float]]:
         with accelerator.accumulate(trained):
             accelerator.backward(loss_of(trained, batch["input_ids"]))
             if accelerator.sync_gradients:
-                exchange_row_gradients(optimizer)
+                sync_row_gradients(optimizer)
                 norms.append(float(accelerator.clip_grad_norm_(trained.parameters(), MAX_NORM)))
             optimizer.step()
             optimizer.zero_grad()
@@ -45,7 +45,7 @@ def loop(batch_size: int) -> tuple[dict, list[float]]:
 
 
 def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
-    """A trainer, of everything if no `train_mode` is given, on the same texts in every process."""
+    """A trainer, of everything if no `set_trainable` is given, on the same texts in every process."""
     settings = {
         "max_steps": STEPS,
         "gradient_accumulation_steps": PIECES,
@@ -64,9 +64,9 @@ def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
     model = changes.pop("model", None) or small_model()
     data = changes.pop("data", None) or dataset()
     evaluated = changes.pop("evaluated", None)
-    word = changes.pop("train_mode", "all")
+    word = changes.pop("set_trainable", "all")
     arguments = EngramTrainingArguments(folder, **{**settings, **changes})
-    return EngramTrainer(model, arguments, train_dataset=data, eval_dataset=evaluated, train_mode=word)
+    return EngramTrainer(model, arguments, train_dataset=data, eval_dataset=evaluated, trainable=word)
 
 
 if __name__ == "__main__":

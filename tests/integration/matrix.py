@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from engram_transformers.compat_engram import CACHE
 from engram_transformers.inspection import GenerationReport, check_generation
-from engram_transformers.inspection.ways import WAYS
+from engram_transformers.inspection.modes import WAYS
 from tests.tiny import engram_on
 
 from .backbones import BACKBONES, READS_PADS, REFUSED

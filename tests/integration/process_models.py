@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig
 
-from engram_transformers.gradient_engram import RowGradient
+from engram_transformers.rows_gradient_engram import RowGradient
 
 from ..tiny import engram_on
 

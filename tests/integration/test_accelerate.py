@@ -20,8 +20,9 @@ from accelerate import (
 from accelerate.hooks import ModelHook, add_hook_to_module, attach_align_device_hook, remove_hook_from_module
 from transformers import AutoModelForCausalLM
 
-from engram_transformers import EngramConfig, EngramForCausalLM, TokenCompressor
-from engram_transformers.memory_engram import InsertMemory
+from engram_transformers import EngramConfig, EngramForCausalLM
+from engram_transformers.hash_tokens_engram import TokenCompressor
+from engram_transformers.injection_engram import InsertMemory
 
 from .backbones import BACKBONES
 
@@ -65,7 +66,7 @@ def logits(model: EngramForCausalLM, batch: dict) -> torch.Tensor:
 def plain(model, batch) -> torch.Tensor:
     """Logits before accelerate has touched the model; the memory has a part in them."""
     expected = logits(model, batch)
-    with model.without_memory():
+    with model.disable_memory():
         assert not torch.allclose(logits(model, batch), expected, atol=1e-3)
     return expected
 
@@ -193,7 +194,7 @@ def test_from_pretrained_with_a_device_map_gives_the_same_logits(saved, batch, p
 def test_generation_with_offloaded_weights_is_the_same(model, batch, plain):
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     expected = model.generate(**batch, **settings)
-    with model.without_memory():
+    with model.disable_memory():
         assert not torch.equal(model.generate(**batch, **settings), expected)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(model.generate(**batch, **settings), expected)

@@ -88,7 +88,7 @@ def test_every_kind_gives_the_same_logits(backbone, kind, ids, mask, tiny_donor,
     model.set_attn_implementation(kind)
     assert kinds_in_use(model) == {kind}
     assert_same(model(ids, attention_mask=mask).logits, expected, mask)
-    with model.without_memory():
+    with model.disable_memory():
         off = model(ids, attention_mask=mask).logits
     assert_same(off, donors[1](ids, attention_mask=mask).logits, mask)
     assert not torch.allclose(off, expected, atol=1e-2), "control: the memory must be seen"
@@ -142,7 +142,7 @@ def test_a_kind_given_when_loading_reaches_the_backbone(kind, ids, tiny_donor, t
     for loader in (AutoModelForCausalLM, AutoModel):
         loaded = loader.from_pretrained(tmp_path / "saved", attn_implementation=kind)
         assert kinds_in_use(loaded) == {kind}
-    model = EngramForCausalLM.from_donor(
+    model = EngramForCausalLM.from_backbone(
         str(tmp_path / "donor"), engram_layer_ids=[1, 2], attn_implementation=kind, **FIELDS
     )
     assert kinds_in_use(model) == {kind}

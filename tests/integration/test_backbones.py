@@ -75,7 +75,7 @@ def test_a_trained_memory_is_the_same_after_saving_and_loading(backbone, ids, tr
     assert saved.keys() == read.keys()
     assert [name for name in saved if not torch.equal(saved[name], read[name])] == []
     assert torch.equal(unmapped(loaded)(ids).logits, model(ids).logits)
-    with loaded.without_memory():
+    with loaded.disable_memory():
         assert torch.equal(loaded(ids).logits, model.backbone(ids).logits)
 
 

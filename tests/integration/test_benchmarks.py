@@ -31,7 +31,7 @@ from benchmarks import hash as hash_benchmark
 from benchmarks import models as benchmark_models
 from benchmarks.command import CannotMeasure
 from benchmarks.numpy_hash import NumpyHash
-from engram_transformers import NgramHasher
+from engram_transformers.hash_ngrams_engram import NgramHasher
 
 
 @pytest.fixture
@@ -302,5 +302,5 @@ def test_our_side_of_the_peer_reads_rows_and_generates_the_donors_tokens(tiny_do
     with torch.no_grad():
         model.memory.layers["1"].key_value.weight.normal_(0, 3)
         moved = model(input_ids=ids).logits
-        with model.without_memory():
+        with model.disable_memory():
             assert not torch.equal(moved, model(input_ids=ids).logits)  # control: the rows do reach the stream

@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from engram_transformers import pretrained_engram
 from engram_transformers.cache_engram import EngramCacheLayer
 from engram_transformers.inspection import check_generation, generation
-from engram_transformers.inspection.ways import PERTURBATIONS, Subject
+from engram_transformers.inspection.modes import PERTURBATIONS, Subject
 from engram_transformers.memory_engram import EngramMemory
 from engram_transformers.modeling_engram import EngramForCausalLM
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 
 from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.saves_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
+from engram_transformers.files_atomic_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
 
 
 pytestmark = pytest.mark.core
@@ -123,7 +123,7 @@ def test_a_table_larger_than_a_file_may_be_is_refused(saved):
 @torch.no_grad()
 def test_an_interrupted_save_leaves_the_old_checkpoint(saved, ids, monkeypatch, tiny_engram):
     model, folder = saved
-    import engram_transformers.checkpoint_engram as checkpoint
+    import engram_transformers.files_checkpoint_engram as checkpoint
 
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -276,7 +276,7 @@ def test_state_dict_argument_is_what_is_saved(saved, ids, tmp_path):
             state[name].zero_()
     model.save_pretrained(tmp_path / "zeroed", state_dict=state)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "zeroed")
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     sparse = memory_files(tmp_path / "zeroed")[0].stat()
     assert sparse.st_blocks * 512 <= sparse.st_size

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from engram_transformers import PRESETS
+from engram_transformers.configuration import PRESETS
 from engram_transformers.conversion.cli import app
 
 

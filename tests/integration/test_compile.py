@@ -13,7 +13,7 @@ import torch
 from transformers import CompileConfig, DynamicCache
 
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.gradient_engram import RowGradient
+from engram_transformers.rows_gradient_engram import RowGradient
 
 from .backbones import BACKBONES
 
@@ -133,7 +133,7 @@ MEASURE = """
 import json, torch
 from transformers import LlamaConfig
 from engram_transformers import EngramConfig, EngramForCausalLM
-from engram_transformers.gradient_engram import RowGradient
+from engram_transformers.rows_gradient_engram import RowGradient
 
 def peak():  # not ru_maxrss, which begins with what the process that started this one has held
     with open("/proc/self/status", encoding="utf-8") as status:

@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.memory_engram import InsertMemory
-from engram_transformers.training import engram_optimizer
+from engram_transformers.injection_engram import InsertMemory
+from engram_transformers.training import create_optimizer
 
 from .backbones import BACKBONES
 
@@ -51,7 +51,7 @@ def ids():
 def test_neither_copy_nor_original_sees_what_is_done_to_the_other(copied, part, ids, tiny_engram):
     model = tiny_engram(trained=True)
     expected, state = model(ids).logits, copy.deepcopy(model.state_dict())
-    with model.without_memory():
+    with model.disable_memory():
         donors = model(ids).logits
     twin = copied(model)
     assert torch.equal(twin(ids).logits, expected)
@@ -94,7 +94,7 @@ def test_a_copy_made_in_the_middle_of_a_pass_is_whole(copied, ids, tiny_engram):
 def test_a_copy_made_with_the_memory_off_has_it_on(copied, ids, tiny_engram):
     model = tiny_engram(trained=True)
     expected = model(ids).logits
-    with model.without_memory():
+    with model.disable_memory():
         twin = copied(model)
         assert not torch.equal(model(ids).logits, expected)
         assert torch.equal(twin(ids).logits, expected)
@@ -102,7 +102,7 @@ def test_a_copy_made_with_the_memory_off_has_it_on(copied, ids, tiny_engram):
 
 def one_step(model, ids):
     """One training step of the memory, with the gradient left in place."""
-    optimizer = engram_optimizer(model.train_mode("memory").train(), lr=1e-2)
+    optimizer = create_optimizer(model.set_trainable("memory").train(), lr=1e-2)
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     model(ids, labels=ids).loss.backward()
@@ -165,7 +165,7 @@ def test_training_a_copy_leaves_the_original_as_it_was(copied, ids, tiny_engram)
     model = tiny_engram(trained=True)
     state = copy.deepcopy(model.state_dict())
     twin = copied(model)
-    optimizer = engram_optimizer(twin, lr=1e-2)
+    optimizer = create_optimizer(twin, lr=1e-2)
     twin(ids, labels=ids).loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     optimizer.step()

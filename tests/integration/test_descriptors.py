@@ -14,9 +14,9 @@ import torch
 from accelerate import dispatch_model
 from transformers import LlamaConfig
 
-from engram_transformers import load_memory_pack, save_memory_pack
-from engram_transformers.rows_engram import ShardFile
-from engram_transformers.shards_engram import read_index
+from engram_transformers.adapters import load_memory_delta, save_memory_delta
+from engram_transformers.files_safetensors_engram import read_index
+from engram_transformers.rows_storage_engram import ShardFile
 from engram_transformers.training.trainer import load_around_tables
 
 from ..tiny import engram_on
@@ -84,12 +84,12 @@ def test_a_run_with_checkpoints_that_come_back_holds_files_and_not_tensors(
 ):
     mapped, real = [], ShardFile.map
     monkeypatch.setattr(ShardFile, "map", lambda file: mapped.append(file) or real(file))
-    model = loaded(graft, place).train_mode(mode)
+    model = loaded(graft, place).set_trainable(mode)
     best = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     train(model, dataset, tmp_path / "run", **best)
     assert held(graft.parent) + held(tmp_path) <= 2 * (FILES + 1)
     if mode == "memory":
-        load_memory_pack(model, save_memory_pack(model, tmp_path / "pack", base=graft), base=graft)
+        load_memory_delta(model, save_memory_delta(model, tmp_path / "delta", base=graft), base=graft)
         assert held(graft.parent) + held(tmp_path) <= 2 * (FILES + 1)
     else:
         mapped.clear()

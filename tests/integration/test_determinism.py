@@ -22,10 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig
 
-from engram_transformers import EngramConfig, TokenCompressor
+from engram_transformers import EngramConfig
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.constants_engram import derive_constants
-from engram_transformers.hashing_engram import naive_hash_ids
+from engram_transformers.hash_constants_engram import derive_constants
+from engram_transformers.hash_ngrams_engram import naive_hash_ids
+from engram_transformers.hash_tokens_engram import TokenCompressor
 from engram_transformers.memory_engram import EngramMemory
 
 from ..conftest import examples
@@ -278,7 +279,7 @@ def test_logits_of_a_text_are_those_of_the_text_alone(batch, n, count, graft):
         alone = model(ids, engram_input_ids=torch.tensor([text])).logits
         torch.testing.assert_close(logits[row : row + 1, here], alone, rtol=0, atol=TOLERANCE)
         if max(text) >= 0:
-            with model.without_memory():
+            with model.disable_memory():
                 assert (model(ids).logits - alone).abs().max() > 1000 * TOLERANCE, "control: the memory is silent"
 
 
@@ -348,7 +349,7 @@ from engram_transformers import EngramForCausalLM
 
 folder, dtype, size, text_config, fields = (json.loads(argument) for argument in sys.argv[1:])
 donor = AutoModelForCausalLM.from_config(LlamaConfig(**text_config))
-model = EngramForCausalLM.from_donor(donor, AutoTokenizer.from_pretrained(folder), **fields)
+model = EngramForCausalLM.from_backbone(donor, AutoTokenizer.from_pretrained(folder), **fields)
 model.to(getattr(torch, dtype))
 asked = []
 for table in model.memory.tables.values():

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from engram_transformers import EngramConfig, EngramForCausalLM
-from engram_transformers.checkpoint_engram import CheckpointFiles
-from engram_transformers.training import engram_optimizer
+from engram_transformers.files_checkpoint_engram import CheckpointFiles
+from engram_transformers.training import create_optimizer
 
 from .placed import loaded, logits, repeating_texts, same
 
@@ -50,8 +50,8 @@ def test_a_default_device_changes_nothing_but_where_the_model_is(default, place,
         assert model.device.type == "counting"
         assert same(logits(model, there), logits(control, ids))
         written = model.generate(there[:, :5], max_new_tokens=4, do_sample=False)
-        model.train_mode("memory")
-        optimizer = engram_optimizer(model, lr=1e-3) if place != "device" else None  # the device draws no numbers
+        model.set_trainable("memory")
+        optimizer = create_optimizer(model, lr=1e-3) if place != "device" else None  # the device draws no numbers
         model(there, labels=there, use_cache=False).loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -77,7 +77,7 @@ def test_a_donor_on_the_default_device_takes_a_memory(default, device, tiny_toke
     with default():
         donor = AutoModelForCausalLM.from_config(tiny_llama_config).eval()
         expected = donor(ids.to("counting")).logits.detach().cpu()
-        model = EngramForCausalLM.from_donor(donor, tiny_tokenizer, [1], engram_vocab_size=200, engram_head_dim=4)
+        model = EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [1], engram_vocab_size=200, engram_head_dim=4)
         assert {parameter.device.type for parameter in model.parameters()} == {"counting"}
         assert torch.equal(logits(model, ids.to("counting")), expected)
 
@@ -123,7 +123,7 @@ def test_a_layer_that_was_moved_by_hand_gets_the_stream_and_gives_it_back(device
 def test_gradients_find_their_rows_over_two_devices(device, saved, ids):
     losses = []
     for model in (loaded(saved), spread(loaded(saved), {"backbone": "cpu", "memory": "counting"})):
-        model.train_mode("memory")
+        model.set_trainable("memory")
         model(ids, labels=ids, use_cache=False).loss.backward()
         part = model.memory.tables["1"].order2[0]
         losses.append((part.grad.rows.cpu(), part.grad.row_values.cpu()))
@@ -144,8 +144,8 @@ DONORS = {
 @pytest.mark.parametrize("kind", DONORS)
 def test_a_layer_of_the_memory_goes_with_its_decoder_layer(kind, device, tiny_donor, tiny_tokenizer, fill_memory, ids):
     sizes = {"engram_layer_ids": [0, 2], "engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
-    expected = logits(fill_memory(EngramForCausalLM.from_donor(tiny_donor(), tiny_tokenizer, **sizes)), ids)
-    model = EngramForCausalLM.from_donor(DONORS[kind](tiny_donor()), tiny_tokenizer, **sizes)
+    expected = logits(fill_memory(EngramForCausalLM.from_backbone(tiny_donor(), tiny_tokenizer, **sizes)), ids)
+    model = EngramForCausalLM.from_backbone(DONORS[kind](tiny_donor()), tiny_tokenizer, **sizes)
     found = {name: layer.key_value.weight.device.type for name, layer in model.memory.layers.items()}
     assert found == {"0": "cpu" if kind == "on two devices" else "counting", "2": "counting"}
     assert {name: table.order2[0].device.type for name, table in model.memory.tables.items()} == found

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +76,7 @@ def test_logits_are_float32s_to_the_backbones_own_rounding(dtype, table, ids, ti
     assert torch.isfinite(outputs.loss)
     tolerance = max(2 * rounding, 1e-5) + TABLE_ROUNDING[table]
     assert farthest(outputs.logits, expected) <= tolerance
-    with model.without_memory():
+    with model.disable_memory():
         assert farthest(model(ids).logits, expected) > 2 * tolerance, "control: the memory must be seen"
 
 
@@ -158,7 +158,7 @@ def test_a_model_saved_in_any_type_comes_back_bit_for_bit(dtype, table, ids, tin
 def test_a_donor_folder_is_grafted_in_the_type_asked_for(dtype, ids, tiny_donor, tiny_tokenizer, tmp_path):
     tiny_donor().save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    model = EngramForCausalLM.from_donor(str(tmp_path), engram_layer_ids=[1, 2], dtype=TYPES[dtype], **FIELDS)
+    model = EngramForCausalLM.from_backbone(str(tmp_path), engram_layer_ids=[1, 2], dtype=TYPES[dtype], **FIELDS)
     assert dense_types(model) == {TYPES[dtype]}
     assert {p.dtype for p in model.memory.tables.parameters()} == {torch.float32}
     donor = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=TYPES[dtype])
@@ -171,7 +171,7 @@ def test_rows_are_trained_in_every_pair_of_types(dtype, table, ids, tiny_engram)
     model.backbone.requires_grad_(False)
     # Adam's epsilon is 0 in float16, whatever model it trains: dense weights in that type are not trained here.
     model.memory.layers.requires_grad_(dtype != "float16")
-    optimizer = engram_optimizer(model, lr=1e-3)
+    optimizer = create_optimizer(model, lr=1e-3)
     losses = []
     for _ in range(4):
         outputs = model(ids, labels=ids)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramFormatError
-from engram_transformers.compression_engram import token_map_sha256
-from engram_transformers.constants_engram import HashConstants, head_offsets
-from engram_transformers.hashing_engram import NgramHasher, naive_hash_ids
+from engram_transformers.hash_constants_engram import HashConstants, head_offsets
+from engram_transformers.hash_ngrams_engram import NgramHasher, naive_hash_ids
+from engram_transformers.hash_tokens_engram import token_map_sha256
 from engram_transformers.inspection import verify_checkpoint
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 from .backbones import BACKBONES
 
@@ -159,7 +159,7 @@ def test_an_added_token_opens_the_gate_and_makes_ngrams_of_its_own(tiny_engram):
         distinct = {tuple(row) for row in rows[:, place].tolist()}
         assert len(distinct) == (3 if differs else 1), place
     logits = model(texts).logits
-    with model.without_memory():
+    with model.disable_memory():
         assert not torch.allclose(model(texts).logits[:, 2], logits[:, 2], atol=1e-2)
 
 
@@ -167,7 +167,7 @@ def test_a_step_of_training_reaches_the_rows_of_added_tokens(tiny_engram, longer
     model, tokenizer = tiny_engram(), longer_tokenizer()
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
     model.backbone.requires_grad_(False)
-    optimizer = engram_optimizer(model, lr=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2)
     batch = tokenizer("the <first> cat <second><third> and <first>", return_tensors="pt")
     before = model(**batch, labels=batch["input_ids"]).loss
     before.backward()

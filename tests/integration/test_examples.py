@@ -101,7 +101,7 @@ def test_pretrain_from_scratch_trains_both_models_and_saves_the_one_with_a_memor
     tables = list(model.memory.tables.parameters())
     assert (written, rows) == (sum(int(t.any(dim=1).sum()) for t in tables), sum(map(len, tables)))
     assert 0 < written < rows
-    assert model.config.engram_train_mode == "all"
+    assert model.config.engram_trainable == "all"
     assert all(bool(layer.conv.any()) for layer in model.memory.layers.values()), "the convolution learns"
 
 
@@ -110,15 +110,15 @@ def test_continual_learns_new_text_and_keeps_the_general_one_bit_for_bit(run, do
     general.write_text("\n".join(GENERAL) + "\n", encoding="utf-8")
     settings = ("--general", general, "--new", new, "--rows", 2000, "--length", 16, "--max-steps", 8)
     printed = run("continual", "--model", donor, *settings)
-    ways = ("at first", "knows the general text", "free", "tables alone", "selected rows", "rows and anchor")
+    ways = ("at first", "knows the general text", "free", "tables alone", "selected rows", "rows and l2_sp")
     found = {way: numbers(rf"\n{way} +([\d.]+) +([\d.]+) +([\d.]+)", printed) for way in ways}
     known = found["knows the general text"]
     assert known[0] < found["at first"][0] - 0.5
-    for way in ("selected rows", "rows and anchor"):
+    for way in ("selected rows", "rows and l2_sp"):
         assert found[way][0] == known[0], "no row that it reads has changed"
         assert found[way][2] < known[2] - 0.1
     assert found["free"][0] != known[0] and found["free"][2] < known[2] - 0.1, "the control"
-    assert found["rows and anchor"][2] > found["selected rows"][2], "the anchor costs something"
+    assert found["rows and l2_sp"][2] > found["selected rows"][2], "the l2_sp costs something"
     chosen, read = numbers(r"([\d,]+) of the ([\d,]+) rows that the new texts read may change", printed)
     assert 0 < chosen < read
 
@@ -130,7 +130,7 @@ def test_finetune_trl_trains_adapter_and_memory_and_loads_both(run, donor, new, 
     assert "the same when loaded again: True" in printed
     assert {path.name for path in (tmp_path / "out" / "adapter").glob("*.safetensors")} == {
         "adapter_model.safetensors",
-        "memory_pack.safetensors",
+        "memory_delta.safetensors",
     }
     assert all(
         f"{path.name} ({path.stat().st_size:,} bytes)" in printed for path in tmp_path.glob("out/adapter/*.saf*")

@@ -38,7 +38,7 @@ def test_the_example_teaches_memory_and_lora_and_leaves_both(
     donor, lora, memory, both = map(float, said.groups())
     assert both < min(lora, memory) < donor
     folder = tmp_path / "adapter"
-    assert {path.name for path in folder.iterdir()} >= {"adapter_model.safetensors", "memory_pack.safetensors"}
+    assert {path.name for path in folder.iterdir()} >= {"adapter_model.safetensors", "memory_delta.safetensors"}
     assert (tmp_path / "graft").exists() == (start == "donor")
     graft = AutoModelForCausalLM.from_pretrained(tmp_path / ("graft" if start == "donor" else "start"))
     plain = logits(graft)

@@ -68,7 +68,7 @@ def test_a_memory_whose_size_nobody_gave_is_small_the_same_by_both_ways_and_said
     said = caplog.messages[0]
     loaded = AutoModelForCausalLM.from_pretrained(out)
     caplog.clear()
-    model = EngramForCausalLM.from_donor(str(folder), dtype=torch.bfloat16)
+    model = EngramForCausalLM.from_backbone(str(folder), dtype=torch.bfloat16)
     assert json.loads((out / "config.json").read_text())["engram_vocab_size"] == 1000
     assert receipt(out)["recipe"]["engram_vocab_size"] == 1000
     assert model.config.engram_hash_sha256 == loaded.config.engram_hash_sha256, "other addresses for another type"
@@ -84,7 +84,7 @@ def test_a_table_that_nobody_asked_for_and_that_does_not_fit_is_refused(donor_fo
         ValueError, match=r"would take \d\d(,\d{3}){4} bytes.*are free.*Give engram_vocab_size=1000"
     )
     with refused:
-        EngramForCausalLM.from_donor(str(folder), **wide)
+        EngramForCausalLM.from_backbone(str(folder), **wide)
     with refused:
         graft(folder, tmp_path / "out", **wide)
     assert not caplog.messages and not (tmp_path / "out").exists()
@@ -240,14 +240,14 @@ def test_a_donor_with_code_of_its_own_is_refused_before_its_code_runs(donor_fold
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "own_llama", "auto_map": classes}))
     for trust in (True, False):
         with pytest.raises(ValueError, match="'own_llama'.*brings code of its own.*could not be loaded"):
-            EngramForCausalLM.from_donor(folder, trust_remote_code=trust, **FIELDS)
+            EngramForCausalLM.from_backbone(folder, trust_remote_code=trust, **FIELDS)
         with pytest.raises(ValueError, match="'own_llama'.*brings code of its own.*could not be loaded"):
             graft(folder, tmp_path / "graft", trust_remote_code=trust, **FIELDS)
     assert not (tmp_path / "graft").exists()
     donor.config.model_type = "own_llama"
     with pytest.raises(ValueError, match="brings code of its own"):
-        EngramForCausalLM.from_donor(donor, tiny_tokenizer, **FIELDS)
+        EngramForCausalLM.from_backbone(donor, tiny_tokenizer, **FIELDS)
     # Control: a type that Transformers knows is loaded by its class, whatever code lies there.
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
-    model = EngramForCausalLM.from_donor(folder, **FIELDS)
+    model = EngramForCausalLM.from_backbone(folder, **FIELDS)
     assert type(model.backbone).__name__ == "LlamaForCausalLM"

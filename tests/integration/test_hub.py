@@ -204,7 +204,7 @@ text = {"input_ids": torch.arange(3, 19), "labels": torch.arange(3, 19)}
 settings = {"max_steps": 2, "save_steps": 2, "save_strategy": "steps", "report_to": [], "use_cpu": True}
 hub = {"push_to_hub": True, "hub_strategy": "every_save", "hub_model_id": "me/memory", "hub_token": "hf_stand_in"}
 arguments = EngramTrainingArguments(sys.argv[2], **settings, **hub)
-EngramTrainer(model, arguments, train_dataset=[text] * 4, train_mode=sys.argv[3]).train()
+EngramTrainer(model, arguments, train_dataset=[text] * 4, trainable=sys.argv[3]).train()
 model.save_pretrained(sys.argv[4])
 """
 
@@ -214,12 +214,12 @@ def test_what_a_run_pushes_while_it_trains_is_the_whole_model(mode, hub, with_hu
     tiny_engram(trained=True).save_pretrained(tmp_path / "graft")
     run = tmp_path / "run"
     run.mkdir()
-    (run / "memory_pack.safetensors").write_bytes(b"of an earlier run")
+    (run / "memory_delta.safetensors").write_bytes(b"of an earlier run")
     with_hub(TRAIN, tmp_path / "graft", run, mode, tmp_path / "trained")
     sent = {line["value"]["path"] for line in hub.commit if line["key"] in ("file", "lfsFile")}
     expected = {path.relative_to(tmp_path / "trained").as_posix() for path in (tmp_path / "trained").rglob("*.*")}
     assert expected <= sent, sorted(expected - sent)
-    assert "memory_pack.safetensors" not in sent
+    assert "memory_delta.safetensors" not in sent
     pushed, trained = (AutoModelForCausalLM.from_pretrained(folder) for folder in (run, tmp_path / "trained"))
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, pushed.state_dict()[name]), name
@@ -306,7 +306,7 @@ for kind in (AutoModelForCausalLM, AutoModel, EngramForCausalLM):
         again = pickle.loads(pickle.dumps(model)).place_memory("disk")  # of the commit in the cache, without a token
         assert torch.equal(again(ids)[0], model.place_memory("cpu")(ids)[0])
 sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
-check(EngramForCausalLM.from_donor("me/private", token=token, subfolder="donor", **sizes))  # its tokenizer as well
+check(EngramForCausalLM.from_backbone("me/private", token=token, subfolder="donor", **sizes))  # its tokenizer as well
 """
 
 

@@ -96,7 +96,7 @@ def test_without_memory_is_the_donor_and_only_inside_the_block(ids, tiny_donor, 
     expected = tiny_donor()(ids).logits
     model = tiny_engram(trained=True)
     trained = model(ids).logits
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(model(ids).logits, expected)
         cache = model(ids, use_cache=True)[CACHE]
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
@@ -106,7 +106,7 @@ def test_without_memory_is_the_donor_and_only_inside_the_block(ids, tiny_donor, 
     with pytest.raises(ValueError, match="read without the memory"):
         model(ids, **{CACHE: cache})
     begun_with = model(ids, use_cache=True)[CACHE]
-    with model.without_memory(), pytest.raises(ValueError, match="begun with the memory on"):
+    with model.disable_memory(), pytest.raises(ValueError, match="begun with the memory on"):
         model(ids, **{CACHE: begun_with})
 
 
@@ -122,9 +122,9 @@ def test_donor_is_taken_over_once(tiny_donor, tiny_engram):
 
 def test_from_donor_says_what_it_lacks(tiny_donor, tiny_tokenizer):
     with pytest.raises(TypeError, match="needs the model's tokenizer"):
-        EngramForCausalLM.from_donor(tiny_donor())
+        EngramForCausalLM.from_backbone(tiny_donor())
     with pytest.raises(TypeError, match="unexpected arguments.*revision"):
-        EngramForCausalLM.from_donor(tiny_donor(), tiny_tokenizer, revision="main")
+        EngramForCausalLM.from_backbone(tiny_donor(), tiny_tokenizer, revision="main")
 
 
 def test_memory_parameters_are_all_that_is_not_under_backbone(tiny_engram):

@@ -39,7 +39,7 @@ def logits(model, ids=IDS):
 
 @torch.no_grad()
 def donors(model, ids=IDS):
-    with model.without_memory():
+    with model.disable_memory():
         return model(ids, use_cache=False).logits
 
 
@@ -104,7 +104,7 @@ def test_a_model_that_is_compiled_in_part_or_whole_reads_its_memory(how, model, 
             return
     for _ in range(2):
         assert same(logits(compiled), wanted)
-    with model.without_memory():
+    with model.disable_memory():
         assert same(logits(compiled), plain)
     assert same(logits(compiled), wanted)
 
@@ -145,7 +145,7 @@ def test_a_pass_inside_a_pass_leaves_the_outer_one_its_reads(model):
 
 @pytest.mark.parametrize("kind", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
 def test_checkpointing_from_outside_of_a_layer_is_an_error(kind, model):
-    model.train_mode("all").train()
+    model.set_trainable("all").train()
     layers = tuple(model.backbone.model.layers)
     apply_activation_checkpointing(
         model,
@@ -180,7 +180,7 @@ def test_a_decoder_layer_by_itself_is_an_error_and_runs_without_memory_where_tha
     positions = model.backbone.model.rotary_emb(stream, torch.arange(12)[None])
     with pytest.raises(RuntimeError, match="LlamaDecoderLayer 1 has an Engram memory and runs outside"):
         layer(stream, position_embeddings=positions)
-    with model.without_memory():
+    with model.disable_memory():
         layer(stream, position_embeddings=positions)
     logits(model.backbone)  # leaves no permission behind
     with pytest.raises(RuntimeError, match="runs outside"):

@@ -12,7 +12,7 @@ import torch
 
 from engram_transformers.inspection import check_generation
 from engram_transformers.inspection.generation import TOLERANCE
-from engram_transformers.inspection.ways import WAYS
+from engram_transformers.inspection.modes import WAYS
 
 from .matrix import BACKBONES_OWN, REFUSALS, ROWS, engram_on, page
 

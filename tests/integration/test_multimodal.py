@@ -114,7 +114,7 @@ def test_the_text_model_of_a_multimodal_model_is_grafted(name, ids, tiny_donor, 
     text = tiny_donor(text_config)
     text.base_model.load_state_dict(whole.model.language_model.state_dict())
     text.lm_head.load_state_dict(whole.lm_head.state_dict())
-    model = EngramForCausalLM.from_donor(text, tiny_tokenizer, [0, 1], **FIELDS)
+    model = EngramForCausalLM.from_backbone(text, tiny_tokenizer, [0, 1], **FIELDS)
     assert model.config.get_text_config() is model.config.text_config
     assert model.config.text_config.model_type == text_config.model_type
     assert torch.equal(model(ids).logits, whole(ids).logits), "a text is answered as by the multimodal model"
@@ -133,7 +133,7 @@ def test_a_multimodal_configuration_gives_its_text_part(name, ids, tmp_path):
     text_config = AutoConfig.from_pretrained(tmp_path).get_text_config()
     model = EngramForCausalLM(EngramConfig(text_config=text_config, engram_layer_ids=[0, 1], **FIELDS)).eval()
     assert model.config.engram_compressed_vocab_size == 4104
-    with model.without_memory():
+    with model.disable_memory():
         donors = model(ids).logits
     assert torch.equal(model(ids).logits, donors)
 
@@ -146,7 +146,7 @@ def test_a_whole_multimodal_model_is_refused_with_what_to_do(name, tiny_tokenize
         EngramConfig(text_config=config, engram_layer_ids=[0, 1], **FIELDS)
     donor = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(ValueError, match=says):
-        EngramForCausalLM.from_donor(donor, tiny_tokenizer, [0, 1], **FIELDS)
+        EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0, 1], **FIELDS)
     donor.save_pretrained(tmp_path / "donor")
     tiny_tokenizer.save_pretrained(tmp_path / "donor")
     with pytest.raises(ValueError, match=says):

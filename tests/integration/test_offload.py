@@ -109,7 +109,7 @@ def test_a_forward_pass_carries_the_rows_that_it_reads(place, length, late, devi
             result = model(input_ids=there).logits
         assert (block.h2d, block.d2h) == expected
         assert same(result.cpu(), logits(control, texts))
-    with model.without_memory():
+    with model.disable_memory():
         assert crossing(lambda: model(input_ids=there)) == (0, 0)
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_is_loaded_and_dispatched_without_its_tables(device, saved,
         empty = EngramForCausalLM(config, token_map=token_map, hold_tables=False).eval()
     model = load_checkpoint_and_dispatch(empty, saved, device_map="auto")
     assert size(model.state_dict().items(), True) == 0
-    with control.without_memory():
+    with control.disable_memory():
         assert torch.equal(logits(model, ids), logits(control, ids))
     model.place_memory("disk", folder=saved)
     assert torch.equal(logits(model, ids), logits(control, ids))

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from engram_transformers import EngramFormatError
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.saves_engram import INDEX_NAME
+from engram_transformers.files_atomic_engram import INDEX_NAME
 
 from ..faults import (
     Child,

@@ -15,8 +15,8 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from torch import nn
 
 from engram_transformers import EngramConfig, EngramForCausalLM
-from engram_transformers.offload_engram import EngramRowsHook, rows_hook
-from engram_transformers.table_engram import OrderRows
+from engram_transformers.rows_accelerate_engram import EngramRowsHook, rows_hook
+from engram_transformers.rows_table_engram import OrderRows
 
 from ..counting_device import counted
 from .placed import loaded, logits, repeating_texts, same
@@ -134,7 +134,7 @@ def test_removing_all_hooks_gives_the_memory_back(saved, control, ids):
         assert torch.equal(logits(model.place_memory("cpu"), ids), logits(control, ids))
     nowhere = loaded(saved, "none")
     remove_hook_from_module(nowhere, recurse=True)
-    with control.without_memory():
+    with control.disable_memory():
         assert torch.equal(logits(nowhere, ids), logits(control, ids))
 
 

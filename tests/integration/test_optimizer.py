@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import get_scheduler
 
-from engram_transformers.gradient_engram import RowGradient
-from engram_transformers.training import engram_optimizer
+from engram_transformers.rows_gradient_engram import RowGradient
+from engram_transformers.training import create_optimizer
 from engram_transformers.training.optimizer import EngramOptimizer, group_of
 
 from .placed import loaded
@@ -42,7 +42,7 @@ def placed(kept, memory):
         if not (kept / dtype).exists():
             memory(engram_table_dtype=dtype).save_pretrained(kept / dtype)
         model = loaded(kept / dtype, place)
-        model.train_mode("memory")
+        model.set_trainable("memory")
         return model
 
     return make
@@ -50,8 +50,8 @@ def placed(kept, memory):
 
 def test_tables_have_their_own_rate_and_no_decay(tiny_engram):
     model = tiny_engram()
-    model.train_mode("all")
-    groups = {g["name"]: g for g in engram_optimizer(model, 1e-3, table_lr_multiplier=7, weight_decay=0.1).param_groups}
+    model.set_trainable("all")
+    groups = {g["name"]: g for g in create_optimizer(model, 1e-3, table_lr_multiplier=7, weight_decay=0.1).param_groups}
     assert groups["tables"]["lr"] == pytest.approx(7e-3)
     assert groups["projections"]["lr"] == 1e-3
     decays = {name: group["weight_decay"] for name, group in groups.items()}
@@ -85,24 +85,24 @@ def test_where_nothing_was_chosen_the_memory_alone_learns_and_it_says_so(tiny_en
     model = tiny_engram()
     assert all(p.requires_grad for p in model.parameters())
     with caplog.at_level(logging.WARNING, "engram_transformers"):
-        optimizer = engram_optimizer(model)
+        optimizer = create_optimizer(model)
     assert {group["name"] for group in optimizer.param_groups} == {"tables", "projections", "vectors"}
-    assert "memory alone" in caplog.text and "train_mode" in caplog.text
-    assert model.config.engram_train_mode == "memory"
+    assert "memory alone" in caplog.text and "set_trainable" in caplog.text
+    assert model.config.engram_trainable == "memory"
     caplog.clear()
-    model.train_mode("all")
+    model.set_trainable("all")
     with caplog.at_level(logging.WARNING, "engram_transformers"):
-        chosen = engram_optimizer(model)
+        chosen = create_optimizer(model)
     assert "backbone" in {group["name"] for group in chosen.param_groups} and not caplog.text
 
 
 def test_what_was_frozen_by_hand_stays_chosen(tiny_engram):
     model = tiny_engram()
     model.memory.layers.requires_grad_(False)
-    assert {g["name"] for g in engram_optimizer(model).param_groups} == {"tables", "backbone", "vectors"}
+    assert {g["name"] for g in create_optimizer(model).param_groups} == {"tables", "backbone", "vectors"}
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        engram_optimizer(model)
+        create_optimizer(model)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -118,7 +118,7 @@ def test_tables_are_clipped_with_the_model_wherever_they_are(place, placed, batc
 
 def test_schedulers_move_all_rates_alike(memory, batches):
     model = memory()
-    optimizer = engram_optimizer(model, lr=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=8)
     seen = []
     for batch in batches:
@@ -144,14 +144,14 @@ def test_schedulers_move_all_rates_alike(memory, batches):
 def test_a_run_that_is_resumed_is_the_uninterrupted_one_bit_for_bit(
     rule, kind, dtype, place, placed, batches, tmp_path
 ):
-    settings = {"lr": 1e-3, "table_optimizer": rule, "table_state_dtype": kind, "anchor": 0.1, "seed": 5}
+    settings = {"lr": 1e-3, "table_optimizer": rule, "table_state_dtype": kind, "l2_sp": 0.1, "seed": 5}
     whole, halved = placed(place, dtype), placed(place, dtype)
     start = rows_of(whole)
-    run(whole, engram_optimizer(whole, **settings), batches)
-    first = engram_optimizer(halved, **settings)
+    run(whole, create_optimizer(whole, **settings), batches)
+    first = create_optimizer(halved, **settings)
     run(halved, first, batches[:2])
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
-    second = engram_optimizer(halved, **{**settings, "seed": 6})
+    second = create_optimizer(halved, **{**settings, "seed": 6})
     second.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
     assert equal(second.state_dict(), first.state_dict())
     run(halved, second, batches[2:])
@@ -164,7 +164,7 @@ def test_a_table_learns_the_same_wherever_it_is(rule, placed, batches):
     results = []
     for place in PLACES:
         model = placed(place)
-        run(model, engram_optimizer(model, lr=1e-3, table_optimizer=rule), batches)
+        run(model, create_optimizer(model, lr=1e-3, table_optimizer=rule), batches)
         results.append(rows_of(model))
     for other in results[1:]:
         for name, rows in results[0].items():
@@ -174,19 +174,19 @@ def test_a_table_learns_the_same_wherever_it_is(rule, placed, batches):
 @pytest.mark.parametrize("rule", ["adam", "adagrad", "sinkhorn"])
 def test_each_rule_teaches_a_memory(rule, tiny_engram, batches):
     model = tiny_engram()
-    model.train_mode("memory")
+    model.set_trainable("memory")
     with torch.no_grad():
         before = float(model(**batches[0]).loss)
-    run(model, engram_optimizer(model, lr=1e-2, table_optimizer=rule), batches[:1] * 12)
+    run(model, create_optimizer(model, lr=1e-2, table_optimizer=rule), batches[:1] * 12)
     with torch.no_grad():
         assert float(model(**batches[0]).loss) < before - 0.1
-        with model.without_memory():
+        with model.disable_memory():
             assert float(model(**batches[0]).loss) == pytest.approx(before, abs=1e-5), "control: the backbone stays"
 
 
 def test_copies_and_pickles_go_on_as_the_optimizer_does(memory, batches):
     model = memory(engram_table_dtype="bfloat16")
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     run(model, optimizer, batches[:1])
     twins = [pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer), optimizer]
     parts = [twin.row_groups()[0]["params"][0] for twin in twins]
@@ -201,10 +201,10 @@ def test_copies_and_pickles_go_on_as_the_optimizer_does(memory, batches):
 
 def test_accelerate_takes_it(memory, batches):
     models = [memory(), memory()]
-    run(models[0], engram_optimizer(models[0], lr=1e-3), batches)
+    run(models[0], create_optimizer(models[0], lr=1e-3), batches)
     AcceleratorState._reset_state(reset_partial_state=True)  # one for the process, with an earlier Trainer's precision
     accelerator = Accelerator(cpu=True)
-    model, optimizer = accelerator.prepare(models[1], engram_optimizer(models[1], lr=1e-3))
+    model, optimizer = accelerator.prepare(models[1], create_optimizer(models[1], lr=1e-3))
     for batch in batches:
         accelerator.backward(model(**batch).loss)
         accelerator.clip_grad_norm_(model.parameters(), 1e9)
@@ -219,7 +219,7 @@ def test_accelerate_takes_it(memory, batches):
 @pytest.mark.parametrize("where", ["tables", "projections"])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(where, value, place, placed, batches, caplog):
     model = placed(place)
-    optimizer = engram_optimizer(model, anchor=0.1)
+    optimizer = create_optimizer(model, l2_sp=0.1)
     run(model, optimizer, batches[:1])
     rows, state = rows_of(model), copy.deepcopy(optimizer.state_dict())
     for count in (1, 2):
@@ -238,14 +238,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(where, val
     assert equal(optimizer.state_dict(), state)
     run(model, optimizer, batches[1:2])
     assert optimizer.skipped_steps == 2 and not equal(rows_of(model), rows), "control: the next step is taken"
-    twin = engram_optimizer(model, anchor=0.1)
+    twin = create_optimizer(model, l2_sp=0.1)
     twin.load_state_dict(optimizer.state_dict())
     assert twin.skipped_steps == 2
 
 
 def test_a_scaler_skips_by_itself_and_scales_nothing_away(memory, batches):
     plain, scaled = memory(), memory()
-    optimizer = engram_optimizer(scaled, lr=1e-3)
+    optimizer = create_optimizer(scaled, lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
     before = rows_of(scaled)
     scaler.scale(scaled(**batches[0]).loss).backward()
@@ -255,7 +255,7 @@ def test_a_scaler_skips_by_itself_and_scales_nothing_away(memory, batches):
     optimizer.zero_grad()
     assert equal(rows_of(scaled), before) and optimizer.skipped_steps == 0
     assert scaler.get_scale() == 2.0**9
-    run(plain, engram_optimizer(plain, lr=1e-3), batches)
+    run(plain, create_optimizer(plain, lr=1e-3), batches)
     for batch in batches:
         scaler.scale(scaled(**batch).loss).backward()
         scaler.step(optimizer)
@@ -268,7 +268,7 @@ def test_a_scaler_skips_by_itself_and_scales_nothing_away(memory, batches):
 def test_hooks_run_once_for_a_step_and_closures_are_called(memory, batches):
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # which puts a wrapper around AdamW.step
     model = memory()
-    optimizer, calls = engram_optimizer(model), []
+    optimizer, calls = create_optimizer(model), []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
     before = rows_of(model)
@@ -287,14 +287,14 @@ def test_hooks_run_once_for_a_step_and_closures_are_called(memory, batches):
 
 def test_dense_groups_can_be_added(memory, batches):
     model = memory()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     head = torch.nn.Linear(4, 1)
     optimizer.add_param_group({"params": head.parameters(), "name": "head", "lr": 0.5})
     before = head.weight.detach().clone()
     head(torch.ones(1, 4)).sum().backward()
     run(model, optimizer, batches[:1])
     torch.testing.assert_close(head.weight, before - 0.5, rtol=0, atol=1e-5)  # Adam's first step is the rate
-    again = engram_optimizer(model)
+    again = create_optimizer(model)
     again.add_param_group({"params": head.parameters(), "name": "head"})
     again.load_state_dict(optimizer.state_dict())
     assert equal(again.state_dict(), optimizer.state_dict())
@@ -304,7 +304,7 @@ def test_dense_groups_can_be_added(memory, batches):
 @pytest.mark.parametrize("place", PLACES)
 def test_an_optimizer_does_not_outlive_the_tables_that_it_was_made_for(place, to, placed, batches):
     model = placed(place)
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     held = {id(part) for part in model.memory.named_parts().values()}
     model.place_memory(to)
     backward(model, batches[0])
@@ -317,22 +317,22 @@ def test_an_optimizer_does_not_outlive_the_tables_that_it_was_made_for(place, to
     with pytest.raises(RuntimeError, match=r"tables were moved after this optimizer was made .*place_memory"):
         optimizer.step()
     assert equal(rows_of(model), before)
-    engram_optimizer(model).step()  # control
+    create_optimizer(model).step()  # control
     assert not equal(rows_of(model), before)
 
 
 def test_settings_that_are_none_are_refused(memory):
     model = memory()
     with pytest.raises(ValueError, match="table_optimizer='lion' must be one of 'adam', 'adagrad', 'sinkhorn'"):
-        engram_optimizer(model, table_optimizer="lion")
+        create_optimizer(model, table_optimizer="lion")
     with pytest.raises(ValueError, match="table_state_dtype='float16' must be one of 'float32', 'bfloat16'"):
-        engram_optimizer(model, table_state_dtype=torch.float16)
-    for anchor in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"anchor=.* must be 0 \(off\) or positive"):
-            engram_optimizer(model, anchor=anchor)
+        create_optimizer(model, table_state_dtype=torch.float16)
+    for l2_sp in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"l2_sp=.* must be 0 \(off\) or positive"):
+            create_optimizer(model, l2_sp=l2_sp)
     for multiplier in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="table_lr_multiplier=.* must be 0 or positive"):
-            engram_optimizer(model, table_lr_multiplier=multiplier)
+            create_optimizer(model, table_lr_multiplier=multiplier)
     for word in ("maximize", "amsgrad"):
         with pytest.raises(ValueError, match="neither maximize nor amsgrad"):
             EngramOptimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], word: True}])
@@ -348,8 +348,8 @@ def test_gradients_of_the_wrong_kind_are_refused_before_anything_changes(memory,
         with pytest.raises(TypeError, match="is rows alone: it belongs into a parameter group with rows=True"):
             optimizer.step()
         model.zero_grad()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     parts[0].square().sum().backward()
-    with pytest.raises(TypeError, match=r"tables.* is dense: it belongs .*no rows=True.*anchor="):
+    with pytest.raises(TypeError, match=r"tables.* is dense: it belongs .*no rows=True.*l2_sp="):
         optimizer.step()
     assert equal(rows_of(model), before)

@@ -11,8 +11,8 @@ import copy
 import pytest
 import torch
 
-from engram_transformers.gradient_engram import row_gradient
-from engram_transformers.training import engram_optimizer
+from engram_transformers.rows_gradient_engram import row_gradient
+from engram_transformers.training import create_optimizer
 
 from .stepping import backward, equal, run
 
@@ -43,7 +43,7 @@ DAMAGES = {
     "old group": (lambda s: tables_group(s).pop("table_optimizer"), r"table_optimizer=nothing \(an older version\)"),
     "rule": (lambda s: tables_group(s).update(table_optimizer="adagrad"), "table_optimizer='adagrad', this.*'adam'"),
     "precision": (lambda s: tables_group(s).update(table_state_dtype="bfloat16"), "table_state_dtype='bfloat16'"),
-    "anchor": (lambda s: tables_group(s).update(anchor=0.5), "anchor=0.5, this optimizer has 0.0"),
+    "l2_sp": (lambda s: tables_group(s).update(l2_sp=0.5), "l2_sp=0.5, this optimizer has 0.0"),
     "no numbers": (lambda s: s.pop("engram"), 'rows and no "engram"'),
     "dense shape": (lambda s: dense_entry(s).update(exp_avg=torch.zeros(7)), r"shape \(7,\), needed is.*another model"),
     "dense kind": (lambda s: dense_entry(s).pop("exp_avg_sq"), "made by another optimizer"),
@@ -57,7 +57,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_state_that_does_not_fit_is_refused_whole(damage, memory, batches):
     model = memory()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     run(model, optimizer, batches[:1])
     good, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
     run(model, optimizer, batches[1:2])
@@ -74,19 +74,19 @@ def test_a_state_that_does_not_fit_is_refused_whole(damage, memory, batches):
 @pytest.mark.parametrize("fields", [{"engram_vocab_size": 300}, {"engram_head_dim": 8}])
 def test_the_state_of_another_model_is_refused(fields, memory, batches):
     model, other = memory(), memory(**fields)
-    optimizer = engram_optimizer(other)
+    optimizer = create_optimizer(other)
     run(other, optimizer, batches[:1])
     with pytest.raises(ValueError, match="belongs to another model"):
-        engram_optimizer(model).load_state_dict(optimizer.state_dict())
+        create_optimizer(model).load_state_dict(optimizer.state_dict())
 
 
 def test_a_loaded_state_is_no_part_of_the_dict_it_came_from(memory, batches):
     model = memory()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     run(model, optimizer, batches[:1])
     state = optimizer.state_dict()
     rows = {index: copy.deepcopy(entry) for index, entry in state["state"].items() if "rows" in entry}
-    twin = engram_optimizer(model)
+    twin = create_optimizer(model)
     twin.load_state_dict(state)
     run(model, twin, batches[:1])  # the rows of before: nothing grows, and numbers are written in place
     assert all(equal(state["state"][index], entry) for index, entry in rows.items())
@@ -95,7 +95,7 @@ def test_a_loaded_state_is_no_part_of_the_dict_it_came_from(memory, batches):
 
 def test_a_selection_of_rows_travels_with_the_state(memory, batches):
     model = memory()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     part = optimizer.row_groups()[0]["params"][0]
     part.selected = torch.tensor([2, 7])
     state = optimizer.state_dict()

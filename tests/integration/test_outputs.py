@@ -61,7 +61,7 @@ def test_hidden_states_and_attentions_are_the_backbones_up_to_the_first_engram_l
     # States are taken before the memory is added, but that of layer 0 from what the layer is given: after it.
     same = [torch.equal(a, b) for a, b in zip(found.hidden_states, expected.hidden_states, strict=True)]
     assert same == [first > 0 and index <= first for index in range(len(same))]
-    with model.without_memory():
+    with model.disable_memory():
         off = model(ids, **OUTPUTS)
     assert all(torch.equal(a, b) for a, b in zip(off.hidden_states, expected.hidden_states, strict=True))
 
@@ -136,7 +136,7 @@ def test_a_loss_is_scaled_as_the_backbone_scales_it(backbone, items, ids, pair):
     total = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
     counted = int((labels[:, 1:] != -100).sum()) if items is None else int(items)
     torch.testing.assert_close(outputs.loss, total / counted, rtol=1e-5, atol=0)
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(model(ids, **settings).loss, plain(ids, **settings).loss)
     assert not torch.equal(outputs.loss, plain(ids, **settings).loss), "control: the memory must be seen"
 

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.gradient_engram import RowGradient
+from engram_transformers.rows_gradient_engram import RowGradient
 from engram_transformers.training import EngramTrainer
 
 from ..counting_device import counted

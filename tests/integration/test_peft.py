@@ -78,11 +78,11 @@ def test_lora_and_memory_add_up_in_either_order(order, tiny_donor, tiny_engram, 
     model = order(tiny_donor, tiny_engram)
     both = logits(model)
     assert near(both, logits(reference()))
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(logits(model), logits(adapted(tiny_donor())))
     with adapters_off(model):
         assert torch.equal(logits(model), logits(reference(None)))
-        with model.without_memory():
+        with model.disable_memory():
             assert torch.equal(logits(model), logits(tiny_donor()))
     assert torch.equal(logits(model), both)
     for other in (reference(None), adapted(tiny_donor()), tiny_donor()):
@@ -140,9 +140,9 @@ def test_projections_of_the_memory_are_adapted_when_asked_for(tiny_engram):
     names = model.targeted_module_names
     assert [name for name in names if "memory" in name] == ["memory.layers.1.key_value", "memory.layers.2.key_value"]
     alone = adapted(tiny_engram(trained=True), config=lora(target_modules=["q_proj"]))
-    with model.without_memory():
+    with model.disable_memory():
         off = logits(model)
-    with alone.without_memory():
+    with alone.disable_memory():
         assert not near(off, logits(tiny_engram(trained=True))), "control: q_proj is adapted"
     both = logits(model)
     assert not near(both, logits(alone))
@@ -199,7 +199,7 @@ def test_the_memory_survives(way, tiny_donor, tiny_engram, reference):
     model.eval()
     assert near(logits(model), logits(reference(seed)))
     assert near(logits(model), before) == (seed == 0), "control: another adapter says other things"
-    with model.without_memory():
+    with model.disable_memory():
         donor = tiny_donor()
         donor = donor if seed is None else adapted(donor, seed)
         assert near(logits(model), logits(donor))
@@ -227,19 +227,19 @@ def test_peft_freezes_tables_wherever_they_are(tiny_engram):
 @pytest.mark.parametrize("placement", ["device", "cpu"])
 def test_train_mode_reaches_through_peft_and_names_memory_and_adapter(placement, tiny_engram):
     model = get_peft_model(tiny_engram(trained=True).place_memory(placement), lora())
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in learning if "lora_" not in name and ".memory." not in name} == set()
     assert sum("lora_" in name for name in learning) == 4 * 2 * 2
     assert all(parameter.requires_grad for parameter in model.memory.named_parts().values())
     assert all(parameter.requires_grad for parameter in model.memory.parameters())
-    model.train_mode("memory")
+    model.set_trainable("memory")
     assert not any("lora_" in name and p.requires_grad for name, p in model.named_parameters())
 
 
 def test_a_mode_that_was_chosen_before_holds_for_an_adapter_that_comes_after(tiny_engram):
     model = tiny_engram()
-    model.config.engram_train_mode = "memory+lora"
+    model.config.engram_trainable = "memory+lora"
     model = get_peft_model(model, lora())
     assert all(parameter.requires_grad for parameter in model.memory.parameters())
     assert any("lora_" in name and parameter.requires_grad for name, parameter in model.named_parameters())
@@ -249,7 +249,7 @@ def test_a_mode_that_was_chosen_before_holds_for_an_adapter_that_comes_after(tin
 @pytest.mark.parametrize("placement", ["device", "cpu"])
 def test_zero_grad_of_a_peft_model_reaches_tables_that_are_away(placement, tiny_engram):
     model = get_peft_model(tiny_engram(trained=True).place_memory(placement), lora())
-    engram = model.train_mode("memory+lora")
+    engram = model.set_trainable("memory+lora")
     model(input_ids=ids(), labels=ids()).loss.backward()
     parts = [*engram.memory.tables.parameters(), *(part for part in engram.memory.named_parts().values())]
     assert all(part.grad is not None for part in parts), "control"

@@ -32,7 +32,7 @@ def test_the_code_of_the_page_runs(tiny_donor, tiny_tokenizer, tmp_path, monkeyp
         exec(compile(block, str(PAGE), "exec"), names)
         if number == 0:
             saved = {path.name for path in Path("my-adapter").iterdir()}
-            assert saved >= {"adapter_model.safetensors", "memory_pack.safetensors"}
+            assert saved >= {"adapter_model.safetensors", "memory_delta.safetensors"}
         if number == 2:
             expected = plain(**names["inputs"]).logits
             assert torch.equal(names["donor"], expected)

@@ -69,7 +69,7 @@ def test_an_adapter_of_the_donor_says_what_it_says_there(name, route, tiny_donor
         return
     assert torch.equal(logits(route(tiny_engram(), tmp_path)), expected)
     trained = route(tiny_engram(trained=True), tmp_path)
-    with trained.without_memory():
+    with trained.disable_memory():
         assert torch.equal(logits(trained), expected)
     assert not near(logits(trained), expected), "control: the memory is there"
     assert not near(expected, logits(tiny_donor())), "control: the adapter is seen"

@@ -16,8 +16,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramForCausalLM, EngramFormatError
-from engram_transformers.adapters.memory_delta import PACK_NAME, named_parts, read_pack_header
-from engram_transformers.saves_engram import checkpoint_in
+from engram_transformers.adapters.memory_delta import DELTA_NAME, named_parts, read_delta_header
+from engram_transformers.files_atomic_engram import checkpoint_in
 
 from .adapted import adapted, logits, lora, stir
 from .backbones import HEADS
@@ -91,15 +91,15 @@ def test_every_way_of_loading_brings_the_memory_back(route, place, saved, traine
     assert torch.equal(logits(route(saved, folder, place)), expected)
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare)
-    (bare / PACK_NAME).unlink()
+    (bare / DELTA_NAME).unlink()
     drop_key(bare)
-    assert not torch.equal(logits(route(saved, bare, place)), expected), "control: the pack is what brings it"
+    assert not torch.equal(logits(route(saved, bare, place)), expected), "control: the delta is what brings it"
 
 
 def drop_key(folder):
-    """Takes the pack out of an adapter's settings."""
+    """Takes the delta out of an adapter's settings."""
     settings = json.loads((folder / "adapter_config.json").read_text())
-    del settings["engram_memory_pack"]
+    del settings["engram_memory_delta"]
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
@@ -107,18 +107,18 @@ def drop_key(folder):
 def test_a_memory_is_saved_where_it_changed_or_learns(place, saved, tmp_path):
     model = adapted(loaded(saved, place))
     model.save_pretrained(tmp_path / "frozen")
-    assert not (tmp_path / "frozen" / PACK_NAME).exists()
-    assert "engram_memory_pack" not in (tmp_path / "frozen" / "adapter_config.json").read_text()
+    assert not (tmp_path / "frozen" / DELTA_NAME).exists()
+    assert "engram_memory_delta" not in (tmp_path / "frozen" / "adapter_config.json").read_text()
 
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     model.save_pretrained(tmp_path / "learning")
-    assert read_pack_header(tmp_path / "learning").rows == {}
+    assert read_delta_header(tmp_path / "learning").rows == {}
 
     train(model.get_base_model())
     for parameter in (*model.parameters(), *(part for part in model.memory.named_parts().values())):
         parameter.requires_grad_(False)
     model.save_pretrained(tmp_path / "changed")
-    assert set(read_pack_header(tmp_path / "changed").rows.values()) == {2}
+    assert set(read_delta_header(tmp_path / "changed").rows.values()) == {2}
     assert torch.equal(logits(PeftModel.from_pretrained(loaded(saved, place), tmp_path / "changed")), logits(model))
 
 
@@ -126,17 +126,17 @@ def test_settings_say_twice_that_a_memory_belongs_to_an_adapter_and_only_while_i
     """PEFT drops the one that it does not know, and keeps `auto_mapping` for a checkpoint's own copy of the code."""
     folder, _ = trained
     settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["engram_memory_pack"] == settings["auto_mapping"]["engram_memory_pack"] == PACK_NAME
+    assert settings["engram_memory_delta"] == settings["auto_mapping"]["engram_memory_delta"] == DELTA_NAME
     model = by_peft(saved, folder, "disk")
-    assert model.peft_config["default"].auto_mapping["engram_memory_pack"] == PACK_NAME
+    assert model.peft_config["default"].auto_mapping["engram_memory_delta"] == DELTA_NAME
     for part in named_parts(model.get_base_model()).values():
         part.store.clear()  # the graft's memory again
     model.memory.layers.load_state_dict(loaded(saved).memory.layers.state_dict())
     for parameter in (*model.parameters(), *(part for part in model.memory.named_parts().values())):
         parameter.requires_grad_(False)
     model.save_pretrained(tmp_path)
-    assert not (tmp_path / PACK_NAME).exists()
-    assert "engram_memory_pack" not in (tmp_path / "adapter_config.json").read_text()
+    assert not (tmp_path / DELTA_NAME).exists()
+    assert "engram_memory_delta" not in (tmp_path / "adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -146,7 +146,7 @@ def test_one_changed_row_is_enough(place, saved, tmp_path):
     rows = torch.tensor([part.table_shape[0] - 1])
     part.write(rows, part.read(rows) + 1)
     model.save_pretrained(tmp_path)
-    assert read_pack_header(tmp_path).rows == {name: 1}
+    assert read_delta_header(tmp_path).rows == {name: 1}
 
 
 def test_one_changed_dense_weight_is_enough(saved, tmp_path):
@@ -154,7 +154,7 @@ def test_one_changed_dense_weight_is_enough(saved, tmp_path):
     with torch.no_grad():
         model.get_base_model().memory.layers["2"].key_norm[0, 3] += 1
     model.save_pretrained(tmp_path)
-    assert (tmp_path / PACK_NAME).exists()
+    assert (tmp_path / DELTA_NAME).exists()
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -177,7 +177,7 @@ def test_an_adapter_in_the_folder_of_its_base_leaves_that_a_whole_checkpoint(sav
     model = adapted(loaded(tmp_path), seed=4)
     train(model.get_base_model()).requires_grad_(True)
     model.save_pretrained(tmp_path)
-    assert (tmp_path / PACK_NAME).exists() and checkpoint_in(tmp_path) == "whole"
+    assert (tmp_path / DELTA_NAME).exists() and checkpoint_in(tmp_path) == "whole"
 
 
 def test_an_older_adapter_in_a_checkpoints_folder_is_not_put_on_top(saved, trained, tmp_path):
@@ -199,7 +199,7 @@ def test_an_older_pack_does_not_stay_beside_a_newer_adapter(saved, trained, tmp_
     shutil.copytree(trained[0], folder)
     model = adapted(loaded(saved), seed=4)
     model.save_pretrained(folder)
-    assert not (folder / PACK_NAME).exists()
+    assert not (folder / DELTA_NAME).exists()
     assert torch.equal(logits(PeftModel.from_pretrained(loaded(saved), folder)), logits(model))
 
 
@@ -212,7 +212,7 @@ def test_other_processes_write_nothing(saved, tmp_path):
 
 def test_what_belongs_together_is_told_to_processes_that_do_not_know_the_package(saved, trained):
     folder, expected = trained
-    with pytest.warns(UserWarning, match="engram_memory_pack"):
+    with pytest.warns(UserWarning, match="engram_memory_delta"):
         PeftConfig.from_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -244,8 +244,8 @@ def test_an_adapter_with_a_memory_is_refused_by_a_model_without_one(second, trai
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_a_pack_that_is_named_and_not_there_is_an_error(route, saved, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "adapter")
-    (tmp_path / "adapter" / PACK_NAME).unlink()
-    with pytest.raises(FileNotFoundError, match=r"was saved with a memory, and memory_pack\.safetensors is not there"):
+    (tmp_path / "adapter" / DELTA_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match=r"was saved with a memory, and memory_delta\.safetensors is not there"):
         route(saved, tmp_path / "adapter", "device")
 
 
@@ -271,7 +271,7 @@ def test_a_memory_whose_base_is_gone_is_refused_by_another_base(saved, tiny_engr
     donor = tiny_donor(LlamaConfig(**HEADS))
     tiny_engram(trained=True, seed=9, donor=donor).save_pretrained(tmp_path / "base")
     model = adapted(loaded(tmp_path / "base"))
-    train(model.get_base_model()).train_mode("memory+lora")
+    train(model.get_base_model()).set_trainable("memory+lora")
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(EngramFormatError, match="has other rows or weights"):
@@ -282,8 +282,8 @@ def test_a_memory_whose_base_is_gone_is_refused_by_another_base(saved, tiny_engr
 
 def test_a_damaged_pack_is_refused(saved, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "adapter")
-    pack = tmp_path / "adapter" / PACK_NAME
-    pack.write_bytes(pack.read_bytes()[:-100])
+    delta = tmp_path / "adapter" / DELTA_NAME
+    delta.write_bytes(delta.read_bytes()[:-100])
     with pytest.raises(EngramFormatError):
         by_peft(saved, tmp_path / "adapter", "device")
 
@@ -297,7 +297,7 @@ def test_every_adapter_of_a_model_is_saved_with_its_one_memory(saved, tmp_path):
     model.set_adapter("second")
     second = logits(model)
     model.save_pretrained(tmp_path)
-    assert (tmp_path / PACK_NAME).read_bytes() == (tmp_path / "second" / PACK_NAME).read_bytes()
+    assert (tmp_path / DELTA_NAME).read_bytes() == (tmp_path / "second" / DELTA_NAME).read_bytes()
     again = PeftModel.from_pretrained(loaded(saved), tmp_path)
     again.load_adapter(tmp_path / "second", "second")
     assert torch.equal(logits(again), first)
@@ -345,7 +345,7 @@ def test_a_trained_graft_that_is_in_no_folder_is_not_saved_in_part(tiny_engram, 
         model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     adapted(tiny_engram()).save_pretrained(tmp_path / "fresh")  # nothing to lose
-    assert not (tmp_path / "fresh" / PACK_NAME).exists()
+    assert not (tmp_path / "fresh" / DELTA_NAME).exists()
     whole = model.merge_and_unload()
     whole.save_pretrained(tmp_path / "whole")
     assert torch.equal(logits(loaded(tmp_path / "whole")), logits(whole))
@@ -367,7 +367,7 @@ def test_a_model_that_carries_its_adapter_itself_saves_the_memory_beside_it(save
     model = by_load_adapter(saved, trained[0], "cpu")
     train(model, amount=0.5)
     model.save_pretrained(tmp_path)
-    assert (tmp_path / PACK_NAME).exists()
+    assert (tmp_path / DELTA_NAME).exists()
     for route in (by_peft, by_load_adapter, by_auto_class):
         assert torch.equal(logits(route(saved, tmp_path, "device")), logits(model))
 
@@ -384,13 +384,13 @@ def test_a_memory_that_is_not_loaded_waits_and_is_not_lost(saved, trained, tmp_p
 
 def test_lora_on_the_projections_and_their_training_are_kept_apart(saved, tmp_path):
     model = adapted(loaded(saved), config=lora(target_modules=["key_value", "v_proj"]))
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     train_only_memory = [p for n, p in model.get_base_model().memory.layers.named_parameters() if "lora_" not in n]
     with torch.no_grad():
         for weight in train_only_memory:
             weight.mul_(1.5)
     model.save_pretrained(tmp_path)
-    names = (tmp_path / PACK_NAME).read_bytes()[:4000]
+    names = (tmp_path / DELTA_NAME).read_bytes()[:4000]
     assert b"memory.layers.1.key_value.weight" in names
     assert b"lora" not in names
     assert torch.equal(logits(PeftModel.from_pretrained(loaded(saved), tmp_path)), logits(model))

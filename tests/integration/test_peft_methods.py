@@ -127,7 +127,7 @@ def test_a_method_does_with_the_memory_off_what_it_does_to_the_donor_and_learns_
     plain = tiny_engram(trained=True)
     before = memory_of(plain)
     model = nudged(plain, configuration(kind, **WORKING[kind]))
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(logits(model), expected)
     assert not torch.equal(expected, logits(tiny_donor())), "control: the adapter is seen"
     found = losses(model)
@@ -171,7 +171,7 @@ def test_a_variant_of_lora_does_the_same(name, tied, tiny_llama_config, tiny_don
     plain = tiny_engram(trained=True)
     before = memory_of(plain)
     model = nudged(plain, lora(**VARIANTS[name]))
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(logits(model), expected)
     found = losses(model)
     assert found[-1] < found[0]
@@ -193,7 +193,7 @@ FORBIDDEN = {
 def test_what_would_copy_or_wrap_tables_is_refused_and_names_train_mode(name, tiny_engram):
     model = tiny_engram(trained=True)
     before = logits(model)
-    with pytest.raises(ValueError, match=r"reaches the memory \(memory.*train_mode\('memory\+lora'\)"):
+    with pytest.raises(ValueError, match=r"reaches the memory \(memory.*set_trainable\('memory\+lora'\)"):
         get_peft_model(model, lora(**FORBIDDEN[name]))
     assert torch.equal(logits(model), before)
     assert torch.equal(logits(adapted(model).unload()), before), "control: a plain LoRA is welcome"
@@ -230,7 +230,7 @@ def test_adapters_of_several_methods_mix(tiny_donor, tiny_engram):
 
     model = mixed(tiny_engram(trained=True))
     assert isinstance(model, PeftMixedModel)
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(logits(model), logits(mixed(tiny_donor())))
     assert not near(logits(model), logits(mixed(tiny_donor()))), "control"
 
@@ -246,7 +246,7 @@ def test_weights_made_on_the_meta_device_load(tiny_engram, tmp_path):
 def test_checkpointed_layers_give_the_same_gradients(reentrant, tiny_engram):
     def gradients(checkpointed: bool):
         model = adapted(tiny_engram(trained=True))
-        model.train_mode("memory+lora")
+        model.set_trainable("memory+lora")
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()

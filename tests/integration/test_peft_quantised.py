@@ -52,7 +52,7 @@ def test_lora_and_memory_learn_over_a_quantised_backbone(name, tiny_donor, tiny_
         return AutoModelForCausalLM.from_pretrained(tmp_path / kind, quantization_config=QUANTISERS[name]())
 
     model = adapted(loaded("graft"), config=lora(target_modules=["q_proj", "v_proj"]))
-    with model.without_memory():
+    with model.disable_memory():
         expected = logits(adapted(loaded("donor"), config=lora(target_modules=["q_proj", "v_proj"])))
         assert torch.equal(logits(model), expected)
     assert not near(logits(model), expected), "control: the memory is seen"
@@ -63,7 +63,7 @@ def test_lora_and_memory_learn_over_a_quantised_backbone(name, tiny_donor, tiny_
     texts = torch.randint(3, 300, (8, 20), generator=torch.Generator().manual_seed(1))
     plain = {n: p for n, p in model.named_parameters() if type(p) is torch.nn.Parameter}  # quantised ones cannot learn
     before = {n: p.detach().clone() for n, p in plain.items()}
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     settings = TrainingArguments(
         str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True
     )

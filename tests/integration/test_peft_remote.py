@@ -85,9 +85,9 @@ refusals = {
     "load_adapter of PEFT": lambda: PeftModel.from_pretrained(load(), plain).load_adapter(adapter, "second"),
     "from_pretrained of PEFT, mixed": lambda: peft.PeftMixedModel.from_pretrained(load(), adapter),
     "from_pretrained of changes": lambda: load(changes),
-    "train_mode": lambda: load().train_mode("memory"),
+    "set_trainable": lambda: load().set_trainable("memory"),
     "save_pretrained of a memory that learns": refuse_saving,
-    "from_donor of a donor with adapters": lambda: type(model).from_donor(donor(), "no tokenizer"),
+    "from_backbone of a donor with adapters": lambda: type(model).from_backbone(donor(), "no tokenizer"),
     "a backbone with adapters": lambda: type(model)(load().config, donor().get_base_model(), token_map),
 }
 for name, act in refusals.items():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from engram_transformers import EngramTrainer
 from engram_transformers.adapters.memory_delta import named_parts
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 from .adapted import logits, lora
 from .placed import loaded
@@ -52,7 +52,7 @@ def made(saved, place="device", **settings):
     """A PeftModel whose memory and adapter learn."""
     torch.manual_seed(0)
     model = get_peft_model(loaded(saved, place), lora(**settings))
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     return model
 
 
@@ -94,7 +94,7 @@ def test_a_frozen_memory_stays_as_it_was(saved, dataset, arguments):
 @pytest.mark.parametrize("place", PLACES)
 def test_the_optimizer_finds_every_group_in_a_peft_model(place, saved):
     model = made(saved, place)
-    groups = {group["name"]: group["params"] for group in engram_optimizer(model).param_groups}
+    groups = {group["name"]: group["params"] for group in create_optimizer(model).param_groups}
     adapters = {id(p) for name, p in model.named_parameters() if "lora_" in name}
     assert {id(p) for p in groups["tables"]} == {id(p) for p in named_parts(model.get_base_model()).values()}
     assert {id(p) for p in groups["backbone"]} == adapters
@@ -103,7 +103,7 @@ def test_the_optimizer_finds_every_group_in_a_peft_model(place, saved):
 
 def test_projections_with_an_adapter_of_their_own_are_in_their_group(saved):
     model = made(saved, target_modules=["key_value", "q_proj"])
-    groups = {group["name"]: group["params"] for group in engram_optimizer(model).param_groups}
+    groups = {group["name"]: group["params"] for group in create_optimizer(model).param_groups}
     own = [layer.key_value.get_base_layer().weight for layer in model.memory.layers.values()]
     assert {id(p) for p in own} <= {id(p) for p in groups["projections"]}
     every = [id(p) for params in groups.values() for p in params]
@@ -157,14 +157,14 @@ def test_the_best_model_comes_back_with_its_memory(place, saved, dataset, argume
 
 def test_a_run_of_a_fresh_graft_says_what_to_do_before_it_saves(tiny_engram, dataset, arguments, tmp_path):
     model = get_peft_model(tiny_engram(), lora())
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     settings = arguments(save_strategy="steps", save_steps=3)
     with pytest.raises(ValueError, match="in no folder.*save_pretrained"):
         EngramTrainer(model, settings, train_dataset=dataset).train()
     graft = tiny_engram()
     graft.save_pretrained(tmp_path / "graft")
     model = get_peft_model(graft, lora())
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     EngramTrainer(model, settings, train_dataset=dataset).train()
     found = AutoModelForCausalLM.from_pretrained(f"{settings.output_dir}/checkpoint-6")
     assert torch.equal(logits(found), logits(model.eval()))
@@ -174,7 +174,7 @@ def test_trainer_of_transformers_trains_both_with_our_optimizer(saved, dataset, 
     model = made(saved, "cpu")
     before = weights(model)
     settings = arguments(save_strategy="steps", save_steps=6)
-    Trainer(model, settings, train_dataset=dataset, optimizers=(engram_optimizer(model, lr=1e-2), None)).train()
+    Trainer(model, settings, train_dataset=dataset, optimizers=(create_optimizer(model, lr=1e-2), None)).train()
     assert kinds_that_differ(before, weights(model)) == {"tables", "layers", "adapter"}
     folder = f"{settings.output_dir}/checkpoint-6"
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model.eval()))

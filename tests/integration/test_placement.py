@@ -88,7 +88,7 @@ def test_logits_are_the_same_and_tables_are_where_they_should_be(place, saved, c
     for part, own in zip(model.memory.named_parts().values(), control.memory.named_parts().values(), strict=True):
         assert part.table_shape == own.shape and len(part) == (len(own) if place == "device" else 0)
     assert torch.equal(logits(model, ids), logits(control, ids))
-    with model.without_memory():
+    with model.disable_memory():
         assert not torch.allclose(logits(model, ids), logits(control, ids), atol=1e-2), "control: the memory speaks"
 
 
@@ -107,7 +107,7 @@ def test_generation_is_the_same(place, way, saved, control, ids):
     mask[1, :4] = 0  # pads on the left
     settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **way}
     expected = control.generate(ids, **settings)
-    with control.without_memory():
+    with control.disable_memory():
         assert not torch.equal(control.generate(ids, **settings), expected), "control: the memory decides"
     assert torch.equal(load(saved, place).generate(ids, **settings), expected)
 
@@ -164,7 +164,7 @@ def test_every_order_of_moves_leaves_the_memory_as_it_was(moves, saved, control,
             model.place_memory(move)
             assert model.memory.placement == ("device" if move == "auto" else move)
         nowhere = model.memory.placement == "none"
-        with control.without_memory() if nowhere else torch.no_grad():
+        with control.disable_memory() if nowhere else torch.no_grad():
             assert torch.equal(logits(model, ids), logits(control, ids))
     model.place_memory("device")
     assert all(torch.equal(part, rows_of(control)[name]) for name, part in rows_of(model).items())
@@ -231,7 +231,7 @@ def test_without_a_memory_the_model_is_its_donor_and_reads_no_shard(saved, contr
         load(tmp_path / "own", "disk")
     model = load(tmp_path / "own", "none")
     assert rows_of(model) == {}
-    with control.without_memory():
+    with control.disable_memory():
         assert torch.equal(logits(model, ids), logits(control, ids))
         assert torch.equal(model.generate(ids, max_new_tokens=4), control.generate(ids, max_new_tokens=4))
     with pytest.raises(ValueError, match="a save would lose it"):
@@ -267,7 +267,7 @@ def test_files_of_another_memory_are_refused(saved, tmp_path):
     donor = AutoModelForCausalLM.from_config(LlamaConfig(**HEADS))
     sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    EngramForCausalLM.from_donor(donor, tokenizer, [1, 2], engram_seed=7, **sizes).save_pretrained(tmp_path)
+    EngramForCausalLM.from_backbone(donor, tokenizer, [1, 2], engram_seed=7, **sizes).save_pretrained(tmp_path)
     for place in PLACES:
         model = load(saved, "none")
         with pytest.raises(EngramFormatError, match="another memory"):
@@ -292,7 +292,7 @@ def test_a_folder_with_other_rows_is_refused(place, saved, control, ids, tmp_pat
 @pytest.fixture
 def said():
     """The lines that the package logged at warning level."""
-    lines, logger = [], logging.get_logger("engram_transformers.checkpoint_engram")
+    lines, logger = [], logging.get_logger("engram_transformers.files_checkpoint_engram")
     handler = logging.logging.Handler(logging.logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
     logger.addHandler(handler)

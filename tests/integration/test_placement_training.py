@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.compat_engram import CHECKPOINTS_RUN_HOOKS
 from engram_transformers.conversion import graft
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 
 needs_523 = pytest.mark.skipif(CHECKPOINTS_RUN_HOOKS, reason="checkpointing is refused before transformers 5.23")
@@ -96,13 +96,13 @@ def test_frozen_tables_stay_frozen_wherever_they_go(place, frozen, saved, ids):
         assert not any(held[name].requires_grad for name in before if name in held), move
     model.memory.layers.requires_grad_(True)
     model(input_ids=ids, labels=ids).loss.backward()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     assert {group["name"] for group in optimizer.param_groups}.isdisjoint({"tables"})
     optimizer.step()
     assert all(torch.equal(part, before[name]) for name, part in rows_of(model).items())
     model.memory.requires_grad_(True)  # control: they can be thawed
     model(input_ids=ids, labels=ids).loss.backward()
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     optimizer.step()
     assert not any(torch.equal(part, before[name]) for name, part in rows_of(model).items())
 
@@ -118,10 +118,10 @@ def test_an_optimizer_that_cannot_write_rows_is_an_error_and_not_silence(place, 
         return rows_of(model)
 
     before = rows_of(load(saved))
-    with pytest.raises(TypeError, match=r"rows alone.* use EngramTrainer, or .*engram_optimizer"):
+    with pytest.raises(TypeError, match=r"rows alone.* use EngramTrainer, or .*create_optimizer"):
         plain(load(saved, place))
     model = load(saved, place)
-    trained = plain(model, optimizers=(engram_optimizer(model), None))
+    trained = plain(model, optimizers=(create_optimizer(model), None))
     assert not any(torch.equal(part, before[name]) for name, part in trained.items())
     model = load(saved, place)
     model.memory.tables.requires_grad_(False)  # as the message says
@@ -137,10 +137,10 @@ def test_an_optimizer_that_cannot_write_rows_is_an_error_and_not_silence(place, 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("place", ["device", "cpu", "disk"])
 def test_a_plain_loop_with_an_optimizer_of_torch_ends_at_its_first_step(place, kind, saved, ids):
-    model = load(saved, place).train_mode("memory")
+    model = load(saved, place).set_trainable("memory")
     optimizer, before = kind(model.parameters(), lr=0.1), rows_of(model)
     model(input_ids=ids, labels=ids).loss.backward()
-    with pytest.raises(TypeError, match=r"rows alone.* use EngramTrainer, or .*engram_optimizer"):
+    with pytest.raises(TypeError, match=r"rows alone.* use EngramTrainer, or .*create_optimizer"):
         optimizer.step()
     optimizer.zero_grad()
     assert all(part.grad is None for part in model.memory.named_parts().values())
@@ -157,8 +157,8 @@ def test_a_scaler_on_a_device_reaches_rows_on_the_host(place, found, saved, ids,
     """It copies its numbers to the host without waiting, because torch has no gradients there beside a device's."""
 
     def unscaled(copies) -> list[torch.Tensor]:
-        model = load(saved, place).to("counting").train_mode("memory")
-        optimizer = engram_optimizer(model)
+        model = load(saved, place).to("counting").set_trainable("memory")
+        optimizer = create_optimizer(model)
         scaler = torch.amp.GradScaler("counting", init_scale=1024.0)
         ids_there = ids.to("counting")
         scaler.scale(model(input_ids=ids_there, labels=ids_there).loss).backward()
@@ -193,8 +193,8 @@ def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tin
     monkeypatch.setattr(os, "preadv", lambda *args: reads.append(1) or preadv(*args))
 
     def steps(place: str, forget: bool = False) -> tuple[dict, int]:
-        model = load(tmp_path, place).train_mode("tables")
-        optimizer, counted = engram_optimizer(model, lr=1e-2, anchor=0.1), 0
+        model = load(tmp_path, place).set_trainable("tables")
+        optimizer, counted = create_optimizer(model, lr=1e-2, l2_sp=0.1), 0
         for ids in texts:
             for piece in ids.split(2):  # accumulated: the first piece's rows are seen no more
                 model(input_ids=piece, labels=piece).loss.backward()
@@ -220,12 +220,12 @@ TABLE_BYTES = 200 << 20
 CHILD = """
 import hashlib, json, sys, torch, engram_transformers
 from transformers import AutoModelForCausalLM
-from engram_transformers import placement_engram
-from engram_transformers.training import engram_optimizer
+from engram_transformers import rows_placement_engram
+from engram_transformers.training import create_optimizer
 
 graft, place, copied_at_once = sys.argv[1:]
 if copied_at_once == "False":
-    placement_engram.COPIED_AT_ONCE = 0
+    rows_placement_engram.COPIED_AT_ONCE = 0
 
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
@@ -243,7 +243,7 @@ def parts():
 seen["loaded"] = private()
 model(input_ids=ids, labels=ids).loss.backward()
 seen["run"] = private()
-optimizer = engram_optimizer(model)
+optimizer = create_optimizer(model)
 seen["optimizer"] = private()
 optimizer.step()
 seen["stepped"] = private()

@@ -16,9 +16,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
 from engram_transformers import EngramForCausalLM
-from engram_transformers.gradient_engram import RowGradient, row_gradient
-from engram_transformers.training import engram_optimizer
-from engram_transformers.training.processes import clip_gradients, exchange_row_gradients, shard_backbone, table_parts
+from engram_transformers.rows_gradient_engram import RowGradient, row_gradient
+from engram_transformers.rows_table_engram import TablePart
+from engram_transformers.training import create_optimizer
+from engram_transformers.training.distributed import clip_grad_norm_, shard_backbone, sync_row_gradients, table_parts
 
 from ..conftest import examples
 from .process_models import assert_close, assert_same, loss_of, own_texts, small_model, texts, weights, written_out
@@ -47,11 +48,11 @@ def gradients_of(model) -> dict[str, torch.Tensor]:
 def train(placement: str, graft: str, ranks: int, exchange: bool = True, freeze: bool = False):
     """A few steps of two batches each, clipped; weights and norms."""
     rank = dist.get_rank() if ranks > 1 else 0
-    model = model_at(placement, graft).train_mode("all")
+    model = model_at(placement, graft).set_trainable("all")
     if freeze:
         for part in table_parts(model):
             part.requires_grad_(False)
-    optimizer = engram_optimizer(model, lr=1e-2, table_lr_multiplier=5, eps=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2, table_lr_multiplier=5, eps=1e-2)
     trained = DistributedDataParallel(model) if ranks > 1 else model
     norms = []
     for step in range(STEPS):
@@ -60,7 +61,7 @@ def train(placement: str, graft: str, ranks: int, exchange: bool = True, freeze:
             with nullcontext() if last or ranks == 1 else trained.no_sync():
                 (loss_of(trained, own_texts(PIECES * step + piece, rank, ranks)) / PIECES).backward()
         if exchange:
-            exchange_row_gradients(trained)
+            sync_row_gradients(trained)
         held = [*model.parameters(), *(part for part in model.memory.named_parts().values())]
         norms.append(float(torch.nn.utils.clip_grad_norm_(held, MAX_NORM)))
         optimizer.step()
@@ -100,7 +101,7 @@ def step_without_exchange() -> str:
 def test_a_step_without_an_exchange_is_refused(pair):
     for said in pair.run(step_without_exchange):
         assert "not exchanged between the 2 processes: call" in said
-        assert "exchange_row_gradients(model)" in said
+        assert "sync_row_gradients(model)" in said
 
 
 def uneven(counts: list[int]) -> tuple[dict, dict]:
@@ -111,7 +112,7 @@ def uneven(counts: list[int]) -> tuple[dict, dict]:
     loss_of(alone, own).backward()
     trained = DistributedDataParallel(model)
     loss_of(trained, own).backward()
-    exchange_row_gradients(model)
+    sync_row_gradients(model)
     return (
         {name: written_out(p.grad) for name, p in alone.named_parameters()},
         {name: written_out(p.grad) for name, p in model.named_parameters()},
@@ -128,11 +129,11 @@ def test_uneven_batches_weigh_rows_as_ddp_weighs_dense_gradients(pair):
 def exchange_given(given: list[list[list[int] | None]], dtypes: list[torch.dtype]) -> list:
     """An exchange of made-up gradients; rows and values of each part, or None, and whether the step would be let go."""
     rank, height = dist.get_rank(), 10
-    parts = [torch.nn.Parameter(torch.zeros(height, 2 + n, dtype=dtype)) for n, dtype in enumerate(dtypes)]
+    parts = [TablePart(torch.zeros(height, 2 + n, dtype=dtype)) for n, dtype in enumerate(dtypes)]
     for part, rows in zip(parts, given[rank], strict=True):
         if rows is not None:
             part.grad = RowGradient(part, torch.tensor(rows, dtype=torch.int64), made_up(rows, part.shape[1], rank))
-    exchange_row_gradients(SimpleNamespace(param_groups=[{"rows": True, "params": parts}]))
+    sync_row_gradients(SimpleNamespace(param_groups=[{"rows": True, "params": parts}]))
     return [None if p.grad is None else (p.grad.rows, p.grad.row_values, p.grad.exchanged) for p in parts]
 
 
@@ -169,9 +170,9 @@ def test_an_exchange_gives_every_rank_the_mean_over_ranks_of_all_rows(pair, give
 def exchange_of_three() -> tuple[torch.Tensor, torch.Tensor]:
     """A rank's own values for the same rows, whose sum depends on the order of additions; and what comes out."""
     values = 1000 ** torch.rand(50, 4, generator=torch.Generator().manual_seed(dist.get_rank()))
-    part = torch.nn.Parameter(torch.zeros(50, 4))
+    part = TablePart(torch.zeros(50, 4))
     part.grad = RowGradient(part, torch.arange(50), values.clone())
-    exchange_row_gradients(SimpleNamespace(param_groups=[{"rows": True, "params": [part]}]))
+    sync_row_gradients(SimpleNamespace(param_groups=[{"rows": True, "params": [part]}]))
     return values, part.grad.row_values
 
 
@@ -195,7 +196,7 @@ def exchange_after(change: str) -> str:
         DistributedDataParallel(model)  # its first broadcast would hide the difference if it took tables along
     loss_of(model, texts(0)).backward()
     with pytest.raises(ValueError) as error:
-        exchange_row_gradients(model)
+        sync_row_gradients(model)
     assert not any(p.grad.exchanged for p in table_parts(model) if row_gradient(p) is not None)
     return str(error.value)
 
@@ -218,7 +219,7 @@ def left_to_ddp(wrap: bool) -> tuple[int, int, list[str]]:
     trained = DistributedDataParallel(wrapped)
     taken = sum(p.numel() for p in trained._module_parameters)
     loss_of(trained, texts(0)).backward()
-    exchange_row_gradients(wrapped)
+    sync_row_gradients(wrapped)
     assert all(part.grad.exchanged for part in table_parts(model))
     return (
         taken,
@@ -238,16 +239,16 @@ def test_ddp_takes_no_table_and_no_hash_constant(pair, wrap):
 def train_sharded(ranks: int):
     """As `train`, with the backbone sharded by FSDP; whole weights and norms."""
     rank = dist.get_rank() if ranks > 1 else 0
-    model = small_model().train_mode("all")
+    model = small_model().set_trainable("all")
     if ranks > 1:
         shard_backbone(model)
     sharded = [name for name, p in model.named_parameters() if hasattr(p, "full_tensor")]
-    optimizer = engram_optimizer(model, lr=1e-2, table_lr_multiplier=5, eps=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2, table_lr_multiplier=5, eps=1e-2)
     norms = []
     for step in range(STEPS):
         loss_of(model, own_texts(step, rank, ranks)).backward()
-        exchange_row_gradients(model)
-        norms.append(float(clip_gradients(model, MAX_NORM)))
+        sync_row_gradients(model)
+        norms.append(float(clip_grad_norm_(model, MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
     state = {
@@ -275,10 +276,10 @@ def train_apart() -> tuple[dict, dict]:
     rank, results = dist.get_rank(), []
     for exchange in (True, False):
         model = small_model()
-        optimizer = engram_optimizer(model)
+        optimizer = create_optimizer(model)
         loss_of(model, texts(rank)).backward()
         if exchange:
-            exchange_row_gradients(optimizer, group=groups[rank])
+            sync_row_gradients(optimizer, group=groups[rank])
         else:
             for part in table_parts(model):
                 part.grad.exchanged = True
@@ -299,7 +300,7 @@ def shard_tables_as_well() -> str:
 
     model = fully_shard(small_model())
     with pytest.raises(TypeError) as error:
-        exchange_row_gradients(model)
+        sync_row_gradients(model)
     return str(error.value)
 
 
@@ -329,7 +330,7 @@ def test_one_process_without_a_group_needs_nothing():
     model = small_model()
     loss_of(model, texts(0)).backward()
     before = gradients_of(model)
-    exchange_row_gradients(model)
+    sync_row_gradients(model)
     assert_same(gradients_of(model), before)
     assert all(part.grad.exchanged for part in table_parts(model))
 
@@ -340,6 +341,6 @@ def test_clip_gradients_is_torchs_own_where_nothing_is_sharded(max_norm):
     for model in models:
         loss_of(model, texts(0)).backward()
     theirs = torch.nn.utils.clip_grad_norm_(models[0].parameters(), max_norm)
-    ours = clip_gradients(models[1], max_norm)
+    ours = clip_grad_norm_(models[1], max_norm)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     assert_close(gradients_of(models[1]), gradients_of(models[0]), CLOSE)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from engram_transformers import EngramForCausalLM
-from engram_transformers.placement_engram import named_orders
-from engram_transformers.table_engram import OrderRows
-from engram_transformers.training import engram_optimizer
-from engram_transformers.training.processes import RankPart, exchange_row_gradients
-from engram_transformers.training.sharded import RankRows, row_bounds, save_sharded, shard_tables
+from engram_transformers.rows_placement_engram import named_orders
+from engram_transformers.rows_table_engram import OrderRows
+from engram_transformers.training import create_optimizer
+from engram_transformers.training.distributed import RankPart, sync_row_gradients
+from engram_transformers.training.sharded_tables import RankRows, row_bounds, save_sharded, shard_tables
 
 from ..conftest import examples
 from .process_models import assert_close, assert_same, loss_of, own_texts, small_model, texts, weights
@@ -107,7 +107,7 @@ def logits_over(graft: str, placement: str) -> tuple[torch.Tensor, torch.Tensor,
     shard_tables(model.eval())
     with torch.no_grad():
         different = model(texts(dist.get_rank())).logits  # another text on each rank
-        with model.without_memory():
+        with model.disable_memory():
             off = model(texts(dist.get_rank())).logits
     return (
         different,
@@ -138,12 +138,12 @@ def train(graft: str, ranks: int, folder: str | None = None):
     model = EngramForCausalLM.from_pretrained(graft, engram_placement="disk" if ranks > 1 else "device").train()
     if ranks > 1:
         shard_tables(model)
-    optimizer = engram_optimizer(model.train_mode("all"), lr=1e-2, table_lr_multiplier=5, eps=1e-2)
+    optimizer = create_optimizer(model.set_trainable("all"), lr=1e-2, table_lr_multiplier=5, eps=1e-2)
     trained = DistributedDataParallel(model) if ranks > 1 else model
     norms = []
     for step in range(STEPS):
         loss_of(trained, own_texts(step, rank, ranks, 6)).backward()
-        exchange_row_gradients(trained)
+        sync_row_gradients(trained)
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
@@ -182,7 +182,7 @@ def resumed(graft: str, folder: str) -> tuple[bool, bool, list[tuple[int, int, i
 
     def fresh(path, state=None):
         model = shard_tables(EngramForCausalLM.from_pretrained(path, engram_placement="disk").train())
-        optimizer = engram_optimizer(model.train_mode("memory"))
+        optimizer = create_optimizer(model.set_trainable("memory"))
         if state is not None:
             optimizer.load_state_dict(state)
         return model, optimizer
@@ -262,7 +262,7 @@ def test_a_save_that_fails_on_rank_0_fails_on_all(trio, graft, tmp_path):
 def broken_gradient(graft: str) -> tuple[int, bool]:
     """A NaN in rows that one rank holds: steps that were left out, and whether anything changed."""
     model = shard_tables(EngramForCausalLM.from_pretrained(graft, engram_placement="disk").train())
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     loss_of(model, texts(dist.get_rank())).backward()
     part = model.memory.tables["0"].order2.part
     if dist.get_rank() == 1:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
-from engram_transformers.saves_engram import MEMORY_STEM
-from engram_transformers.training import engram_optimizer, exchange_row_gradients
-from engram_transformers.training.processes import table_parts
+from engram_transformers.files_atomic_engram import MEMORY_STEM
+from engram_transformers.training import create_optimizer, sync_row_gradients
+from engram_transformers.training.distributed import table_parts
 
 from ..tiny import GOLDEN, fill_memory
 from .process_models import loss_of, own_texts, small_config, texts
@@ -32,7 +32,7 @@ def graft(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
     sizes = {"engram_vocab_size": 50_000, "engram_n_heads": 2, "engram_head_dim": 16}
     donor = AutoModelForCausalLM.from_config(small_config())
-    model = EngramForCausalLM.from_donor(donor, tokenizer, [0, 1], **sizes)
+    model = EngramForCausalLM.from_backbone(donor, tokenizer, [0, 1], **sizes)
     fill_memory(model).save_pretrained(folder)
     return str(folder)
 
@@ -80,10 +80,10 @@ def test_control_of_pages_that_are_written_each_has_its_own(pair, graft):
 def pages_after_a_step(graft: str, placement: str) -> tuple[int, int, int, int]:
     """Rows that a step touched; private bytes of the mapping after it; bytes of rows that are kept beside it."""
     gc.collect()  # what an earlier test mapped
-    model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement).train_mode("tables").train()
-    optimizer = engram_optimizer(model)
+    model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement).set_trainable("tables").train()
+    optimizer = create_optimizer(model)
     loss_of(model, own_texts(0, dist.get_rank(), 2)).backward()
-    exchange_row_gradients(model)
+    sync_row_gradients(model)
     touched = sum(len(part.grad.rows) for part in table_parts(model))
     optimizer.step()
     kept = sum(part.store.values.nbytes for part in table_parts(model) if hasattr(part.store, "values"))

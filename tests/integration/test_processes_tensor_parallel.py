@@ -21,7 +21,7 @@ def answers(model) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, logits without memory, and what is generated."""
     model.eval()
     logits = model(texts()).logits
-    with model.without_memory():
+    with model.disable_memory():
         plain = model(texts()).logits
     tokens = model.generate(texts(), max_new_tokens=6, do_sample=False, pad_token_id=2)
     return logits, plain, tokens

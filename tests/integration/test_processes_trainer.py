@@ -22,7 +22,7 @@ CLOSE = 1e-6  # weights after three steps, whose gradients differ by 1e-8
 def run(folder: str, graft: str, placement: str, batch: int, word: str = "all"):
     """Weights and log of a run."""
     model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement)
-    held = trainer(batch, folder, model=model, train_mode=word)
+    held = trainer(batch, folder, model=model, trainable=word)
     held.train()
     return weights(model), held.state.log_history
 
@@ -58,7 +58,7 @@ def run_memory(folder: str, graft: str, placement: str, resume: str | None, step
         2,
         folder,
         model=model,
-        train_mode="memory",
+        trainable="memory",
         max_steps=steps,
         save_strategy="steps",
         save_steps=2,
@@ -140,18 +140,18 @@ def exchanges(graft: str) -> list[list[int]]:
     model = EngramForCausalLM.from_pretrained(graft, engram_placement="disk")
     held = trainer(2, "unused", model=model)
     parts = list(model.memory.named_parts().values())
-    before, after, plain = [], [], training_trainer.exchange_row_gradients
+    before, after, plain = [], [], training_trainer.sync_row_gradients
 
     def counting(trained):
         before.append([len(part.grad.rows) for part in parts])
         plain(trained)
         after.append([len(part.grad.rows) for part in parts])
 
-    training_trainer.exchange_row_gradients = counting
+    training_trainer.sync_row_gradients = counting
     try:
         held.train()
     finally:
-        training_trainer.exchange_row_gradients = plain
+        training_trainer.sync_row_gradients = plain
     return before, after
 
 

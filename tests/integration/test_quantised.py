@@ -86,8 +86,8 @@ def folders(donor, tiny_engram, tiny_tokenizer, tmp_path):
     return tmp_path / "donor", plain, tmp_path / "engram", model
 
 
-def from_donor(folder, **kwargs):
-    return EngramForCausalLM.from_donor(str(folder), engram_layer_ids=[0, 1], **FIELDS, **kwargs)
+def from_backbone(folder, **kwargs):
+    return EngramForCausalLM.from_backbone(str(folder), engram_layer_ids=[0, 1], **FIELDS, **kwargs)
 
 
 def quantised(model):
@@ -129,7 +129,7 @@ def step_by_step(model, ids):
 def test_a_graft_of_a_quantised_donor_is_that_donor(quantiser, ids, folders, fill_memory):
     folder, plain, _, trained = folders
     donor = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantiser())
-    model = from_donor(folder, quantization_config=quantiser())
+    model = from_backbone(folder, quantization_config=quantiser())
     assert quantised(model) == linear_weights()
     assert {p.dtype for p in model.memory.parameters()} == {torch.float32}
     assert torch.equal(model(ids).logits, donor(ids).logits)
@@ -150,7 +150,7 @@ def test_a_quantised_checkpoint_keeps_its_memory_bit_for_bit(quantiser, skip, id
     assert same_memory(model, trained)
     lost = farthest(donor(ids).logits, plain(ids).logits)
     assert 0 < farthest(model(ids).logits, trained(ids).logits) <= 2 * lost
-    with model.without_memory():
+    with model.disable_memory():
         assert torch.equal(model(ids).logits, donor(ids).logits)
         assert farthest(donor(ids).logits, trained(ids).logits) > 1e-2, "control: the memory must be seen"
 
@@ -172,7 +172,7 @@ def test_quantised_decoding_with_a_cache_equals_decoding_without(quantiser, ids,
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
     cached = model.generate(ids, **settings)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
-    with model.without_memory():
+    with model.disable_memory():
         assert not torch.equal(cached, model.generate(ids, **settings)), "control: the memory must be seen"
 
 
@@ -183,7 +183,7 @@ def test_a_quantised_model_is_saved_and_comes_back_bit_for_bit(quantiser, way, i
     if way == "loaded":
         model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=quantiser())
     else:
-        model = fill_memory(from_donor(folder, quantization_config=quantiser()))
+        model = fill_memory(from_backbone(folder, quantization_config=quantiser()))
     model.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["quant_method"]
     names = []
@@ -212,7 +212,7 @@ def test_verify_accepts_a_quantised_checkpoint(quantiser, folders, tiny_tokenize
 @torch.no_grad()
 def test_modules_that_were_left_out_are_left_out_after_a_save(quantiser, ids, folders, tmp_path):
     folder, _, _, _ = folders
-    model = from_donor(folder, quantization_config=quantiser(["model.layers.0", "lm_head"]))
+    model = from_backbone(folder, quantization_config=quantiser(["model.layers.0", "lm_head"]))
     assert quantised(model) == linear_weights([1, 2])
     model.save_pretrained(tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
@@ -226,8 +226,8 @@ def test_the_memory_of_a_quantised_backbone_is_trained(quantiser, way, ids, fold
     if way == "loaded":
         model = AutoModelForCausalLM.from_pretrained(saved, quantization_config=quantiser())
     else:
-        model = from_donor(folder, quantization_config=quantiser())
-    with torch.no_grad(), model.without_memory():
+        model = from_backbone(folder, quantization_config=quantiser())
+    with torch.no_grad(), model.disable_memory():
         before = model(ids).logits
     tables = {name: tensor.clone() for name, tensor in model.memory.tables.state_dict().items()}
     settings = {
@@ -248,7 +248,7 @@ def test_the_memory_of_a_quantised_backbone_is_trained(quantiser, way, ids, fold
     assert all(bool((tensor != tables[name]).any()) for name, tensor in model.memory.tables.state_dict().items())
     assert quantised(model) == linear_weights()
     model.eval()
-    with torch.no_grad(), model.without_memory():
+    with torch.no_grad(), model.disable_memory():
         assert torch.equal(model(ids).logits, before), "the backbone was trained"
 
 

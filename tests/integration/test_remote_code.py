@@ -44,7 +44,7 @@ print(json.dumps({"module": type(model).__module__, "sum": float(logits.double()
 
 @pytest.fixture
 def saved(tiny_engram, tmp_path):
-    model = tiny_engram(trained=True).train_mode("memory")
+    model = tiny_engram(trained=True).set_trainable("memory")
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         expected = float(model(torch.arange(3, 20)[None]).logits.double().abs().sum())
@@ -78,7 +78,7 @@ def test_without_the_package_the_folders_own_code_is_used(saved, tmp_path):
     assert result["module"].startswith("transformers_modules.")
     assert result["sum"] == pytest.approx(expected, rel=1e-9)
     again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert again["engram_train_mode"] == "memory", "kept for whoever trains it, though nothing is trained here"
+    assert again["engram_trainable"] == "memory", "kept for whoever trains it, though nothing is trained here"
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "again").glob("*.py")}
 
 
@@ -135,15 +135,15 @@ def test_a_copy_of_the_code_that_misses_a_name_says_which_package_to_install(dro
 TRAINED = """
 import engram_transformers
 from engram_transformers import EngramTrainer
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 from peft import PeftModel
-for make in (EngramTrainer, engram_optimizer, lambda model: PeftModel.from_pretrained(model, sys.argv[5])):
+for make in (EngramTrainer, create_optimizer, lambda model: PeftModel.from_pretrained(model, sys.argv[5])):
     try:
         make(model)
     except TypeError as error:
         print(error)
 again = AutoModelForCausalLM.from_pretrained(folder)
-print(type(engram_optimizer(again)).__name__)
+print(type(create_optimizer(again)).__name__)
 """
 
 
@@ -151,7 +151,7 @@ def test_a_model_with_its_own_copy_of_the_code_is_refused_where_the_package_must
     folder, _ = saved
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"engram_memory_pack": "memory_pack.safetensors"}))
+    (adapter / "adapter_config.json").write_text(json.dumps({"engram_memory_delta": "memory_delta.safetensors"}))
     script = SCRIPT.split("model.save_pretrained")[0].rsplit("again = ", 1)[0] + TRAINED
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(folder), "", "trust", "", str(adapter)]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engram_transformers import EngramFormatError, shards_engram
-from engram_transformers.offload_engram import rows_hook
-from engram_transformers.saves_engram import SAVING_PREFIX
+from engram_transformers import EngramFormatError, files_safetensors_engram
+from engram_transformers.files_atomic_engram import SAVING_PREFIX
+from engram_transformers.rows_accelerate_engram import rows_hook
 
 from ..deaths import dies_at, operations
 from ..faults import Child, ctrl_c_heard, logits, placed_at, plain, shard_of
@@ -77,7 +77,7 @@ def test_a_save_over_the_files_that_rows_are_read_from_goes_on_with_the_new_ones
 
 def out_of_space(after: int):
     """`write_data` on a disk that is full after some tensors."""
-    real, left = shards_engram.write_data, [after]
+    real, left = files_safetensors_engram.write_data, [after]
 
     def write(file, tensor):
         if not left[0]:
@@ -97,9 +97,13 @@ def test_a_save_that_fails_leaves_model_and_folder_as_they_were(fault, placement
         if fault == "limit":  # of the kernel: no file may be longer
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         elif fault == "ctrl-c":
-            monkeypatch.setattr(shards_engram, "write_data", lambda *given: signal.raise_signal(signal.SIGINT))
+            monkeypatch.setattr(
+                files_safetensors_engram, "write_data", lambda *given: signal.raise_signal(signal.SIGINT)
+            )
         else:
-            monkeypatch.setattr(shards_engram, "write_data", out_of_space(0 if fault == "first table" else 3))
+            monkeypatch.setattr(
+                files_safetensors_engram, "write_data", out_of_space(0 if fault == "first table" else 3)
+            )
         with ctrl_c_heard(), pytest.raises(BaseException, match="File too large|No space left|^$"):
             model.save_pretrained(folder)
         return torch.equal(logits(model, ids), expected)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, TrainingArguments
 
 from engram_transformers import EngramTrainer, EngramTrainingArguments
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 from ..tiny import GOLDEN
 
@@ -45,7 +45,7 @@ def test_the_default_rate_is_the_measured_one_and_another_default_is_said_once(t
 @pytest.mark.parametrize("mode", ["memory", "tables", "all"])
 def test_the_rate_that_is_logged_is_the_one_that_was_asked(mode, tiny_engram, tmp_path):
     args = EngramTrainingArguments(str(tmp_path), logging_steps=1, lr_scheduler_type="constant", **QUIET)
-    trainer = EngramTrainer(tiny_engram(), args, train_dataset=DATASET, train_mode=mode)
+    trainer = EngramTrainer(tiny_engram(), args, train_dataset=DATASET, trainable=mode)
     trainer.train()
     assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(2e-3)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1), "control: the first group is the tables'"
@@ -99,4 +99,4 @@ def test_deepspeed_is_refused_wherever_it_is_asked_for(tiny_engram, tmp_path, mo
         EngramTrainer(tiny_engram(), args)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="DeepSpeed cannot train a memory"):
-        engram_optimizer(tiny_engram())
+        create_optimizer(tiny_engram())

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from engram_transformers import EngramFormatError, EngramTrainer
-from engram_transformers.adapters.memory_delta import PACK_NAME, read_pack_header
+from engram_transformers.adapters.memory_delta import DELTA_NAME, read_delta_header
 from engram_transformers.training import EngramTrainingArguments
 from engram_transformers.training.trainer import bring_unknown_files, last_whole_checkpoint
 
@@ -83,9 +83,9 @@ def test_a_checkpoint_holds_what_changed_and_names_its_graft(run, saved):
     folder, ended = run
     checkpoint = folder / f"checkpoint-{STEPS}"
     names = {path.name for path in checkpoint.iterdir()}
-    assert PACK_NAME in names and "config.json" in names
-    assert not [name for name in names if name.endswith(".safetensors") and name != PACK_NAME]
-    header = read_pack_header(checkpoint)
+    assert DELTA_NAME in names and "config.json" in names
+    assert not [name for name in names if name.endswith(".safetensors") and name != DELTA_NAME]
+    header = read_delta_header(checkpoint)
     assert header.base == str(saved.resolve())
     changed = {name for name, tensor in loaded(saved).state_dict().items() if not torch.equal(tensor, ended[name])}
     assert set(header.rows) == {name for name in changed if ".tables." in name}
@@ -110,12 +110,12 @@ def test_a_run_goes_on_bit_for_bit(place, run, saved, dataset, tmp_path):
 
 @pytest.mark.parametrize("place", ["device", "disk"])
 def test_a_run_that_trains_everything_goes_on_bit_for_bit(place, saved, dataset, tmp_path):
-    model = loaded(saved).train_mode("all")
+    model = loaded(saved).set_trainable("all")
     train(model, dataset, tmp_path / "run")
     ended = state(model)
     before = loaded(saved).state_dict()
     assert not torch.equal(ended["backbone.lm_head.weight"], before["backbone.lm_head.weight"]), "control"
-    again = loaded(saved, place).train_mode("all")
+    again = loaded(saved, place).set_trainable("all")
     train(again, dataset, tmp_path / "again", resume=str(tmp_path / "run" / "checkpoint-4"))
     assert same(state(again), ended)
     assert same(state(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{STEPS}")), ended)
@@ -130,7 +130,7 @@ def test_the_best_checkpoint_comes_back(place, mode, saved, dataset, tmp_path):
         def on_evaluate(self, args, state_, control, metrics, **kwargs):
             kept[metrics["eval_loss"]] = state(model)
 
-    model = loaded(saved, place).train_mode(mode)
+    model = loaded(saved, place).set_trainable(mode)
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     # A rate that makes it worse from some step on; whichever is best must come back.
     settings |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}
@@ -142,11 +142,11 @@ def test_the_best_checkpoint_comes_back(place, mode, saved, dataset, tmp_path):
 
 def test_arguments_reach_the_optimizer(saved, dataset, tmp_path):
     model = loaded(saved)
-    settings = {"table_lr_multiplier": 7.0, "table_optimizer": "adagrad", "anchor": 0.01, "weight_decay": 0.1}
+    settings = {"table_lr_multiplier": 7.0, "table_optimizer": "adagrad", "l2_sp": 0.01, "weight_decay": 0.1}
     trainer = train(model, dataset, tmp_path, save_strategy="no", lr_scheduler_type="constant", **settings)
     groups = {group["name"]: group for group in trainer.optimizer.param_groups}
     assert groups["tables"]["lr"] == pytest.approx(7e-2) and groups["projections"]["lr"] == 1e-2
-    assert (groups["tables"]["anchor"], groups["tables"]["weight_decay"]) == (0.01, 0.0)
+    assert (groups["tables"]["l2_sp"], groups["tables"]["weight_decay"]) == (0.01, 0.0)
     assert groups["projections"]["weight_decay"] == 0.1
     assert groups["tables"]["table_optimizer"] == "adagrad"
 
@@ -155,10 +155,10 @@ def test_the_memory_alone_is_trained_unless_told_otherwise(saved, dataset, tmp_p
     model = loaded(saved)
     train(model, dataset, tmp_path, save_strategy="no", max_steps=1)
     assert "training the memory alone" in caplog.text
-    assert model.config.engram_train_mode == "memory"
+    assert model.config.engram_trainable == "memory"
     caplog.clear()
-    train(model.train_mode("tables"), dataset, tmp_path, save_strategy="no", max_steps=1)
-    assert "training the memory alone" not in caplog.text and model.config.engram_train_mode == "tables"
+    train(model.set_trainable("tables"), dataset, tmp_path, save_strategy="no", max_steps=1)
+    assert "training the memory alone" not in caplog.text and model.config.engram_trainable == "tables"
 
 
 # Interrupted saves.
@@ -184,7 +184,7 @@ torch.set_num_threads(1)
 train(loaded(saved), texts(), folder)
 """
 KILLED_IN = {
-    "pack": ("module", "save_memory_pack"),
+    "delta": ("module", "save_memory_delta"),
     "optimizer": ("class", "_save_optimizer_and_scheduler"),
     "random states": ("class", "_save_rng_state"),
 }
@@ -197,7 +197,7 @@ def interrupt(saved, folder, killed_in: str) -> None:
     assert done.returncode == 7, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("killed_in", ["pack", "optimizer", "random states"])
+@pytest.mark.parametrize("killed_in", ["delta", "optimizer", "random states"])
 def test_a_run_killed_in_a_save_goes_on_from_the_last_whole_checkpoint(
     killed_in, run, saved, dataset, tmp_path, caplog
 ):
@@ -263,9 +263,9 @@ def test_a_memory_without_a_file_is_saved_whole(tiny_engram, dataset, tmp_path):
     model = tiny_engram(trained=True)
     train(model, dataset, tmp_path)
     checkpoint = tmp_path / f"checkpoint-{STEPS}"
-    assert not (checkpoint / PACK_NAME).exists()
+    assert not (checkpoint / DELTA_NAME).exists()
     assert same(state(loaded(checkpoint)), state(model))
-    assert json.loads((checkpoint / "config.json").read_text())["engram_train_mode"] == "memory"
+    assert json.loads((checkpoint / "config.json").read_text())["engram_trainable"] == "memory"
 
 
 # Folders that hold something already.
@@ -284,20 +284,20 @@ def test_a_memory_that_is_saved_over_its_graft_comes_back(place, saved, dataset,
     assert (graft / "notes.txt").read_text() == "not ours"
     model = loaded(graft, place)
     train(model, dataset, graft, save_steps=STEPS)  # the run's folder is the graft's
-    assert not (graft / f"checkpoint-{STEPS}" / PACK_NAME).exists(), "a later save_model() replaces its graft"
+    assert not (graft / f"checkpoint-{STEPS}" / DELTA_NAME).exists(), "a later save_model() replaces its graft"
 
 
 @pytest.mark.parametrize("modes", [("memory", "all"), ("all", "memory")])
 def test_a_run_in_the_folder_of_an_earlier_one_loads_and_resumes_its_own_checkpoints(modes, saved, dataset, tmp_path):
     ended = []
     for number, mode in enumerate(modes):
-        model = loaded(saved).train_mode(mode)
+        model = loaded(saved).set_trainable(mode)
         train(model, dataset, tmp_path, learning_rate=1e-2 / (number + 1), max_steps=2).save_model()
         ended.append(state(model))
     assert not same(*ended), "control"
     for folder in (tmp_path, tmp_path / "checkpoint-2"):
         assert same(state(loaded(folder)), ended[1])
-    model = loaded(saved).train_mode(modes[1])
+    model = loaded(saved).set_trainable(modes[1])
     train(model, dataset, tmp_path, resume=str(tmp_path / "checkpoint-2"), max_steps=2)
     assert same(state(model), ended[1])
 
@@ -347,7 +347,7 @@ def test_adapters_in_subfolders_leave_the_folder_of_their_base_as_it_is(saved, t
 def test_a_run_from_a_checkpoint_in_its_own_folder_needs_none_that_trainer_deletes(place, saved, dataset, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run / "checkpoint-1")  # whole, as a run that trains everything leaves it
-    model = loaded(run / "checkpoint-1", place).train_mode("memory")
+    model = loaded(run / "checkpoint-1", place).set_trainable("memory")
     train(model, dataset, run, save_total_limit=1)
     assert [path.name for path in run.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"], "the control"
     assert same(state(loaded(run / f"checkpoint-{STEPS}")), state(model))
@@ -357,12 +357,12 @@ def test_a_run_from_a_checkpoint_in_its_own_folder_needs_none_that_trainer_delet
 def test_tied_embeddings_come_back_around_tables_on_disk(tied, dataset, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     engram_on(LlamaConfig(vocab_size=4104, tie_word_embeddings=tied, **sizes)).save_pretrained(tmp_path / "graft")
-    model = loaded(tmp_path / "graft", "disk").train_mode("all")
+    model = loaded(tmp_path / "graft", "disk").set_trainable("all")
     best = {"eval_strategy": "steps", "eval_steps": STEPS, "save_steps": STEPS, "load_best_model_at_end": True}
     train(model, dataset, tmp_path / "run", **best)
     ended = state(model)
     weights = model.backbone.get_input_embeddings().weight, model.backbone.get_output_embeddings().weight
     assert (weights[0] is weights[1]) == tied
-    again = loaded(tmp_path / "graft", "disk").train_mode("all")
+    again = loaded(tmp_path / "graft", "disk").set_trainable("all")
     train(again, dataset, tmp_path / "run", resume=str(tmp_path / "run" / f"checkpoint-{STEPS}"))
     assert same(state(again), ended)

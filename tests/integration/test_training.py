@@ -8,10 +8,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from engram_transformers import EngramTrainer
+from engram_transformers.backbone_engram import find_decoder_layers
 from engram_transformers.compat_engram import CHECKPOINTS_RUN_HOOKS
-from engram_transformers.gradient_engram import RowGradient
-from engram_transformers.memory_engram import find_decoder_layers
-from engram_transformers.training import engram_optimizer
+from engram_transformers.rows_gradient_engram import RowGradient
+from engram_transformers.training import create_optimizer
 
 from .backbones import BACKBONES
 
@@ -59,7 +59,7 @@ def clone(model):
 def test_rows_get_gradient_at_step_one_and_projections_from_step_two(tiny_engram, dataset):
     model = tiny_engram(engram_kernel_size=4)
     model.backbone.requires_grad_(False)
-    optimizer = engram_optimizer(model, lr=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2)
     batch = {name: torch.stack([entry[name] for entry in dataset[:4]]) for name in ("input_ids", "labels")}
     projection = model.memory.layers["1"].key_value.weight
     tables = list(model.memory.tables["1"].parameters())
@@ -107,14 +107,14 @@ def test_trainer_changes_the_memory_and_leaves_the_backbone(tiny_engram, dataset
     model.eval()
     with torch.no_grad():
         taught = float(model(**batch).loss)
-        with model.without_memory():
+        with model.disable_memory():
             assert taught < float(model(**batch).loss) - 0.1
 
 
 def test_train_mode_all_trains_the_backbone_too(tiny_engram, dataset, arguments):
     model = tiny_engram()
     before = clone(model)
-    EngramTrainer(model, arguments(), train_dataset=dataset, train_mode="all").train()
+    EngramTrainer(model, arguments(), train_dataset=dataset, trainable="all").train()
     assert any(name.startswith("backbone.") for name in changed(model, before))
 
 
@@ -284,7 +284,7 @@ def test_the_logged_norm_counts_the_rows(tiny_engram, dataset, arguments):
 def test_plain_trainer_says_which_optimizer_it_needs_and_trains_alike_with_it(tiny_engram, dataset, arguments):
     model = tiny_engram()
     before = clone(model)
-    with pytest.raises(TypeError, match=r"rows alone.*EngramTrainer, or engram_transformers.*engram_optimizer"):
+    with pytest.raises(TypeError, match=r"rows alone.*EngramTrainer, or engram_transformers.*create_optimizer"):
         Trainer(model, arguments(max_steps=2), train_dataset=dataset).train()
     assert not changed(model, before)
     settings = {"max_grad_norm": 0.01, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -292,7 +292,7 @@ def test_plain_trainer_says_which_optimizer_it_needs_and_trains_alike_with_it(ti
     trainers = []
     for kind, trained in ((EngramTrainer, expected), (Trainer, plain)):
         trained.backbone.requires_grad_(False)
-        optimizers = {"optimizers": (engram_optimizer(trained, 1e-2), None)}
+        optimizers = {"optimizers": (create_optimizer(trained, 1e-2), None)}
         trainers.append(kind(trained, arguments(**settings), train_dataset=dataset, **optimizers))
         trainers[-1].train()
     assert not changed(plain, expected.state_dict())
@@ -303,11 +303,11 @@ def test_plain_trainer_says_which_optimizer_it_needs_and_trains_alike_with_it(ti
 
 def test_what_cannot_be_trained_rightly_is_refused(tiny_engram, tiny_donor, dataset, arguments):
     model = tiny_engram()
-    with pytest.raises(TypeError, match="LlamaForCausalLM.*from_donor"):
+    with pytest.raises(TypeError, match="LlamaForCausalLM.*from_backbone"):
         EngramTrainer(tiny_donor(), arguments(), train_dataset=dataset)
     adam = torch.optim.AdamW(model.parameters())
     with pytest.raises(TypeError, match="AdamW cannot write rows"):
         EngramTrainer(model, arguments(), train_dataset=dataset, optimizers=(adam, None))
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        engram_optimizer(model)
+        create_optimizer(model)

@@ -172,7 +172,7 @@ def test_shuffled_rows_are_the_trained_ones_in_other_places(donor, texts, tiny_t
         assert not torch.equal(part, old)
         assert torch.equal(part.detach().sort(0).values, old.sort(0).values)
     assert domain_train.losses_of(model, text)["recall"] != learnt["recall"]
-    with model.without_memory():
+    with model.disable_memory():
         assert domain_train.losses_of(model, text) == domain_train.losses_of(
             domain_train.build(donor, Recipe(), 0), text
         ), "control: the donor is where it was"

@@ -12,10 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from engram_transformers import EngramForCausalLM, load_memory_pack, save_memory_pack
-from engram_transformers.checkpoint_engram import save_changes
-from engram_transformers.gradient_engram import RowGradient, row_gradient
-from engram_transformers.training import EngramTrainerMixin, EngramTrainingArguments, engram_optimizer, select_rows
+from engram_transformers import EngramForCausalLM
+from engram_transformers.adapters import load_memory_delta, save_memory_delta
+from engram_transformers.files_checkpoint_engram import save_changes
+from engram_transformers.rows_gradient_engram import RowGradient, row_gradient
+from engram_transformers.training import EngramTrainerMixin, EngramTrainingArguments, create_optimizer, select_rows
 
 from .test_generation import TOLERANCE
 
@@ -86,10 +87,10 @@ def one_batch(trainer) -> dict:
 
 @pytest.mark.parametrize("defaults", [False, True])
 def test_the_memory_alone_is_trained_by_the_plain_trainer(defaults, texts, arguments, tiny_engram, tiny_tokenizer):
-    model = tiny_engram().train_mode("memory")
+    model = tiny_engram().set_trainable("memory")
     before = clone(model)
     args = arguments(gradient_checkpointing=defaults, bf16=defaults)  # both are on in TRL
-    optimizer = engram_optimizer(model, lr=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2)
     trainer = trl.SFTTrainer(
         model, args, train_dataset=texts, processing_class=tiny_tokenizer, optimizers=(optimizer, None)
     )
@@ -108,7 +109,7 @@ def test_the_loss_is_the_models_own(packing, adapters, texts, arguments, tiny_en
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, dict(batch)))
         own = float(trainer.model(**batch, use_cache=False).loss)
-        with model.without_memory():
+        with model.disable_memory():
             off = float(trainer.compute_loss(trainer.model, dict(batch)))
     assert loss == pytest.approx(own, abs=TOLERANCE)
     assert abs(loss - off) > 0.01, "control: without memory"
@@ -120,7 +121,7 @@ def test_the_base_model_gives_hidden_states_with_memory(tiny_engram):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state
         logits = model(ids, use_cache=False).logits
         torch.testing.assert_close(model.get_output_embeddings()(hidden), logits, rtol=0, atol=TOLERANCE)
-        with model.without_memory():
+        with model.disable_memory():
             donors = model.base_model(ids, use_cache=False).last_hidden_state
         assert torch.equal(donors, model.backbone.base_model(ids, use_cache=False).last_hidden_state)
     assert (hidden - donors).abs().max() > 0.1, "control: the backbone's own"
@@ -129,8 +130,8 @@ def test_the_base_model_gives_hidden_states_with_memory(tiny_engram):
 
 def test_rows_are_clipped_with_everything_else(texts, arguments, tiny_engram, tiny_tokenizer):
     def norms(most: float) -> tuple[float, float]:
-        model, seen = tiny_engram(trained=True).train_mode("memory"), []
-        optimizer = engram_optimizer(model, lr=1e-3)
+        model, seen = tiny_engram(trained=True).set_trainable("memory"), []
+        optimizer = create_optimizer(model, lr=1e-3)
 
         def look(optimizer, args, kwargs):
             held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -152,9 +153,9 @@ def test_rows_are_clipped_with_everything_else(texts, arguments, tiny_engram, ti
 
 
 def test_without_our_optimizer_the_first_step_says_what_to_use(texts, arguments, tiny_engram, tiny_tokenizer):
-    model = tiny_engram().train_mode("memory")
+    model = tiny_engram().set_trainable("memory")
     trainer = trl.SFTTrainer(model, arguments(), train_dataset=texts, processing_class=tiny_tokenizer)
-    with pytest.raises(TypeError, match="use EngramTrainer, or engram_transformers.training.engram_optimizer"):
+    with pytest.raises(TypeError, match="use EngramTrainer, or engram_transformers.training.create_optimizer"):
         trainer.train()
 
 
@@ -183,7 +184,7 @@ def documents_of(batch: dict) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("settings", [{"packing": True, "max_length": 64}, {"padding_free": True, "max_length": None}])
 def test_packed_documents_have_the_gradients_of_separate_ones(settings, texts, arguments, tiny_engram, tiny_tokenizer):
-    packed = tiny_engram(trained=True).train_mode("memory")
+    packed = tiny_engram(trained=True).set_trainable("memory")
     args = arguments(per_device_train_batch_size=4, **settings)
     trainer = trl.SFTTrainer(packed, args, train_dataset=texts, processing_class=tiny_tokenizer)
     batch = one_batch(trainer)
@@ -192,7 +193,7 @@ def test_packed_documents_have_the_gradients_of_separate_ones(settings, texts, a
     count = sum(text.shape[1] - 1 for text in documents)
     trainer.compute_loss(packed.train(), dict(batch), num_items_in_batch=count).backward()
 
-    separate = tiny_engram(trained=True).train_mode("memory").train()
+    separate = tiny_engram(trained=True).set_trainable("memory").train()
     for text in documents:
         separate(text, labels=text, use_cache=False, num_items_in_batch=count).loss.backward()
 
@@ -204,7 +205,7 @@ def test_packed_documents_have_the_gradients_of_separate_ones(settings, texts, a
     for name, gradient in dense.items():
         torch.testing.assert_close(gradient, expected_dense[name], rtol=1e-4, atol=TOLERANCE)
 
-    unparted = tiny_engram(trained=True).train_mode("memory").train()
+    unparted = tiny_engram(trained=True).set_trainable("memory").train()
     unparted(batch["input_ids"], labels=batch["labels"], use_cache=False).loss.backward()
     assert any(not torch.equal(g.rows, rows[name].rows) for name, g in gradients(unparted)[0].items()), "control"
 
@@ -216,9 +217,9 @@ def test_a_peft_model_that_was_made_before_is_trained_by_the_plain_trainer(
     texts, arguments, tiny_engram, tiny_tokenizer
 ):
     model = get_peft_model(tiny_engram(), lora())
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     before = clone(model)
-    optimizer = engram_optimizer(model, lr=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2)
     trl.SFTTrainer(
         model, arguments(), train_dataset=texts, processing_class=tiny_tokenizer, optimizers=(optimizer, None)
     ).train()
@@ -238,7 +239,7 @@ def test_peft_config_and_memory_in_one_trainer(
         train_dataset=texts,
         processing_class=tiny_tokenizer,
         peft_config=lora(),
-        train_mode="memory+lora",
+        trainable="memory+lora",
     )
     assert isinstance(trainer.model, PeftModel)
     before = clone(trainer.model)
@@ -268,7 +269,7 @@ def test_what_was_trained_is_saved_with_the_adapter_and_loaded_again(
         train_dataset=texts,
         processing_class=tiny_tokenizer,
         peft_config=lora(),
-        train_mode="memory+lora",
+        trainable="memory+lora",
     )
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -277,7 +278,7 @@ def test_what_was_trained_is_saved_with_the_adapter_and_loaded_again(
     with torch.no_grad():
         trained = trainer.model.eval()(ids).logits
         assert torch.equal(loaded.eval()(ids).logits, trained)
-        with loaded.without_memory():
+        with loaded.disable_memory():
             assert not torch.equal(loaded(ids).logits, trained), "control: the adapter alone"
 
 
@@ -291,7 +292,7 @@ def test_a_run_is_resumed_bit_for_bit(texts, arguments, tiny_engram, tiny_tokeni
             train_dataset=texts,
             processing_class=tiny_tokenizer,
             peft_config=lora(),
-            train_mode="memory+lora",
+            trainable="memory+lora",
         )
         trainer.train(resume_from_checkpoint=resume)
         return clone(trainer.model)
@@ -305,7 +306,7 @@ def test_a_run_is_resumed_bit_for_bit(texts, arguments, tiny_engram, tiny_tokeni
 
 def test_a_selection_of_rows_holds_in_sft(texts, arguments, tiny_engram, tiny_tokenizer):
     model = tiny_engram()
-    selection = select_rows(model, TEXTS[:1], against=TEXTS[1:], tokenizer=tiny_tokenizer).apply(model)
+    selection = select_rows(model, TEXTS[:1], reference_texts=TEXTS[1:], tokenizer=tiny_tokenizer).apply(model)
     before = {name: part.detach().clone() for name, part in model.memory.named_parts().items()}
     EngramSFTTrainer(
         model,
@@ -313,7 +314,7 @@ def test_a_selection_of_rows_holds_in_sft(texts, arguments, tiny_engram, tiny_to
         train_dataset=texts,
         processing_class=tiny_tokenizer,
         peft_config=lora(),
-        train_mode="memory+lora",
+        trainable="memory+lora",
     ).train()
     for name, part in model.memory.named_parts().items():
         touched = (part != before[name]).any(dim=1).nonzero().flatten()
@@ -332,7 +333,7 @@ def test_a_reference_that_would_learn_with_the_model_is_refused(arguments, tiny_
 
     def trainer(**changes):
         model = get_peft_model(tiny_engram(trained=True), lora(task_type="CAUSAL_LM"))
-        given = {"train_dataset": pairs, "processing_class": tiny_tokenizer, "train_mode": "memory+lora"}
+        given = {"train_dataset": pairs, "processing_class": tiny_tokenizer, "set_trainable": "memory+lora"}
         return EngramDPOTrainer(model, args=arguments(trl.DPOConfig, **changes), **given)
 
     with pytest.raises(ValueError, match="has no ref_model.*the reference would move with the model"):
@@ -362,7 +363,7 @@ def by_reward(arguments, tiny_tokenizer):
         settings = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "beta": 0.1}
         where = {"model_init_kwargs": {"engram_placement": reference}}
         args = arguments(trl.GRPOConfig, **settings, **where, **changes)
-        given = {"train_dataset": prompts, "processing_class": tiny_tokenizer, "train_mode": "memory"}
+        given = {"train_dataset": prompts, "processing_class": tiny_tokenizer, "set_trainable": "memory"}
         return EngramGRPOTrainer(model, args, reward_funcs=letters, **given)
 
     return make
@@ -397,13 +398,13 @@ def test_a_reference_that_was_loaded_without_a_pack_is_refused(place, by_reward,
     model = tiny_engram(trained=True)
     model.save_pretrained(tmp_path / "graft")
     model.memory.tables["1"].order2[0].data[5:9] += 1
-    save_memory_pack(model, tmp_path / "pack", base=tmp_path / "graft")
+    save_memory_delta(model, tmp_path / "delta", base=tmp_path / "graft")
     model = EngramForCausalLM.from_pretrained(tmp_path / "graft", engram_placement=place)
     assert by_reward(model, place).ref_model is not None, "the control"
-    load_memory_pack(model, tmp_path / "pack")
+    load_memory_delta(model, tmp_path / "delta")
     with pytest.raises(ValueError, match="loaded its reference from '.*graft', and that is not the model"):
         by_reward(model, place)
     save_changes(model, tmp_path / "changes")
     model = EngramForCausalLM.from_pretrained(tmp_path / "changes", engram_placement=place)
-    reference = by_reward(model, place).ref_model  # loaded by the folder of the pack
+    reference = by_reward(model, place).ref_model  # loaded by the folder of the delta
     assert all(torch.equal(clone(model)[name], tensor) for name, tensor in clone(reference).items())

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engram_transformers import TokenCompressor
-from engram_transformers.compression_engram import NORMALIZER, check_token_map, normalize_text, token_key
+from engram_transformers.hash_tokens_engram import (
+    NORMALIZER,
+    TokenCompressor,
+    check_token_map,
+    normalize_text,
+    token_key,
+)
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "compressed_tokenizer.json").read_text(encoding="utf-8"))

@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from engram_transformers import EngramConfig, EngramLayer, NgramHasher
+from engram_transformers import EngramConfig
 from engram_transformers.cache_engram import EngramCacheLayer
-from engram_transformers.table_engram import EngramTable
+from engram_transformers.hash_ngrams_engram import NgramHasher
+from engram_transformers.layer_engram import EngramLayer
+from engram_transformers.rows_table_engram import EngramTable
 
 
 FOLDER = Path(__file__).parent / "golden"

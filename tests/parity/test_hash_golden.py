@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from engram_transformers import EngramConfig, NgramHasher
-from engram_transformers.constants_engram import INT64_MAX, derive_multipliers, derive_primes
-from engram_transformers.hashing_engram import naive_hash_ids
+from engram_transformers import EngramConfig
+from engram_transformers.hash_constants_engram import INT64_MAX, derive_multipliers, derive_primes
+from engram_transformers.hash_ngrams_engram import NgramHasher, naive_hash_ids
 
 
 FOLDER = Path(__file__).parent / "golden"

@@ -14,7 +14,7 @@ from engram_transformers import EngramForCausalLM
 from engram_transformers.compat_engram import CACHE
 from engram_transformers.conversion import graft
 from engram_transformers.inspection import check_generation, verify_checkpoint
-from engram_transformers.training import engram_optimizer
+from engram_transformers.training import create_optimizer
 
 
 DONOR = Path(os.environ.get("ENGRAM_DONOR", "runs/donor"))
@@ -45,9 +45,9 @@ def folder(tmp_path_factory):
 def taught(tokenizer):
     """A memory that has read one sentence ten times, with a convolution that has moved off zero."""
     torch.manual_seed(0)
-    model = EngramForCausalLM.from_donor(str(DONOR), engram_layer_ids=[1, 10], **FIELDS)
+    model = EngramForCausalLM.from_backbone(str(DONOR), engram_layer_ids=[1, 10], **FIELDS)
     model.backbone.requires_grad_(False)
-    optimizer = engram_optimizer(model, lr=2e-3, table_lr_multiplier=25)
+    optimizer = create_optimizer(model, lr=2e-3, table_lr_multiplier=25)
     batch = tokenizer(TEXT, return_tensors="pt")
     for _ in range(10):
         model(**batch, labels=batch["input_ids"]).loss.backward()
@@ -87,7 +87,7 @@ def test_the_memory_learns_a_sentence_and_switching_it_off_forgets_it(taught, to
     donor = AutoModelForCausalLM.from_pretrained(DONOR)
     plain = float(donor(**batch, labels=batch["input_ids"]).loss)
     assert float(taught(**batch, labels=batch["input_ids"]).loss) < plain - 1.0
-    with taught.without_memory():
+    with taught.disable_memory():
         assert float(taught(**batch, labels=batch["input_ids"]).loss) == plain
 
 
@@ -105,7 +105,7 @@ def chunk_differences(model, ids, chunk: int) -> torch.Tensor:
 def backbones_own(taught, tokenizer) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """Ids of 28 tokens, and how the plain donor differs from itself in chunks."""
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][:, :28]
-    with torch.no_grad(), taught.without_memory():
+    with torch.no_grad(), taught.disable_memory():
         return ids, {chunk: chunk_differences(taught, ids, chunk) for chunk in CHUNKS}
 
 

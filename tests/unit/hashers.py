@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from engram_transformers import NgramHasher
-from engram_transformers.compression_engram import DEAD
-from engram_transformers.constants_engram import HashConstants, derive_multipliers, derive_primes, head_offsets
-from engram_transformers.hashing_engram import naive_hash_ids
+from engram_transformers.hash_constants_engram import HashConstants, derive_multipliers, derive_primes, head_offsets
+from engram_transformers.hash_ngrams_engram import NgramHasher, naive_hash_ids
+from engram_transformers.hash_tokens_engram import DEAD
 
 
 VOCABULARY = 60

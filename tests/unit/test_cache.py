@@ -180,7 +180,7 @@ def test_a_cache_begun_with_memory_cannot_go_on_without():
     refuse_engram_history(None)
     refuse_engram_history(cache)  # the control: it has no memory's history yet
     engram_cache_layer(cache, 3, 1, 2)
-    with pytest.raises(ValueError, match=r"begun with the memory on.*empty cache inside without_memory\(\)"):
+    with pytest.raises(ValueError, match=r"begun with the memory on.*empty cache inside disable_memory\(\)"):
         refuse_engram_history(cache)
 
 

@@ -15,8 +15,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from engram_transformers import TokenCompressor
-from engram_transformers.compression_engram import DEAD, check_token_map, normalize_text, token_key, token_map_sha256
+from engram_transformers.hash_tokens_engram import (
+    DEAD,
+    TokenCompressor,
+    check_token_map,
+    normalize_text,
+    token_key,
+    token_map_sha256,
+)
 
 
 class ListTokenizer:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, DeepseekV4Config, Gemma3nTextConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from engram_transformers import EngramConfig, EngramFormatError
-from engram_transformers.constants_engram import derive_constants
+from engram_transformers.hash_constants_engram import derive_constants
 
 
 def llama(**changes) -> LlamaConfig:
@@ -246,7 +246,7 @@ def test_a_donors_config_is_refused_with_the_command_that_grafts(from_file, tmp_
     llama().save_pretrained(tmp_path)
     with pytest.raises(ValueError) as refusal:
         EngramConfig.from_pretrained(tmp_path) if from_file else EngramConfig.from_dict(llama().to_dict())
-    assert [p for p in ("'llama'", "`engram graft DONOR OUT", "from_donor") if p not in str(refusal.value)] == []
+    assert [p for p in ("'llama'", "`engram graft DONOR OUT", "from_backbone") if p not in str(refusal.value)] == []
 
 
 @pytest.mark.parametrize(

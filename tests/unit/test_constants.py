@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from engram_transformers import EngramConfig, EngramFormatError
-from engram_transformers.constants_engram import (
+from engram_transformers.hash_constants_engram import (
     INT64_MAX,
     HashConstants,
     check_constants,

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from engram_transformers import EngramConfig, EngramFormatError, NgramHasher
-from engram_transformers.compression_engram import DEAD, token_map_sha256
+from engram_transformers import EngramConfig, EngramFormatError
+from engram_transformers.hash_ngrams_engram import NgramHasher
+from engram_transformers.hash_tokens_engram import DEAD, token_map_sha256
 
 from .hashers import VOCABULARY, all_inside, cases, make_hasher, naive
 

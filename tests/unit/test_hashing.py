@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from engram_transformers import hashing_engram
-from engram_transformers.compression_engram import DEAD
-from engram_transformers.hashing_engram import naive_hash_ids
+from engram_transformers import hash_ngrams_engram
+from engram_transformers.hash_ngrams_engram import naive_hash_ids
+from engram_transformers.hash_tokens_engram import DEAD
 
 from .hashers import VOCABULARY, all_inside, cases, make_hasher, naive
 
@@ -226,19 +226,19 @@ def test_a_device_that_rounds_remainders_is_refused(monkeypatch, counting_device
     hasher = make_hasher(3, 2)
     expected = hasher(ids)[1]
     there = hasher.to("counting")
-    monkeypatch.setattr(hashing_engram, "IN_DOUBT", {"counting"})
+    monkeypatch.setattr(hash_ngrams_engram, "IN_DOUBT", {"counting"})
     for mode in (contextlib.nullcontext, Rounded):
-        hashing_engram.has_exact_remainders.cache_clear()
+        hash_ngrams_engram.has_exact_remainders.cache_clear()
         with mode(), contextlib.ExitStack() as stack:
             if mode is Rounded:
                 stack.enter_context(pytest.raises(RuntimeError, match="'counting'.* install torch 2.8"))
             assert torch.equal(there(ids.to("counting"))[1].cpu(), expected), "the control"
-    hashing_engram.has_exact_remainders.cache_clear()
+    hash_ngrams_engram.has_exact_remainders.cache_clear()
 
 
 def test_the_question_whether_remainders_are_exact_does_not_break_a_graph(monkeypatch):
     hasher = make_hasher(3, 2)
-    monkeypatch.setattr(hashing_engram, "IN_DOUBT", {"cpu"})
+    monkeypatch.setattr(hash_ngrams_engram, "IN_DOUBT", {"cpu"})
     compiled = torch.compile(lambda mixed: hasher.divided(mixed), backend="eager", fullgraph=True)
     mixed = torch.randint(0, 2**62, (2, 2, 1, 5))
     assert torch.equal(compiled(mixed), hasher.divided(mixed))

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DeepseekV4Config, LlamaConfig
 
-from engram_transformers import EngramConfig, EngramLayer
+from engram_transformers import EngramConfig
 from engram_transformers.cache_engram import EngramCacheLayer
+from engram_transformers.layer_engram import EngramLayer
 
 
 HIDDEN = 12

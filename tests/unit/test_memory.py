@@ -14,15 +14,10 @@ from torch import nn
 from transformers import DynamicCache, GPT2Config, Qwen3Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from engram_transformers.backbone_engram import find_decoder_layers
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.memory_engram import (
-    EngramMemory,
-    InsertMemory,
-    MemoryReads,
-    ReadsInFlight,
-    find_decoder_layers,
-    insert_memory,
-)
+from engram_transformers.injection_engram import InsertMemory, ReadsInFlight, insert_memory
+from engram_transformers.memory_engram import EngramMemory, MemoryReads
 
 
 IDS = torch.arange(20, 32)[None]
@@ -151,7 +146,7 @@ def stream_into(model, place: int, **kwargs) -> torch.Tensor:
 
 def test_a_trained_memory_adds_what_its_layer_computes(tiny_engram):
     model = tiny_engram(trained=True, layers=(1,))
-    with model.without_memory():
+    with model.disable_memory():
         without = stream_into(model, 1)
     rows = model.memory.hashing(IDS)[1]
     with torch.no_grad():
@@ -205,7 +200,7 @@ def test_convolution_histories_are_counted_where_there_are_any(kernel, convoluti
 def test_pads_get_nothing_from_the_memory(tiny_engram):
     model, alive = tiny_engram(trained=True, layers=(1,)), torch.ones_like(IDS)
     alive[:, :3] = alive[:, 7] = 0
-    with model.without_memory():
+    with model.disable_memory():
         without = stream_into(model, 1, attention_mask=alive)
     changed = (stream_into(model, 1, attention_mask=alive) != without).any(-1)
     assert torch.equal(changed, alive.bool())
@@ -227,7 +222,7 @@ def test_a_cache_cannot_change_between_with_and_without_memory(tiny_engram):
     model = tiny_engram(trained=True)
     begun_with, begun_without = DynamicCache(), DynamicCache()
     logits(model, **{CACHE: begun_with}, use_cache=True)
-    with model.without_memory():
+    with model.disable_memory():
         logits(model, **{CACHE: begun_without}, use_cache=True)
         logits(model, **{CACHE: begun_without}, use_cache=True)  # the control: going on is fine
         with pytest.raises(ValueError, match="begun with the memory on"):
@@ -263,12 +258,12 @@ def test_a_pass_that_fails_leaves_nothing_behind(tiny_engram, tiny_donor):
 def test_without_memory_the_model_is_its_donor(tiny_engram, tiny_donor):
     model, donor = tiny_engram(trained=True), tiny_donor()
     whole = logits(model)
-    with model.without_memory():
-        with model.without_memory():
+    with model.disable_memory():
+        with model.disable_memory():
             assert torch.equal(logits(model), logits(donor))
         assert torch.equal(logits(model), logits(donor))  # the inner block does not switch it on again
     assert torch.equal(logits(model), whole)
-    with pytest.raises(ZeroDivisionError), model.without_memory():
+    with pytest.raises(ZeroDivisionError), model.disable_memory():
         raise ZeroDivisionError
     assert torch.equal(logits(model), whole)
 
@@ -361,7 +356,7 @@ def test_one_thread_without_memory_does_not_switch_off_another(tiny_engram, meet
     whole, donors = logits(model), logits(model.backbone)
 
     def off():
-        with model.without_memory():
+        with model.disable_memory():
             return logits(model)
 
     handle = meet(model)

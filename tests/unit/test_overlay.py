@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.index_engram import RowIndex
-from engram_transformers.overlay_engram import RowOverlay
-from engram_transformers.rows_engram import FileRows, ShardFile, file_part
-from engram_transformers.shards_engram import read_header, write_shard
-from engram_transformers.table_engram import OrderRows, TablePart
+from engram_transformers.files_safetensors_engram import read_header, write_shard
+from engram_transformers.rows_index_engram import RowIndex
+from engram_transformers.rows_overlay_engram import RowOverlay
+from engram_transformers.rows_storage_engram import FileRows, ShardFile, file_part
+from engram_transformers.rows_table_engram import OrderRows, TablePart
 
 
 WIDTH = 3
@@ -122,7 +122,7 @@ def test_an_order_reads_on_from_other_files_and_its_parts_stay_what_an_optimizer
     order.place(overlay)
     (part,) = order.parts
     part.write(torch.tensor([1]), torch.zeros(1, WIDTH))
-    assert overlay.changed == 1 and part.shape == (0, WIDTH) and part.shape == (4, WIDTH)
+    assert overlay.changed == 1 and part.shape == (0, WIDTH) and part.table_shape == (4, WIDTH)
     order.store = other
     order.mend_parts()
     assert order.parts[0] is part and other.changed == 0
@@ -134,7 +134,7 @@ def test_an_order_reads_on_from_other_files_and_its_parts_stay_what_an_optimizer
 def test_a_part_says_its_shape_and_refuses_rows_that_it_has_not(tmp_path):
     overlay, _ = stored(tmp_path, [4, 6])
     assert [part.shape for part in overlay.changes] == [(4, WIDTH), (6, WIDTH)]
-    assert TablePart(torch.zeros(5, 2)).shape == (5, 2)
+    assert TablePart(torch.zeros(5, 2)).table_shape == (5, 2)
     with pytest.raises(IndexError, match="row 4 is outside the 4 rows"):
         overlay.part(0).write(torch.tensor([4]), torch.zeros(1, WIDTH))
     assert overlay.changed == 0

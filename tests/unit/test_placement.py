@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers import placement_engram
-from engram_transformers.placement_engram import (
+from engram_transformers import rows_placement_engram
+from engram_transformers.rows_placement_engram import (
     PLACEMENTS,
     ROOM_TO_SPARE,
     check_placement,
@@ -119,10 +119,10 @@ def machine(monkeypatch):
         asked.extend([0, 1])
         return dict(TWO_CARDS)
 
-    monkeypatch.setattr(placement_engram, "host_memory", lambda: TWO_CARDS["cpu"])
-    monkeypatch.setattr(placement_engram, "device_memory", card)
-    monkeypatch.setattr(placement_engram, "get_max_memory", budget)
-    monkeypatch.setattr(placement_engram, "GROUPS", ())
+    monkeypatch.setattr(rows_placement_engram, "host_memory", lambda: TWO_CARDS["cpu"])
+    monkeypatch.setattr(rows_placement_engram, "device_memory", card)
+    monkeypatch.setattr(rows_placement_engram, "get_max_memory", budget)
+    monkeypatch.setattr(rows_placement_engram, "GROUPS", ())
     return asked
 
 
@@ -152,14 +152,14 @@ def test_a_card_that_is_not_in_question_is_not_asked(device_map, given_memory, e
 @pytest.mark.parametrize("budget", [{"mps": 8000}, {0: 8000}], ids=["Apple's", "NVIDIA's integrated"])
 def test_memory_that_a_device_shares_with_the_host_counts_once(budget, machine, monkeypatch):
     """accelerate names the device alone there; the host is not without memory."""
-    monkeypatch.setattr(placement_engram, "get_max_memory", lambda memory=None: dict(budget))
-    monkeypatch.setattr(placement_engram, "device_memory", lambda place: None)
+    monkeypatch.setattr(rows_placement_engram, "get_max_memory", lambda memory=None: dict(budget))
+    monkeypatch.setattr(rows_placement_engram, "device_memory", lambda place: None)
     for device_map in (None, "auto", *budget, {"": next(iter(budget))}):
         assert free_memory(device_map) == (None, 8000)
 
 
 def test_without_an_accelerator_the_host_is_all_there_is(machine, monkeypatch):
-    monkeypatch.setattr(placement_engram, "get_max_memory", lambda memory=None: {"cpu": 8000})
+    monkeypatch.setattr(rows_placement_engram, "get_max_memory", lambda memory=None: {"cpu": 8000})
     for device_map in (None, "auto", "sequential", {"": "cpu"}):
         assert free_memory(device_map) == (None, 8000)
 
@@ -210,9 +210,9 @@ def test_a_container_leaves_what_its_limit_is_above_what_it_uses(files, expected
         if texts is not None:
             (folder / "limit").write_text(texts[0])
             (folder / "memory.stat").write_text(texts[1])
-    monkeypatch.setattr(placement_engram, "GROUPS", tuple(groups))
+    monkeypatch.setattr(rows_placement_engram, "GROUPS", tuple(groups))
     assert group_limit() == expected
-    monkeypatch.setattr(placement_engram, "host_memory", lambda: 3000)
+    monkeypatch.setattr(rows_placement_engram, "host_memory", lambda: 3000)
     assert free_memory(None) == (None, min(3000, expected))
 
 
@@ -228,7 +228,7 @@ def test_a_process_is_limited_by_its_own_group_and_those_above(own, above, expec
             (folder / "memory.stat").write_text("anon 500\n")
     if path == ".":  # one group: what was written last counts
         expected = above - 500
-    monkeypatch.setattr(placement_engram, "GROUPS", ((controller, str(tmp_path), "limit", "anon"),))
+    monkeypatch.setattr(rows_placement_engram, "GROUPS", ((controller, str(tmp_path), "limit", "anon"),))
     assert group_limit() == expected
 
 
@@ -242,7 +242,7 @@ def test_a_group_below_the_root_counts_and_so_do_those_above_it(tmp_path, monkey
     inner.mkdir(parents=True, exist_ok=True)
     (inner / "limit").write_text("3000")
     (inner / "memory.stat").write_text("anon 1000")
-    monkeypatch.setattr(placement_engram, "GROUPS", (("", str(tmp_path), "limit", "anon"),))
+    monkeypatch.setattr(rows_placement_engram, "GROUPS", (("", str(tmp_path), "limit", "anon"),))
     assert group_limit() == 2000
 
 

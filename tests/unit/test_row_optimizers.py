@@ -2,7 +2,7 @@
 
 Proves that lazy Adam, Adagrad and the balanced momentum are their dense selves where every row is read, and count each
 row's own reads where they are not; that a step in pieces is the step, makes no tensor of the gradient's size but its
-state and none of the table's; the pull of the anchor; the index of slots against a dictionary.
+state and none of the table's; the pull of the l2_sp; the index of slots against a dictionary.
 
 Run: pytest tests/unit/test_row_optimizers.py
 """
@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engram_transformers import index_engram
-from engram_transformers.gradient_engram import RowGradient
-from engram_transformers.index_engram import RowIndex
-from engram_transformers.training import rows
+from engram_transformers import rows_index_engram
+from engram_transformers.rows_gradient_engram import RowGradient
+from engram_transformers.rows_index_engram import RowIndex
+from engram_transformers.rows_table_engram import TablePart
+from engram_transformers.training import row_state
 from engram_transformers.training.optimizer import EngramOptimizer
-from engram_transformers.training.rules import _bias_correction
+from engram_transformers.training.row_rules import _bias_correction
 
 from ..conftest import examples
 
@@ -64,7 +65,7 @@ def balanced(momentum, gradient, beta=0.95, tau=1e-3, gamma=0.18, rounds=11):
 def test_row_adam_is_torchs_adam_where_every_row_is_read(steps, seed, decay, eps):
     torch.manual_seed(seed)
     dense = torch.nn.Parameter(torch.randn(6, 3))
-    table = torch.nn.Parameter(dense.detach().clone())
+    table = TablePart(dense.detach().clone())
     reference = torch.optim.AdamW([dense], lr=0.1, weight_decay=decay, eps=eps)
     ours = optimizer_of(table, weight_decay=decay, eps=eps)
     for _ in range(steps):
@@ -77,7 +78,7 @@ def test_row_adam_is_torchs_adam_where_every_row_is_read(steps, seed, decay, eps
 @given(visits=VISITS, seed=SEEDS, rule=st.sampled_from(["adam", "adagrad"]))
 def test_a_rows_state_counts_its_own_updates(visits, seed, rule):
     torch.manual_seed(seed)
-    table = torch.nn.Parameter(torch.zeros(41, 3))
+    table = TablePart(torch.zeros(41, 3))
     expected, optimizer = torch.zeros(41, 3, dtype=torch.float64), optimizer_of(table, rule, eps=0.1)
     history: dict[int, list[torch.Tensor]] = {}
     for visit in visits:
@@ -97,7 +98,7 @@ def test_a_rows_state_counts_its_own_updates(visits, seed, rule):
 @given(visits=VISITS, seed=SEEDS)
 def test_the_balanced_update_is_its_reference_over_the_rows_of_each_step(visits, seed):
     torch.manual_seed(seed)
-    table = torch.nn.Parameter(torch.zeros(41, 4))
+    table = TablePart(torch.zeros(41, 4))
     expected, momentum = torch.zeros(41, 4, dtype=torch.float64), torch.zeros(41, 4, dtype=torch.float64)
     optimizer = optimizer_of(table, "sinkhorn")
     for visit in [*visits, range(41)]:  # the last one is dense
@@ -111,7 +112,7 @@ def test_the_balanced_update_is_its_reference_over_the_rows_of_each_step(visits,
 
 
 def test_balanced_rows_move_equally_far_and_quiet_ones_not_at_all():
-    table = torch.nn.Parameter(torch.zeros(50, 16))
+    table = TablePart(torch.zeros(50, 16))
     gradient = torch.randn(50, 16) * torch.logspace(-1, 1, 50)[:, None]  # rows of very different size
     gradient[7] *= 1e-6
     gradient[:, 3] *= 30
@@ -130,10 +131,10 @@ def test_balanced_rows_move_equally_far_and_quiet_ones_not_at_all():
 def test_a_step_in_pieces_is_the_step(rule, monkeypatch):
     results = []
     for values in (1 << 18, 15):  # all at once; 3 rows at a time
-        monkeypatch.setattr(rows, "PIECE_VALUES", values)
+        monkeypatch.setattr(row_state, "PIECE_VALUES", values)
         torch.manual_seed(0)
-        table = torch.nn.Parameter(torch.randn(100, 5))
-        optimizer = optimizer_of(table, rule, anchor=0.3)
+        table = TablePart(torch.randn(100, 5))
+        optimizer = optimizer_of(table, rule, l2_sp=0.3)
         for _ in range(3):
             read = torch.randint(0, 100, (40,)).unique()
             learn(optimizer, table, read, torch.randn(len(read), 5))
@@ -144,8 +145,8 @@ def test_a_step_in_pieces_is_the_step(rule, monkeypatch):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_that_were_not_read_stay_and_have_no_state(rule):
-    table = torch.nn.Parameter(torch.randn(1000, 4))
-    before, optimizer = table.detach().clone(), optimizer_of(table, rule, weight_decay=0.1, anchor=0.1)
+    table = TablePart(torch.randn(1000, 4))
+    before, optimizer = table.detach().clone(), optimizer_of(table, rule, weight_decay=0.1, l2_sp=0.1)
     for read in ([3, 500], [500, 999]):
         learn(optimizer, table, read, torch.randn(2, 4))
     moved = (table.detach() != before).any(1).nonzero().flatten().tolist()
@@ -172,8 +173,8 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("rule", "full"), [("adam", 2), ("adagrad", 0), ("sinkhorn", 2)])
 def test_the_first_step_makes_its_state_and_nothing_else_of_the_gradients_size(rule, full, monkeypatch):
-    monkeypatch.setattr(rows, "PIECE_VALUES", 64)
-    table = torch.nn.Parameter(torch.zeros(3000, 8))
+    monkeypatch.setattr(row_state, "PIECE_VALUES", 64)
+    table = TablePart(torch.zeros(3000, 8))
     optimizer = optimizer_of(table, rule)
     read = torch.arange(0, 3000, 3)  # 1000 rows, 8000 values
     table.grad = RowGradient(table, read, torch.randn(1000, 8))
@@ -190,8 +191,8 @@ def test_the_first_step_makes_its_state_and_nothing_else_of_the_gradients_size(r
 def test_no_operation_depends_on_the_tables_height(rule):
     made = []
     for height in (100, 100_000):
-        table = torch.nn.Parameter(torch.zeros(height, 2))
-        optimizer = optimizer_of(table, rule, anchor=0.1)
+        table = TablePart(torch.zeros(height, 2))
+        optimizer = optimizer_of(table, rule, l2_sp=0.1)
         for read in ([3, 50], [50, 99]):
             table.grad = RowGradient(table, torch.tensor(read), torch.ones(2, 2))
             with Sizes() as sizes:
@@ -211,7 +212,7 @@ def test_the_bias_correction_is_right_to_float32s_last_digits(decay):
 
 
 def test_state_grows_by_halves():
-    table = torch.nn.Parameter(torch.zeros(1000, 1))
+    table = TablePart(torch.zeros(1000, 1))
     optimizer = optimizer_of(table)
     rooms = []
     for first in range(0, 400, 40):
@@ -221,30 +222,30 @@ def test_state_grows_by_halves():
     assert optimizer.state_dict()["state"][0]["exp_avg"].shape == (400, 1)
 
 
-@given(visits=VISITS, seed=SEEDS, anchor=st.sampled_from([0.0, 0.5]))
-def test_the_anchor_pulls_a_row_to_what_it_was_when_first_touched(visits, seed, anchor):
+@given(visits=VISITS, seed=SEEDS, l2_sp=st.sampled_from([0.0, 0.5]))
+def test_the_anchor_pulls_a_row_to_what_it_was_when_first_touched(visits, seed, l2_sp):
     torch.manual_seed(seed)
-    table = torch.nn.Parameter(torch.randn(41, 2))
+    table = TablePart(torch.randn(41, 2))
     start, expected = table.detach().clone(), table.detach().clone()
-    free = torch.nn.Parameter(table.detach().clone())
-    optimizer, control = optimizer_of(table, "adagrad", anchor=anchor), optimizer_of(free, "adagrad")
+    free = TablePart(table.detach().clone())
+    optimizer, control = optimizer_of(table, "adagrad", l2_sp=l2_sp), optimizer_of(free, "adagrad")
     for visit in visits:
         read = torch.tensor(sorted(set(visit)))
         gradient, before = torch.randn(len(read), 2), free.detach()[read]
         learn(optimizer, table, read, gradient)
         learn(control, free, read, gradient)
         # Adagrad's direction does not ask where the row is, so the control shows it.
-        expected[read] += free.detach()[read] - before - 0.1 * anchor * (expected[read] - start[read])
+        expected[read] += free.detach()[read] - before - 0.1 * l2_sp * (expected[read] - start[read])
         torch.testing.assert_close(table.detach(), expected, rtol=1e-5, atol=1e-5)
     state = optimizer.state_dict()["state"][0]
-    assert ("start" in state) == (anchor > 0)
-    if anchor:
+    assert ("start" in state) == (l2_sp > 0)
+    if l2_sp:
         assert torch.equal(state["start"], start[state["rows"]])
 
 
 def test_an_anchored_row_comes_home_when_its_gradients_end():
-    table = torch.nn.Parameter(torch.ones(4, 2))
-    optimizer = optimizer_of(table, "adagrad", anchor=1.0)
+    table = TablePart(torch.ones(4, 2))
+    optimizer = optimizer_of(table, "adagrad", l2_sp=1.0)
     learn(optimizer, table, [1, 2], torch.ones(2, 2))
     away = (table.detach() - 1).abs()
     assert (away[1:3] > 0.05).all() and (away[[0, 3]] == 0).all()
@@ -258,7 +259,7 @@ def test_an_anchored_row_comes_home_when_its_gradients_end():
 @examples(50)
 @given(visits=st.lists(st.sets(st.integers(0, 2**32 - 1) | st.integers(0, 30), max_size=9), max_size=12))
 def test_the_index_is_a_dictionary(visits):
-    longest, index_engram.LONGEST_RECENT = index_engram.LONGEST_RECENT, 4
+    longest, rows_index_engram.LONGEST_RECENT = rows_index_engram.LONGEST_RECENT, 4
     try:
         index, known = RowIndex(), {}
         for visit in visits:
@@ -275,11 +276,11 @@ def test_the_index_is_a_dictionary(visits):
         assert index.rows.tolist() == sorted(known)
         assert index.places.tolist() == [known[row] for row in sorted(known)]
     finally:
-        index_engram.LONGEST_RECENT = longest
+        rows_index_engram.LONGEST_RECENT = longest
 
 
 def test_known_rows_cost_no_merge_and_new_ones_are_merged_into_the_short_list(monkeypatch):
-    monkeypatch.setattr(index_engram, "LONGEST_RECENT", 4)
+    monkeypatch.setattr(rows_index_engram, "LONGEST_RECENT", 4)
     index = RowIndex()
     index.slots(torch.arange(0, 400_000, 2))
     with Sizes() as sizes:

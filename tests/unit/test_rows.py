@@ -27,8 +27,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from engram_transformers import EngramFormatError, rows_engram
-from engram_transformers.rows_engram import (
+from engram_transformers import EngramFormatError, rows_storage_engram
+from engram_transformers.files_atomic_engram import MEMORY_STEM
+from engram_transformers.files_safetensors_engram import write_index, write_shards
+from engram_transformers.rows_storage_engram import (
     FEW_ROWS,
     NEAR,
     NO_WAIT,
@@ -38,8 +40,6 @@ from engram_transformers.rows_engram import (
     HostRows,
     ShardFile,
 )
-from engram_transformers.saves_engram import MEMORY_STEM
-from engram_transformers.shards_engram import write_index, write_shards
 
 from ..conftest import examples
 from ..faults import Child, absent, cut, disk, failing, mapped, open_files, random_table, same, short, soon, stored
@@ -419,7 +419,7 @@ def test_flags_that_a_system_knows_are_used_and_others_are_not(system, flag, mon
     monkeypatch.setattr(os, "O_BINARY", 1 << 30, raising=False)
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(sysname=system))
     monkeypatch.delattr(mmap, "MAP_NORESERVE", raising=False)
-    spec = importlib.util.spec_from_file_location("engram_transformers.rows_once_more", rows_engram.__file__)
+    spec = importlib.util.spec_from_file_location("engram_transformers.rows_once_more", rows_storage_engram.__file__)
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert (flag, 1 << 30) == (again.NO_RESERVE, again.OPEN & 1 << 30)

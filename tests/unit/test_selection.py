@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from engram_transformers.gradient_engram import are_among, row_gradient
-from engram_transformers.hashing_engram import naive_hash_ids
-from engram_transformers.training import EngramTrainer, engram_optimizer
-from engram_transformers.training.selection import RowCounts, RowSelection, select_rows
+from engram_transformers.hash_ngrams_engram import naive_hash_ids
+from engram_transformers.rows_gradient_engram import are_among, row_gradient
+from engram_transformers.training import EngramTrainer, create_optimizer
+from engram_transformers.training.row_selection import RowCounts, RowSelection, select_rows
 
 
 NEW = [[5, 6, 7, 8, 5, 6], [9, 5, 6], [300, 301, 302, 303]]
@@ -80,35 +80,35 @@ def model(tiny_engram, request):
 @given(new=texts, general=texts)
 def test_without_limits_the_rows_are_those_that_no_general_text_reads(new, general, model):
     expected = naive_scores(model, new, general)
-    selection = select_rows(model, new, against=general)
+    selection = select_rows(model, new, reference_texts=general)
     assert chosen(selection) == {read for read, (_, _, documents) in expected.items() if documents == 0}
     covered = sum(count for _, count, documents in expected.values() if documents == 0)
     assert selection.coverage == pytest.approx(covered / sum(count for _, count, _ in expected.values()), abs=1e-12)
 
 
-@given(new=texts, general=texts, top=st.integers(1, 40))
-def test_the_best_rows_of_each_order_are_chosen(new, general, top, model):
+@given(new=texts, general=texts, top_k=st.integers(1, 40))
+def test_the_best_rows_of_each_order_are_chosen(new, general, top_k, model):
     expected = naive_scores(model, new, general)
-    found = chosen(select_rows(model, new, against=general, top=top))
+    found = chosen(select_rows(model, new, reference_texts=general, top_k=top_k))
     for order in {name.rpartition(".")[0] for name, _ in expected}:
         scores = {read: score for read, (score, _, _) in expected.items() if read[0].startswith(order)}
         mine = {read for read in found if read[0].startswith(order)}
-        assert len(mine) == min(top, sum(score > 0 for score in scores.values()))
+        assert len(mine) == min(top_k, sum(score > 0 for score in scores.values()))
         best_left_out = max((score for read, score in scores.items() if read not in mine), default=0.0)
         assert all(scores[read] >= best_left_out - 1e-12 for read in mine)
 
 
-@given(new=texts, general=texts, least=st.floats(0.001, 0.5))
-def test_rows_above_a_score_are_chosen(new, general, least, model):
+@given(new=texts, general=texts, min_score=st.floats(0.001, 0.5))
+def test_rows_above_a_score_are_chosen(new, general, min_score, model):
     expected = naive_scores(model, new, general)
-    found = chosen(select_rows(model, new, against=general, least=least))
-    assert all(expected[read][0] > least - 1e-12 for read in found)
-    assert all(expected[read][0] < least + 1e-12 for read in expected if read not in found)
+    found = chosen(select_rows(model, new, reference_texts=general, min_score=min_score))
+    assert all(expected[read][0] > min_score - 1e-12 for read in found)
+    assert all(expected[read][0] < min_score + 1e-12 for read in expected if read not in found)
 
 
 def test_every_row_comes_with_what_was_counted(model):
     expected = naive_scores(model, NEW, GENERAL)
-    selection = select_rows(model, NEW, against=GENERAL, least=1e-9)
+    selection = select_rows(model, NEW, reference_texts=GENERAL, min_score=1e-9)
     seen = {
         (name, row): (reads, general)
         for name, part in selection.parts.items()
@@ -122,8 +122,10 @@ def test_every_row_comes_with_what_was_counted(model):
 
 def test_a_row_that_every_general_text_reads_is_never_chosen(model):
     same = [NEW[0]]
-    assert len(select_rows(model, same, against=same, top=10_000)) == 0
-    assert len(select_rows(model, same, against=GENERAL[1:2], top=10_000)) > 0, "control: another general text"
+    assert len(select_rows(model, same, reference_texts=same, top_k=10_000)) == 0
+    assert len(select_rows(model, same, reference_texts=GENERAL[1:2], top_k=10_000)) > 0, (
+        "control: another general text"
+    )
 
 
 # What texts may be.
@@ -136,15 +138,15 @@ def test_strings_token_ids_tensors_and_padded_batches_are_counted_alike(tiny_eng
     padded = tiny_tokenizer(strings, padding=True, padding_side="left", return_tensors="pt")
     against = [[7, 8, 9]]
     kinds = [
-        select_rows(model, strings, against=against, tokenizer=tiny_tokenizer, top=50),
-        select_rows(model, (text for text in ids), against=iter(against), top=50),
-        select_rows(model, [torch.tensor(text) for text in ids], against=against, top=50),
-        select_rows(model, [padded], against=against, top=50),
-        select_rows(model, [[], *ids], against=[*against, []], top=50),
+        select_rows(model, strings, reference_texts=against, tokenizer=tiny_tokenizer, top_k=50),
+        select_rows(model, (text for text in ids), reference_texts=iter(against), top_k=50),
+        select_rows(model, [torch.tensor(text) for text in ids], reference_texts=against, top_k=50),
+        select_rows(model, [padded], reference_texts=against, top_k=50),
+        select_rows(model, [[], *ids], reference_texts=[*against, []], top_k=50),
     ]
     for kind in kinds[1:]:
         assert_equal(kind, kinds[0])
-    unmasked = select_rows(model, [padded["input_ids"]], against=against, top=50)
+    unmasked = select_rows(model, [padded["input_ids"]], reference_texts=against, top_k=50)
     assert chosen(unmasked) != chosen(kinds[0]), "control: pads that are read as text"
 
 
@@ -160,11 +162,11 @@ def assert_equal(one: RowSelection, other: RowSelection) -> None:
 def test_packed_documents_are_counted_apart(tiny_engram):
     model = tiny_engram()
     packed = {"input_ids": [[5, 6, 7, 8, 9]], "position_ids": [[0, 1, 2, 0, 1]]}
-    apart = select_rows(model, [[5, 6, 7], [8, 9]], against=GENERAL[1:2])
-    assert_equal(select_rows(model, [packed], against=GENERAL[1:2]), apart)
-    assert chosen(select_rows(model, [packed["input_ids"]], against=GENERAL[1:2])) != chosen(apart), "control"
+    apart = select_rows(model, [[5, 6, 7], [8, 9]], reference_texts=GENERAL[1:2])
+    assert_equal(select_rows(model, [packed], reference_texts=GENERAL[1:2]), apart)
+    assert chosen(select_rows(model, [packed["input_ids"]], reference_texts=GENERAL[1:2])) != chosen(apart), "control"
     resetting = tiny_engram(engram_reset_token_ids=[7])
-    by_token = select_rows(resetting, [[5, 6, 7, 8, 9]], against=GENERAL[1:2])
+    by_token = select_rows(resetting, [[5, 6, 7, 8, 9]], reference_texts=GENERAL[1:2])
     assert chosen(by_token) == chosen(apart)
 
 
@@ -172,7 +174,7 @@ def test_packed_documents_are_counted_apart(tiny_engram):
 def test_counts_are_the_same_however_they_are_gathered(reads, together):
     counts = RowCounts()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engram_transformers.training.selection.TOGETHER", together)
+        patch.setattr("engram_transformers.training.row_selection.TOGETHER", together)
         for rows in reads:
             counts.add(torch.tensor(rows, dtype=torch.int64))
     counts.settle()
@@ -202,7 +204,7 @@ def test_membership_is_that_of_sets(rows, known):
 
 def train(model, steps: int = 3) -> list[float]:
     """A few steps on the new texts; the norm of the gradient before each."""
-    optimizer = engram_optimizer(model, lr=1e-2)
+    optimizer = create_optimizer(model, lr=1e-2)
     norms = []
     for _ in range(steps):
         for text in NEW:
@@ -232,9 +234,9 @@ def rows_of(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("placement", ["device", "cpu", "disk"])
 def test_chosen_rows_change_and_no_others(placement, model, tmp_path):
     model.save_pretrained(tmp_path)
-    model.train_mode("memory")
+    model.set_trainable("memory")
     guarded, free = (twin.place_memory(placement, folder=tmp_path) for twin in (copy.deepcopy(model), model))
-    selection = select_rows(guarded, NEW, against=GENERAL)
+    selection = select_rows(guarded, NEW, reference_texts=GENERAL)
     selection.apply(guarded)
     before = rows_of(guarded)
     train(guarded)
@@ -253,7 +255,7 @@ def test_what_general_text_reads_stays_bit_for_bit(tiny_engram):
         model.requires_grad_(False)
         model.memory.tables.requires_grad_(True)
         if guard:
-            select_rows(model, NEW, against=GENERAL).apply(model)
+            select_rows(model, NEW, reference_texts=GENERAL).apply(model)
         with torch.no_grad():
             before = [model(torch.tensor([text])).logits for text in (*GENERAL, *NEW)]
         train(model)
@@ -270,7 +272,7 @@ def test_what_general_text_reads_stays_bit_for_bit(tiny_engram):
 def test_norms_count_only_rows_that_may_change(tiny_engram):
     def gradients(guard: bool):
         model = tiny_engram(trained=True)
-        selection = select_rows(model, NEW, against=GENERAL)
+        selection = select_rows(model, NEW, reference_texts=GENERAL)
         if guard:
             selection.apply(model)
         ids = torch.tensor([NEW[0]])
@@ -289,11 +291,11 @@ def test_norms_count_only_rows_that_may_change(tiny_engram):
 
 def test_a_batch_that_reads_no_chosen_row_leaves_no_gradient(tiny_engram):
     model = tiny_engram()
-    select_rows(model, NEW[2:], against=[*NEW[:2], *GENERAL]).apply(model)
+    select_rows(model, NEW[2:], reference_texts=[*NEW[:2], *GENERAL]).apply(model)
     ids = torch.tensor([GENERAL[0]])
     model(ids, labels=ids).loss.backward()
     assert all(part.grad is None for part in model.memory.named_parts().values())
-    optimizer = engram_optimizer(model)
+    optimizer = create_optimizer(model)
     before = rows_of(model)
     optimizer.step()
     assert changed_rows(model, before) == set()
@@ -304,7 +306,7 @@ def test_a_batch_that_reads_no_chosen_row_leaves_no_gradient(tiny_engram):
 
 def test_a_selection_survives_a_file_of_plain_tensors(tiny_engram):
     model = tiny_engram()
-    selection, file = select_rows(model, NEW, against=GENERAL, top=9), io.BytesIO()
+    selection, file = select_rows(model, NEW, reference_texts=GENERAL, top_k=9), io.BytesIO()
     torch.save(selection.state_dict(), file)
     file.seek(0)
     loaded = RowSelection.from_state_dict(torch.load(file, weights_only=True))
@@ -317,7 +319,7 @@ def test_a_selection_survives_a_file_of_plain_tensors(tiny_engram):
 
 def test_a_selection_follows_the_tables_to_another_place_and_into_a_copy(tiny_engram):
     model = tiny_engram()
-    selection = select_rows(model, NEW, against=GENERAL).apply(model)
+    selection = select_rows(model, NEW, reference_texts=GENERAL).apply(model)
     twin = copy.deepcopy(model)
     for moved in (model.place_memory("cpu"), twin):
         before = rows_of(moved)
@@ -333,8 +335,8 @@ def test_a_resumed_run_keeps_the_selection_that_its_script_does_not_make_again(t
         EngramTrainer(model, args, train_dataset=dataset).train(resume_from_checkpoint=resume)
         return rows_of(model)
 
-    guarded, resumed, free = (tiny_engram().train_mode("memory") for _ in range(3))
-    before, selection = rows_of(guarded), select_rows(guarded, NEW, against=GENERAL).apply(guarded)
+    guarded, resumed, free = (tiny_engram().set_trainable("memory") for _ in range(3))
+    before, selection = rows_of(guarded), select_rows(guarded, NEW, reference_texts=GENERAL).apply(guarded)
     run(guarded, steps=2, resume=False)
     run(resumed, steps=9, resume=True)
     assert changed_rows(resumed, before) == chosen(selection)
@@ -344,19 +346,19 @@ def test_a_resumed_run_keeps_the_selection_that_its_script_does_not_make_again(t
 
 def test_a_resumed_optimizer_keeps_the_selection(tiny_engram):
     model = tiny_engram()
-    selection = select_rows(model, NEW, against=GENERAL).apply(model)
-    optimizer, file = engram_optimizer(model), io.BytesIO()
+    selection = select_rows(model, NEW, reference_texts=GENERAL).apply(model)
+    optimizer, file = create_optimizer(model), io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     fresh = tiny_engram()
-    engram_optimizer(fresh).load_state_dict(torch.load(file, weights_only=True))
+    create_optimizer(fresh).load_state_dict(torch.load(file, weights_only=True))
     for name, part in fresh.memory.named_parts().items():
         assert torch.equal(part.selected, selection.rows[name])
 
 
 def test_another_memorys_selection_is_refused(tiny_engram):
     model, other = tiny_engram(), tiny_engram(engram_seed=1)
-    selection = select_rows(other, NEW, against=GENERAL)
+    selection = select_rows(other, NEW, reference_texts=GENERAL)
     with pytest.raises(ValueError, match="made for another memory: its engram_hash_sha256 is"):
         selection.apply(model)
     assert all(getattr(part, "selected", None) is None for part in model.memory.named_parts().values())
@@ -368,7 +370,7 @@ def test_another_memorys_selection_is_refused(tiny_engram):
 )
 def test_damaged_rows_are_refused_before_anything_is_applied(rows, why, tiny_engram):
     model = tiny_engram()
-    selection = select_rows(model, NEW, against=GENERAL)
+    selection = select_rows(model, NEW, reference_texts=GENERAL)
     list(selection.parts.values())[-1].rows = torch.tensor(rows)
     with pytest.raises(ValueError, match="must be unique, ascending and below"):
         selection.apply(model)
@@ -378,18 +380,18 @@ def test_damaged_rows_are_refused_before_anything_is_applied(rows, why, tiny_eng
 def test_what_cannot_be_counted_is_refused(tiny_engram, tmp_path):
     model = tiny_engram()
     with pytest.raises(TypeError, match="texts is one str: pass a list"):
-        select_rows(model, "the sea", against=GENERAL)
+        select_rows(model, "the sea", reference_texts=GENERAL)
     with pytest.raises(TypeError, match="pass tokenizer="):
-        select_rows(model, ["the sea"], against=GENERAL)
-    with pytest.raises(ValueError, match="against holds no text"):
-        select_rows(model, NEW, against=[])
+        select_rows(model, ["the sea"], reference_texts=GENERAL)
+    with pytest.raises(ValueError, match="reference_texts holds no text"):
+        select_rows(model, NEW, reference_texts=[])
     with pytest.raises(ValueError, match="texts holds no text"):
-        select_rows(model, iter([]), against=GENERAL)
-    with pytest.raises(ValueError, match="top=0"):
-        select_rows(model, NEW, against=GENERAL, top=0)
+        select_rows(model, iter([]), reference_texts=GENERAL)
+    with pytest.raises(ValueError, match="top_k=0"):
+        select_rows(model, NEW, reference_texts=GENERAL, top_k=0)
     with pytest.raises(IndexError, match="token id 4104 is outside the vocabulary"):
-        select_rows(model, [[4104]], against=GENERAL)
-    selection = select_rows(model, NEW, against=GENERAL)
+        select_rows(model, [[4104]], reference_texts=GENERAL)
+    selection = select_rows(model, NEW, reference_texts=GENERAL)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tables are not loaded"):
         selection.apply(model.place_memory("none", folder=tmp_path))

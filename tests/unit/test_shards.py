@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from engram_transformers import EngramFormatError
-from engram_transformers.saves_engram import INDEX_NAME, SINGLE_NAME
-from engram_transformers.shards_engram import (
+from engram_transformers.files_atomic_engram import INDEX_NAME, SINGLE_NAME
+from engram_transformers.files_safetensors_engram import (
     DTYPE_NAMES,
     MAX_MEMORY_SHARD_SIZE,
     ZERO_BLOCK,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from engram_transformers import PRESETS, EngramConfig
-from engram_transformers.sizes_engram import count_parameters, default_rows, say_size, table_bytes, table_rows
+from engram_transformers import EngramConfig
+from engram_transformers.configuration import PRESETS
+from engram_transformers.conversion.sizes import count_parameters, default_rows, say_size, table_bytes, table_rows
 
 
 @pytest.mark.parametrize(

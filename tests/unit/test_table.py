@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers import table_engram
-from engram_transformers.gradient_engram import (
+from engram_transformers import rows_table_engram
+from engram_transformers.rows_gradient_engram import (
     RowGradient,
     add_row_gradient,
     row_gradient,
     sum_rows,
     with_row_gradients,
 )
-from engram_transformers.table_engram import EngramTable
+from engram_transformers.rows_table_engram import EngramTable
 
 from ..counting_device import counted
 
@@ -176,7 +176,7 @@ def test_an_optimizer_that_knows_nothing_of_rows_raises_and_changes_nothing(kind
     before = whole(table)
     optimizer = kind(table.parameters(), lr=0.1)
     table(torch.randint(0, 20, (2, 5, 2, 3))).sum().backward()
-    with pytest.raises(TypeError, match=r"rows alone.*engram_optimizer\(model\)"):
+    with pytest.raises(TypeError, match=r"rows alone.*create_optimizer\(model\)"):
         optimizer.step()
     assert all(torch.equal(one, other) for one, other in zip(whole(table), before, strict=True))
 
@@ -301,5 +301,5 @@ def test_gradients_pass_to_what_reads_a_table_with_all_its_neighbours():
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
 @pytest.mark.parametrize("name", ["gather_rows_2", "leave_row_gradients_2"])
 def test_operators_that_look_for_rows_say_that_cuda_graphs_cannot_capture_them(name):
-    operators = getattr(torch.ops, table_engram.OPERATORS)
+    operators = getattr(torch.ops, rows_table_engram.OPERATORS)
     assert torch.Tag.cudagraph_unsafe in getattr(operators, name).default.tags

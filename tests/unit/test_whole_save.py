@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from engram_transformers import saves_engram
-from engram_transformers.saves_engram import (
+from engram_transformers import files_atomic_engram
+from engram_transformers.files_atomic_engram import (
     ADAPTER_FILES,
     COMPLETE_NAME,
     CONFIG_NAME,
+    DELTA_NAME,
     INDEX_NAME,
     INDEX_NAMES,
-    PACK_NAME,
     SAVING_PREFIX,
     SINGLE_NAME,
     WITHOUT_TABLES_NAME,
@@ -32,7 +32,7 @@ from engram_transformers.saves_engram import (
     remove_checkpoint,
     whole_save,
 )
-from engram_transformers.shards_engram import read_index, shard_name
+from engram_transformers.files_safetensors_engram import read_index, shard_name
 
 from ..deaths import dies_at
 from ..faults import Child, soon
@@ -185,8 +185,8 @@ def test_a_process_killed_while_it_removes_a_complete_draft_leaves_the_old_check
         save(folder, 3, b"old")
         draft.mkdir()
         write(draft, 2, b"new")
-        saves_engram.mark_complete(draft)
-        killed = dies_at(place, lambda draft=draft: saves_engram.discard(draft))
+        files_atomic_engram.mark_complete(draft)
+        killed = dies_at(place, lambda draft=draft: files_atomic_engram.discard(draft))
         with whole_save(folder) as other:
             left = {name: data for name, data in contents(folder).items() if not name.startswith(SAVING_PREFIX)}
             assert left in (expected(3, b"old"), expected(2, b"new")), place
@@ -226,7 +226,7 @@ def test_who_reads_a_folder_finishes_a_save(asks, tmp_path):
     draft.mkdir()
     write(draft, 1, b"new")
     (draft / INDEX_NAME).write_text(json.dumps({"weight_map": {"memory": "engram-memory-00001-of-00001.safetensors"}}))
-    saves_engram.mark_complete(draft)
+    files_atomic_engram.mark_complete(draft)
     os.replace(draft / CONFIG_NAME, tmp_path / CONFIG_NAME)
     if asks == "the index":
         assert list(read_index(tmp_path)) == ["memory"]
@@ -256,7 +256,7 @@ def test_what_a_save_killed_while_it_wrote_left_behind_is_cleared(tmp_path):
     assert contents(tmp_path) == expected(1, b"new")
 
 
-@pytest.mark.skipif(saves_engram.fcntl is None, reason="this system has no locks of the kind that saves use")
+@pytest.mark.skipif(files_atomic_engram.fcntl is None, reason="this system has no locks of the kind that saves use")
 def test_a_running_save_is_left_alone_by_readers_and_waited_for_by_other_saves(tmp_path):
     save(tmp_path, 3, b"old")
     ready, go_on = os.pipe(), os.pipe()
@@ -264,7 +264,7 @@ def test_a_running_save_is_left_alone_by_readers_and_waited_for_by_other_saves(t
     def slowly() -> None:
         with whole_save(tmp_path) as draft:
             write(draft, 2, b"slow")
-            saves_engram.mark_complete(draft)  # as if it were in the middle of its moves
+            files_atomic_engram.mark_complete(draft)  # as if it were in the middle of its moves
             os.replace(draft / CONFIG_NAME, tmp_path / CONFIG_NAME)
             os.write(ready[1], b"x")
             os.read(go_on[0], 1)
@@ -286,20 +286,20 @@ def test_a_running_save_is_left_alone_by_readers_and_waited_for_by_other_saves(t
     assert contents(tmp_path) == expected(1, b"third")
 
 
-@pytest.mark.skipif(saves_engram.fcntl is None, reason="this system has no locks of the kind that saves use")
+@pytest.mark.skipif(files_atomic_engram.fcntl is None, reason="this system has no locks of the kind that saves use")
 def test_a_file_system_without_locks_is_saved_to(tmp_path, monkeypatch):
     def unknown(handle, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(saves_engram.fcntl, "flock", unknown)
+    monkeypatch.setattr(files_atomic_engram.fcntl, "flock", unknown)
     save(tmp_path, 2, b"old")
-    monkeypatch.setattr(saves_engram, "fcntl", None)  # a system that knows none
+    monkeypatch.setattr(files_atomic_engram, "fcntl", None)  # a system that knows none
     save(tmp_path, 1)
     assert contents(tmp_path) == expected(1, b"new")
 
 
 def test_a_save_leaves_a_folder_as_if_it_had_been_empty_of_saves(tmp_path):
-    for name in (PACK_NAME, *ADAPTER_FILES, SINGLE_NAME, "notes.txt", "optimizer.safetensors"):
+    for name in (DELTA_NAME, *ADAPTER_FILES, SINGLE_NAME, "notes.txt", "optimizer.safetensors"):
         (tmp_path / name).write_bytes(b"old")
     save(tmp_path, 1)
     assert contents(tmp_path) == expected(1, b"new") | {"notes.txt": b"old", "optimizer.safetensors": b"old"}

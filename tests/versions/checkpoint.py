@@ -33,7 +33,7 @@ def load(folder: Path):
         model = load_class.from_pretrained(folder)
         difference = (model(IDS).logits - said).abs().max().item()
         assert difference < TOLERANCE, f"{load_class.__name__}: {difference} away from what was saved"
-        with model.without_memory():
+        with model.disable_memory():
             assert (model(IDS).logits - said).abs().max() > 100 * TOLERANCE, "the memory says nothing"  # the control
 
 

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from ..gradient_engram import RowGradient, row_gradient, sum_rows
 from ..memory_engram import layer_device
-from ..placement_engram import TABLES_PREFIX, held_rows, named_orders, stored_rows
-from ..table_engram import OrderRows, check_range
-from .processes import RankPart, gather, ranks_of, wire_device
+from ..rows_gradient_engram import RowGradient, row_gradient, sum_rows
+from ..rows_placement_engram import TABLES_PREFIX, held_rows, named_orders, stored_rows
+from ..rows_table_engram import OrderRows, check_range
+from .distributed import RankPart, gather, ranks_of, wire_device
 
 
 aten = torch.ops.aten
@@ -220,7 +220,7 @@ def shard_tables(model, group=None):
     >>> from engram_transformers.training import save_sharded, shard_tables
 
     >>> model = AutoModelForCausalLM.from_pretrained("my-graft", engram_placement="disk")
-    >>> optimizer = engram_optimizer(shard_tables(model))
+    >>> optimizer = create_optimizer(shard_tables(model))
     >>> save_sharded(model, "trained")
     ```"""
     model.memory.settle()

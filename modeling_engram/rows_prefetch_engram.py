@@ -16,8 +16,8 @@ from itertools import islice
 import torch
 from transformers.utils import logging
 
-from .rows_engram import FEW_ROWS, RowStore
-from .table_engram import BroughtRows
+from .rows_storage_engram import FEW_ROWS, RowStore
+from .rows_table_engram import BroughtRows
 
 
 logger = logging.get_logger(__name__)

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.gradient_engram import RowGradient
+from engram_transformers.rows_gradient_engram import RowGradient
+from engram_transformers.rows_table_engram import TablePart
 from engram_transformers.training.optimizer import EngramOptimizer
-from engram_transformers.training.rounding import rounded
+from engram_transformers.training.stochastic_rounding import rounded
 
 
 NARROW = [torch.bfloat16, torch.float16]
@@ -61,7 +62,7 @@ def test_float32_is_not_touched_and_takes_no_random_number():
 
 
 def table_and_optimizer(dtype, seed=0, **settings):
-    table = torch.nn.Parameter(torch.ones(512, 8, dtype=dtype))
+    table = TablePart(torch.ones(512, 8, dtype=dtype))
     groups = [{"params": [table], "rows": True, **settings}]
     return table, EngramOptimizer(groups, lr=1e-4, seed=seed)
 

@@ -17,8 +17,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from engram_transformers.backbone_engram import find_decoder_layers
 from engram_transformers.compat_engram import CACHE, data_parallel_replica, undo_compile
-from engram_transformers.memory_engram import find_decoder_layers
 
 
 SEED = 0

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..checkpoint_engram import DIGESTS
-from ..gradient_engram import are_among
-from ..placement_engram import TABLES_PREFIX
-from ..reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
-from ..table_engram import part_of
+from ..files_checkpoint_engram import DIGESTS
+from ..inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
+from ..rows_gradient_engram import are_among
+from ..rows_placement_engram import TABLES_PREFIX
+from ..rows_table_engram import part_of
 
 
 # Reads that are counted together: fewer would sort the same rows again and again.
@@ -57,7 +57,7 @@ class RowSelection:
     ```python
     >>> from engram_transformers.training import select_rows
 
-    >>> selection = select_rows(model, new_texts, against=general_texts, tokenizer=tokenizer)
+    >>> selection = select_rows(model, new_texts, reference_texts=general_texts, tokenizer=tokenizer)
     >>> print(selection)
     >>> selection.apply(model)  # until selection.clear(model)
     ```"""
@@ -91,8 +91,8 @@ class RowSelection:
     def apply(self, model) -> "RowSelection":
         """Lets only the chosen rows of a model's tables change, from the next backward pass on.
 
-        It holds for the tables as they are placed; `engram_optimizer` applies it again after `place_memory`, and keeps
-        it in its state. Projections, norms and convolution are no rows: `model.train_mode("tables")` keeps them too.
+        It holds for the tables as they are placed; `create_optimizer` applies it again after `place_memory`, and keeps
+        it in its state. Projections, norms and convolution are no rows: `model.set_trainable("tables")` keeps them too.
 
         Args:
             model ([`EngramForCausalLM`]): the model, or a PEFT model around it.
@@ -175,10 +175,10 @@ class RowCounts:
 def select_rows(
     model,
     texts: Iterable,
-    against: Iterable,
+    reference_texts: Iterable,
     tokenizer=None,
-    top: int | None = None,
-    least: float | None = None,
+    top_k: int | None = None,
+    min_score: float | None = None,
 ) -> RowSelection:
     """Chooses the rows that may change when a model learns new texts: much read by them, little by general text.
 
@@ -189,13 +189,13 @@ def select_rows(
         model ([`EngramForCausalLM`]): the model, wherever its tables are; they are not read.
         texts (iterable): what is to be learned, read once: strings, lists or tensors of token ids, or batches of a
             data loader (mappings with `input_ids`, and where it matters `attention_mask`, `position_ids`).
-        against (iterable): general text, of the same kinds; each entry is one of the B texts.
+        reference_texts (iterable): general text, of the same kinds; each entry is one of the B texts.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for strings.
-        top (`int`, *optional*): how many rows of each layer's order to choose at most.
-        least (`float`, *optional*): the score that a row must have at least.
+        top_k (`int`, *optional*): how many rows of each layer's order to choose at most.
+        min_score (`float`, *optional*): the score that a row must have at least.
 
     Returns:
-        [`RowSelection`], not yet applied. With neither `top` nor `least`: the rows that no general text reads.
+        [`RowSelection`], not yet applied. With neither `top_k` nor `min_score`: the rows that no general text reads.
 
     Raises:
         `ValueError`: if there are no texts, or no general ones.
@@ -204,12 +204,12 @@ def select_rows(
     Example:
 
     ```python
-    >>> selection = select_rows(model, new_texts, against=general_texts, tokenizer=tokenizer, top=10_000)
+    >>> selection = select_rows(model, new_texts, reference_texts=general_texts, tokenizer=tokenizer, top_k=10_000)
     >>> selection.apply(model)
     >>> EngramTrainer(model, args, train_dataset=dataset).train()
     ```"""
-    if top is not None and top < 1:
-        raise ValueError(f"top={top}: at least one row of each layer's order must be chosen.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: at least one row of each layer's order must be chosen.")
     memory, config = model.memory, model.config
     tables = [memory.tables[str(layer)].orders() for layer in memory.layer_ids]
     counted = [[RowCounts() for _ in orders] for orders in tables]
@@ -222,7 +222,7 @@ def select_rows(
             counts.settle()
     general = [[torch.zeros_like(counts.rows) for counts in layer] for layer in counted]
     number = 0
-    for rows in read_rows(model, against, tokenizer, "against"):
+    for rows in read_rows(model, reference_texts, tokenizer, "reference_texts"):
         number += 1
         for layer, frequencies, own in zip(counted, general, rows, strict=True):
             for order, counts in enumerate(layer):
@@ -232,7 +232,7 @@ def select_rows(
     parts = {}
     for layer, orders, counts, frequencies in zip(memory.layer_ids, tables, counted, general, strict=True):
         for order, held in enumerate(orders):
-            chosen = choose(counts[order], frequencies[order], number, top, least)
+            chosen = choose(counts[order], frequencies[order], number, top_k, min_score)
             prefix = f"{TABLES_PREFIX}{layer}.order{order + 2}."
             parts.update(in_parts(prefix, held, counts[order], frequencies[order], chosen))
     return RowSelection(parts, number, {name: getattr(config, name) for name in DIGESTS})
@@ -243,16 +243,18 @@ def scores(counts: RowCounts, general: torch.Tensor, texts: int) -> torch.Tensor
     return counts.counts.double() / max(counts.reads, 1) * torch.log((texts + 1) / (general.double() + 1))
 
 
-def choose(counts: RowCounts, general: torch.Tensor, texts: int, top: int | None, least: float | None) -> torch.Tensor:
+def choose(
+    counts: RowCounts, general: torch.Tensor, texts: int, top_k: int | None, min_score: float | None
+) -> torch.Tensor:
     """Which of the rows of one order may change, `(distinct,)`; of equal scores the lower row is preferred."""
-    if top is None and least is None:
+    if top_k is None and min_score is None:
         return general == 0
     score = scores(counts, general, texts)
     chosen = score > 0
-    if least is not None:
-        chosen &= score >= least
-    if top is not None:
-        best = torch.sort(score, descending=True, stable=True).indices[:top]
+    if min_score is not None:
+        chosen &= score >= min_score
+    if top_k is not None:
+        best = torch.sort(score, descending=True, stable=True).indices[:top_k]
         chosen &= torch.zeros_like(chosen).index_fill_(0, best, True)
     return chosen
 

@@ -18,43 +18,25 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
+from .backbone_engram import only_state, quantization_in_graft
 from .compat_engram import carries_adapters
 from .configuration_engram import EngramFormatError
-from .guard_engram import (
-    HUB_ARGUMENTS,
-    full_package,
-    refuse_adapter,
-    refuse_adapters_of_peft,
-    registered,
-    saving_adapters,
-    where_of_adapter,
-)
-from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
-from .placement_engram import (
-    TABLES_PREFIX,
-    check_placement,
-    choose_placement,
-    free_memory,
-    mapped_place,
-    reread_tables,
-    without_tables,
-)
-from .quantised_engram import only_state, quantization_in_graft
-from .rows_engram import CheckpointTables
-from .saves_engram import (
+from .files_atomic_engram import (
     CONFIG_NAME,
+    DELTA_NAME,
     INDEX_NAME,
     MEMORY_STEM,
     MODEL_STEM,
-    PACK_NAME,
+    OLD_DELTA_NAME,
     SINGLE_NAME,
     WITHOUT_TABLES_NAME,
     checkpoint_in,
+    delta_file,
+    named_delta,
     read_undisturbed,
-    said_pack,
     whole_save,
 )
-from .shards_engram import (
+from .files_safetensors_engram import (
     DTYPE_NAMES,
     MAX_MEMORY_SHARD_SIZE,
     check_folder,
@@ -66,6 +48,26 @@ from .shards_engram import (
     write_index,
     write_shards,
 )
+from .guard_engram import (
+    HUB_ARGUMENTS,
+    full_package,
+    refuse_adapter,
+    refuse_adapters_of_peft,
+    registered,
+    saving_adapters,
+    where_of_adapter,
+)
+from .memory_engram import FIXED_PREFIXES, MEMORY_PREFIX, EngramMemory
+from .rows_placement_engram import (
+    TABLES_PREFIX,
+    check_placement,
+    choose_placement,
+    free_memory,
+    mapped_place,
+    reread_tables,
+    without_tables,
+)
+from .rows_storage_engram import CheckpointTables
 
 
 logger = logging.get_logger(__name__)
@@ -87,10 +89,10 @@ AUTO_MAP = {
 class EngramCheckpointMixin:
     """`from_pretrained`, `load_adapter`, `save_pretrained` and `push_to_hub` for models with a memory."""
 
-    # The packs of loaded adapters, by adapter: SHA-256. A class attribute, so that every model has one.
-    adapter_packs: dict[str, str] = {}
-    # The pack of an adapter that was loaded before the tables were.
-    due_pack: Path | None = None
+    # The deltas of loaded adapters, by adapter: SHA-256. A class attribute, so that every model has one.
+    adapter_deltas: dict[str, str] = {}
+    # The delta of an adapter that was loaded before the tables were.
+    due_delta: Path | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, engram_placement: str = "auto", **kwargs):
@@ -107,7 +109,7 @@ class EngramCheckpointMixin:
         Raises:
             `FileNotFoundError`: if a file is missing.
             `BlockingIOError`: if saves replaced the folder's files again and again while they were read.
-            `ImportError`: if it is a pack, or an adapter with a memory, and this is a checkpoint's copy of the code.
+            `ImportError`: if it is a delta, or an adapter with a memory, and this is a checkpoint's copy of the code.
             `ValueError`: for another word, or one that `device_map` contradicts.
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
@@ -117,10 +119,10 @@ class EngramCheckpointMixin:
             folder = local_checkpoint(path, kwargs.get("subfolder", ""))
 
         def load():
-            pack = pack_in(path, folder, kwargs)
-            if pack is not None:
+            delta = delta_in(path, folder, kwargs)
+            if delta is not None:
                 package = full_package(f"'{path}' holds what training changed in another checkpoint, and loading it")
-                found = package.from_pack(cls, pack, *model_args, engram_placement=engram_placement, **kwargs)
+                found = package.from_delta(cls, delta, *model_args, engram_placement=engram_placement, **kwargs)
                 model = found[0] if isinstance(found, tuple) else found
                 model.config.name_or_path = path  # and not the base's: others load the model again by this name
                 return found
@@ -163,8 +165,8 @@ class EngramCheckpointMixin:
         if placement != "device":
             del model.config.transformers_weights  # it was for this load alone
             model.place_memory(placement)
-        if model.config.engram_train_mode is not None and registered() is not None:
-            registered().set_train_mode(model, model.config.engram_train_mode, adapters_must_be_there=False)
+        if model.config.engram_trainable is not None and registered() is not None:
+            registered().apply_trainable(model, model.config.engram_trainable, adapters_must_be_there=False)
         if said:
             # At warning level because the default verbosity hides the rest, and it decides about speed and memory.
             logger.warning(model.describe_placement())
@@ -187,10 +189,10 @@ class EngramCheckpointMixin:
         return load(peft_model_id, adapter_name, *args, **kwargs)
 
     def bring_due_memory(self) -> None:
-        """Applies the pack of an adapter that was loaded before the tables were."""
-        if self.due_pack is not None and self.memory.placement != "none":
-            pack, self.due_pack = self.due_pack, None
-            full_package("a pack").load_memory_pack(self, pack)
+        """Applies the delta of an adapter that was loaded before the tables were."""
+        if self.due_delta is not None and self.memory.placement != "none":
+            delta, self.due_delta = self.due_delta, None
+            full_package("a delta").load_memory_delta(self, delta)
 
     def _load_from_state_dict(self, *args, **kwargs):
         refuse_adapters_of_peft(self)  # PEFT loads an adapter's weights by it
@@ -248,7 +250,7 @@ class EngramCheckpointMixin:
         state = self.state_dict() if state_dict is None else state_dict
         shards = {name: tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)}
         rest = {name: tensor for name, tensor in state.items() if name not in shards}
-        self.config.auto_map, self.config.engram_memory_pack = dict(AUTO_MAP), None
+        self.config.auto_map, self.config.engram_memory_delta = dict(AUTO_MAP), None
         # Backbone weights keep their modules' names; Transformers would go back to older names of some models.
         kwargs.setdefault("save_original_format", False)
         with whole_save(folder) as draft, only_state(self, rest):
@@ -434,8 +436,8 @@ def commit_of(folder: Path) -> str | None:
     return found and found[1]
 
 
-def pack_in(path, folder: Path | None, kwargs: dict) -> Path | None:
-    """The pack that a checkpoint's configuration says its weights are; None if they are whole, or elsewhere.
+def delta_in(path, folder: Path | None, kwargs: dict) -> Path | None:
+    """The delta that a checkpoint's configuration says its weights are; None if they are whole, or elsewhere.
 
     Args:
         path (`str` or `os.PathLike`): a folder, a Hub id, or None.
@@ -446,15 +448,16 @@ def pack_in(path, folder: Path | None, kwargs: dict) -> Path | None:
         As `checkpoint_in`.
     """
     if folder is not None:
-        return folder / PACK_NAME if checkpoint_in(folder) == "pack" else None
+        return delta_file(folder) if checkpoint_in(folder) == "delta" else None
     if path is None or kwargs.get("state_dict") is not None or Path(path).is_dir():
         return None
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     settings = cached_file(path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if settings is None or not said_pack(Path(settings)):
+    if settings is None or not named_delta(Path(settings)):
         return None
     hub["revision"] = commit_of(Path(settings).parent) or hub.get("revision")
-    return Path(cached_file(path, PACK_NAME, **hub))
+    found = cached_file(path, DELTA_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    return Path(found or cached_file(path, OLD_DELTA_NAME, **hub))
 
 
 def local_checkpoint(path, subfolder: str) -> Path | None:
@@ -489,7 +492,7 @@ def refuse_incomplete_checkpoint(path, info: dict) -> None:
     if any(name.startswith(MEMORY_PREFIX) for name in missing):
         raise EngramFormatError(
             f"'{path}' has no or not the whole memory ({len(missing)} tensors missing, first {missing[0]}), and a "
-            "memory is never filled with random rows. Graft one with `engram graft DONOR OUT` or from_donor."
+            "memory is never filled with random rows. Graft one with `engram graft DONOR OUT` or from_backbone."
         )
     if missing:
         raise EngramFormatError(

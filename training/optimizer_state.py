@@ -22,7 +22,7 @@ def check_state(optimizer, state_dict: dict) -> None:
     if [outline(group) for group in mine] != [outline(group) for group in saved]:
         raise ValueError(
             f"the optimizer state is for parameter groups {told(saved)}, this optimizer has {told(mine)}: it was saved "
-            "with another choice of what is trained, or another model. Choose as then (model.train_mode), or go on "
+            "with another choice of what is trained, or another model. Choose as then (model.set_trainable), or go on "
             "without its state."
         )
     for own, other in zip(mine, saved, strict=True):
@@ -58,11 +58,11 @@ def told(groups: list[dict]) -> str:
 
 def check_rule(own: dict, other: dict) -> None:
     """Raises ValueError if tables were trained by another rule."""
-    for name in ("table_optimizer", "table_state_dtype", "anchor"):
+    for name in ("table_optimizer", "table_state_dtype", "l2_sp"):
         missing = name not in other
-        # How strong an anchor is may be changed, as a learning rate may; whether there is one decides what was kept.
+        # How strong an l2_sp is may be changed, as a learning rate may; whether there is one decides what was kept.
         differs = not missing and (
-            bool(own[name]) != bool(other[name]) if name == "anchor" else own[name] != other[name]
+            bool(own[name]) != bool(other[name]) if name == "l2_sp" else own[name] != other[name]
         )
         if missing or differs:
             found = "nothing (an older version)" if missing else repr(other[name])

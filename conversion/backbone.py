@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from .checkpoint_engram import HUB_ARGUMENTS
-from .compression_engram import TokenCompressor, token_map_sha256
-from .configuration_engram import EngramConfig, refuse_parts
-from .quantised_engram import quantization_in_graft
-from .sizes_engram import count_parameters, default_rows
+from ..adapters.peft_adapters import unwrapped_donor
+from ..backbone_engram import find_decoder_layers, quantization_in_graft
+from ..configuration_engram import EngramConfig, refuse_parts
+from ..files_checkpoint_engram import HUB_ARGUMENTS
+from ..hash_tokens_engram import TokenCompressor, token_map_sha256
+from ..rows_accelerate_engram import computing_device
+from ..rows_placement_engram import free_memory
+from .sizes import count_parameters, default_rows, say_size
 
 
 def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool = False, **kwargs):
@@ -38,7 +41,7 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
     """
     if isinstance(donor, PreTrainedModel):
         if tokenizer is None:
-            raise TypeError("from_donor(model) needs the model's tokenizer as well: pass tokenizer=...")
+            raise TypeError("from_backbone(model) needs the model's tokenizer as well: pass tokenizer=...")
         if kwargs:
             raise TypeError(f"unexpected arguments for a donor that is loaded already: {sorted(kwargs)}.")
         refuse_own_code(donor.config.model_type, type(donor))
@@ -154,3 +157,32 @@ def recipe(
     if (quantization := getattr(text_config, "quantization_config", None)) is not None:
         config.quantization_config = quantization_in_graft(quantization)
     return Recipe(config, token_map, parameters)
+
+
+def graft_onto(
+    model_class: type[PreTrainedModel],
+    donor: PreTrainedModel | str,
+    tokenizer,
+    engram_layer_ids: list[int] | None,
+    trust_remote_code: bool,
+    **kwargs,
+) -> PreTrainedModel:
+    """What `EngramForCausalLM.from_backbone` does; see there."""
+    engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
+    if hasattr(donor, "peft_config"):
+        donor = unwrapped_donor(donor)
+    donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
+    made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
+    # Each layer goes where its decoder layer computes, and its table with it.
+    decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)
+    places = {str(layer): computing_device(decoder_layers[layer]) for layer in made.config.engram_layer_ids}
+    # Tables are made in host memory and then moved. Of two places that are one (a Mac's), one is not counted.
+    free = min(filter(None, free_memory(places)), default=0)
+    say_size(made.config, free, "memory", made.parameters)
+    model = model_class(made.config, backbone=donor, token_map=made.token_map)
+    model.generation_config = donor.generation_config
+    model.memory.hashing.to(device=computing_device(donor.get_input_embeddings()))
+    for layer, device in places.items():
+        model.memory.layers[layer].to(device=device, dtype=donor.dtype)
+        model.memory.tables[layer].to(device=device)
+    return model.eval()

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from .configuration_engram import EngramFormatError
-from .shards_engram import read_header, read_index, start_of_data, torch_dtype
-from .table_engram import check_range, part_of, read_parts
+from .files_safetensors_engram import read_header, read_index, start_of_data, torch_dtype
+from .rows_table_engram import check_range, part_of, read_parts
 
 
 # Reads of at most this many rows are tried at once, before a thread is made for them (about 60 microseconds).

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 ROWS_ALONE = (
     "the gradient of a table has rows alone, and torch's own optimizers cannot train it: use EngramTrainer, or "
-    "engram_transformers.training.engram_optimizer(model), or leave the tables out "
+    "engram_transformers.training.create_optimizer(model), or leave the tables out "
     "(model.memory.tables.requires_grad_(False))."
 )
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .gradient_engram import add_row_gradient, row_gradient, sum_rows
+from .rows_gradient_engram import add_row_gradient, row_gradient, sum_rows
 
 
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:

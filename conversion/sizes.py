@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_engram import EngramConfig
-from .constants_engram import derive_constants
+from ..configuration_engram import EngramConfig
+from ..hash_constants_engram import derive_constants
 
 
 logger = logging.get_logger(__name__)

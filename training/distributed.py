@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
-from ..gradient_engram import RowGradient, row_gradient, with_row_gradients
-from ..memory_engram import find_decoder_layers
-from ..table_engram import TablePart
+from ..backbone_engram import find_decoder_layers
+from ..rows_gradient_engram import RowGradient, row_gradient, with_row_gradients
+from ..rows_table_engram import TablePart
 
 
 # Rows of a part whose values are compared between the ranks in every exchange: enough to see tables that differ (any
@@ -30,7 +30,7 @@ class RankPart(TablePart):
     group = None  # the ranks that hold the others
 
 
-def exchange_row_gradients(trained, group=None) -> None:
+def sync_row_gradients(trained, group=None) -> None:
     """Makes the tables' gradients those of all ranks; without several processes it does nothing.
 
     Call it on every rank, after the last `backward()` of a step and before clipping. [`EngramTrainer`] does.
@@ -47,11 +47,11 @@ def exchange_row_gradients(trained, group=None) -> None:
     Example:
 
     ```python
-    >>> from engram_transformers.training import exchange_row_gradients
+    >>> from engram_transformers.training import sync_row_gradients
 
     >>> accelerator.backward(model(**batch).loss)
     >>> if accelerator.sync_gradients:
-    ...     exchange_row_gradients(model)
+    ...     sync_row_gradients(model)
     ...     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     >>> optimizer.step()
     ```"""
@@ -98,7 +98,7 @@ def refuse_unexchanged(parts: Iterable[torch.Tensor]) -> None:
     if any(not getattr(part.grad, "exchanged", False) for part in with_row_gradients(parts)):
         raise RuntimeError(
             f"row gradients were not exchanged between the {ranks_of(None)} processes: call "
-            "engram_transformers.training.exchange_row_gradients(model) on every rank, after backward() and before "
+            "engram_transformers.training.sync_row_gradients(model) on every rank, after backward() and before "
             "clipping, or use EngramTrainer."
         )
 
@@ -236,7 +236,7 @@ def check_same_rows(parts: list[torch.Tensor], device: torch.device, group) -> N
 
 
 @torch.no_grad()
-def clip_gradients(trained, max_norm: float) -> torch.Tensor:
+def clip_grad_norm_(trained, max_norm: float) -> torch.Tensor:
     """`clip_grad_norm_` over everything that an optimizer trains, some of it sharded.
 
     Torch's own takes the tables' gradients as it takes any, but not weights of FSDP beside others.

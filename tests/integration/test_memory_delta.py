@@ -1,4 +1,4 @@
-"""Memory packs: base and pack give the trained memory bit for bit, wherever its tables are; a pack holds changed rows
+"""Memory deltas: base and delta give the trained memory bit for bit, wherever its tables are; a delta holds changed rows
 and nothing else; one that is damaged, of another memory or of another base is refused and changes nothing.
 
 Run: pytest tests/integration/test_pack.py
@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError, load_memory_pack, save_memory_pack
-from engram_transformers.adapters import memory_delta as packs
-from engram_transformers.adapters import save_changes
-from engram_transformers.adapters.memory_delta import PACK_NAME, dense_weights, named_parts, read_pack_header
+from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError
+from engram_transformers.adapters import load_memory_delta, save_changes, save_memory_delta
+from engram_transformers.adapters import memory_delta as deltas
+from engram_transformers.adapters.memory_delta import DELTA_NAME, dense_weights, named_parts, read_delta_header
 
 from ..conftest import examples
 from .placed import loaded
@@ -56,11 +56,11 @@ def test_base_and_pack_are_the_trained_memory(place, to, saved, tmp_path):
     trained = loaded(saved, place)
     expected = change(trained)
     assert not same(expected, state(loaded(saved))), "control: something was changed"
-    path = save_memory_pack(trained, tmp_path / "pack")
-    assert path == tmp_path / "pack" / PACK_NAME
+    path = save_memory_delta(trained, tmp_path / "delta")
+    assert path == tmp_path / "delta" / DELTA_NAME
     model = loaded(saved, to)
-    change(model, seed=1, rows=9)  # what is in it is undone, also in rows that the pack does not name
-    assert load_memory_pack(model, path) is model
+    change(model, seed=1, rows=9)  # what is in it is undone, also in rows that the delta does not name
+    assert load_memory_delta(model, path) is model
     assert model.memory.placement == to
     assert same(state(model), expected)
 
@@ -72,8 +72,8 @@ def test_a_pack_holds_changed_rows_and_is_the_same_file_wherever_the_tables_are(
         change(model)
         name, part = next(iter(named_parts(model).items()))
         part.write(torch.tensor([0]), loaded_part(saved, name).read(torch.tensor([0])))  # as it was
-        held[place] = contents(save_memory_pack(model, tmp_path / f"{place}.safetensors"))
-        header = read_pack_header(tmp_path / f"{place}.safetensors")
+        held[place] = contents(save_memory_delta(model, tmp_path / f"{place}.safetensors"))
+        header = read_delta_header(tmp_path / f"{place}.safetensors")
         assert all(4 <= count <= 5 for count in header.rows.values())
         assert header.base == str(saved.resolve())
         assert (tmp_path / f"{place}.safetensors").stat().st_size < 40_000
@@ -94,24 +94,24 @@ def contents(path) -> tuple[dict, dict]:
 @examples(10)
 @given(seed=st.integers(0, 2**16), rows=st.integers(0, 30), parts=st.integers(1, 3))
 def test_any_rows_of_any_parts_come_back(seed, rows, parts, tmp_path_factory, tiny_engram):
-    folder = tmp_path_factory.mktemp("pack")
+    folder = tmp_path_factory.mktemp("delta")
     tiny_engram(trained=True, engram_table_parts=parts, engram_table_dtype="bfloat16").save_pretrained(folder / "graft")
     model = loaded(folder / "graft", "disk")
     expected = change(model, seed, rows)
-    save_memory_pack(model, folder)
-    assert same(state(load_memory_pack(loaded(folder / "graft", "disk"), folder)), expected)
-    assert same(state(load_memory_pack(loaded(folder / "graft"), folder)), expected)
+    save_memory_delta(model, folder)
+    assert same(state(load_memory_delta(loaded(folder / "graft", "disk"), folder)), expected)
+    assert same(state(load_memory_delta(loaded(folder / "graft"), folder)), expected)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_folder_with_a_pack_alone_loads_as_base_and_pack(place, saved, tmp_path):
-    model = loaded(saved, "disk").train_mode("tables")
+    model = loaded(saved, "disk").set_trainable("tables")
     expected = change(model)
-    save_memory_pack(model, tmp_path)
+    save_memory_delta(model, tmp_path)
     model.config.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement=place)
     assert same(state(again), expected)
-    assert (again.memory.placement, again.config.engram_train_mode) == (place, "tables")
+    assert (again.memory.placement, again.config.engram_trainable) == (place, "tables")
     held = {**dict(again.named_parameters()), **named_parts(again)}
     assert {name for name, part in held.items() if part.requires_grad} == set(named_parts(again))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement="none")
@@ -119,9 +119,9 @@ def test_a_folder_with_a_pack_alone_loads_as_base_and_pack(place, saved, tmp_pat
 
 
 def test_what_is_made_from_the_configuration_of_a_pack_is_saved_whole(saved, tmp_path):
-    save_changes(loaded(saved), tmp_path / "pack")
-    config = EngramConfig.from_pretrained(tmp_path / "pack")
-    assert config.engram_memory_pack == PACK_NAME, "the control"
+    save_changes(loaded(saved), tmp_path / "delta")
+    config = EngramConfig.from_pretrained(tmp_path / "delta")
+    assert config.engram_memory_delta == DELTA_NAME, "the control"
     model = EngramForCausalLM(config, token_map=loaded(saved).memory.hashing.token_map)
     change(model)
     model.save_pretrained(tmp_path / "whole")
@@ -132,13 +132,13 @@ def test_a_base_that_is_gone_is_named(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "graft")
     model = loaded(tmp_path / "graft")
     expected = change(model)
-    save_memory_pack(model, tmp_path / "pack")
-    model.config.save_pretrained(tmp_path / "pack")
+    save_memory_delta(model, tmp_path / "delta")
+    model.config.save_pretrained(tmp_path / "delta")
     (tmp_path / "graft").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"graft', which is not there.*load_memory_pack"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
+    with pytest.raises(FileNotFoundError, match=r"graft', which is not there.*load_memory_delta"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "delta")
     moved = loaded(tmp_path / "elsewhere")
-    assert same(state(load_memory_pack(moved, tmp_path / "pack")), expected), "the digest counts, not the path"
+    assert same(state(load_memory_delta(moved, tmp_path / "delta")), expected), "the digest counts, not the path"
 
 
 def test_a_memory_that_was_saved_since_is_its_own_base(saved, tmp_path):
@@ -147,39 +147,39 @@ def test_a_memory_that_was_saved_since_is_its_own_base(saved, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     model = loaded(tmp_path / "saved", "disk")
     expected = change(model, seed=2)
-    save_memory_pack(model, tmp_path / "pack")
-    assert same(state(load_memory_pack(loaded(tmp_path / "saved"), tmp_path / "pack")), expected)
-    with pytest.raises(EngramFormatError, match=r"has other rows or weights.*Load the pack's base"):
-        load_memory_pack(loaded(saved), tmp_path / "pack", base=saved)
+    save_memory_delta(model, tmp_path / "delta")
+    assert same(state(load_memory_delta(loaded(tmp_path / "saved"), tmp_path / "delta")), expected)
+    with pytest.raises(EngramFormatError, match=r"has other rows or weights.*Load the delta's base"):
+        load_memory_delta(loaded(saved), tmp_path / "delta", base=saved)
 
 
 def test_a_pack_of_another_memory_is_refused(saved, tiny_engram, tmp_path):
     other = tiny_engram(trained=True, engram_seed=5)
     other.save_pretrained(tmp_path / "other")
-    save_memory_pack(other, tmp_path / "pack")
+    save_memory_delta(other, tmp_path / "delta")
     model = loaded(saved)
     before = state(model)
     with pytest.raises(EngramFormatError, match=r"another memory: its engram_hash_sha256.*Load the checkpoint"):
-        load_memory_pack(model, tmp_path / "pack")
+        load_memory_delta(model, tmp_path / "delta")
     assert same(state(model), before)
 
 
 def test_what_has_no_base_or_no_tables_has_no_pack(saved, tiny_engram, tiny_donor, tmp_path):
     with pytest.raises(ValueError, match="came from no checkpoint"):
-        save_memory_pack(tiny_engram(), tmp_path)
+        save_memory_delta(tiny_engram(), tmp_path)
     with pytest.raises(ValueError, match="was not loaded"):
-        save_memory_pack(loaded(saved, "none"), tmp_path)
+        save_memory_delta(loaded(saved, "none"), tmp_path)
     with pytest.raises(TypeError, match="LlamaForCausalLM has no memory"):
-        save_memory_pack(tiny_donor(), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'memory_pack.safetensors' is missing from"):
-        load_memory_pack(loaded(saved), tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no folder 'me/pack' that could hold"):
-        load_memory_pack(loaded(saved), "me/pack")
+        save_memory_delta(tiny_donor(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'memory_delta.safetensors' is missing from"):
+        load_memory_delta(loaded(saved), tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder 'me/delta' that could hold"):
+        load_memory_delta(loaded(saved), "me/delta")
     assert not list(tmp_path.iterdir())
 
 
 def rewritten(path, change_tensors=None, **metadata):
-    """A pack with other contents, well formed as a safetensors file."""
+    """A delta with other contents, well formed as a safetensors file."""
     tensors, held = contents(path)
     if change_tensors is not None:
         change_tensors(tensors)
@@ -191,7 +191,7 @@ DAMAGES = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "damaged"),
     "no safetensors": (lambda path: path.write_bytes(b"no file of ours, and long enough"), "no complete safetensors"),
-    "no pack": (lambda path: rewritten(path, kind="something"), "no memory pack of version 1"),
+    "no delta": (lambda path: rewritten(path, kind="something"), "no memory delta of version 1"),
     "of a later version": (lambda path: rewritten(path, version="2"), r"version '2'.*upgrade"),
     "digests that are no JSON": (lambda path: rewritten(path, digests="{"), "damaged header"),
     "of another base": (lambda path: rewritten(path, base_sha256="0" * 64), "has other rows or weights"),
@@ -233,13 +233,13 @@ DAMAGES = {
 def test_a_damaged_pack_is_refused_and_changes_nothing(damage, place, saved, tmp_path):
     model = loaded(saved, place)
     change(model)
-    path = save_memory_pack(model, tmp_path)
+    path = save_memory_delta(model, tmp_path)
     harm, message = DAMAGES[damage]
     harm(path)
     model = loaded(saved, place)
     before = change(model, seed=3)
     with pytest.raises(EngramFormatError, match=message):
-        load_memory_pack(model, path)
+        load_memory_delta(model, path)
     assert same(state(model), before)
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_pack_is_refused_and_changes_nothing(damage, place, saved, tmp
 def test_a_full_disk_leaves_the_pack_that_was_there(fails, saved, tmp_path, monkeypatch):
     model = loaded(saved)
     expected = change(model)
-    path = save_memory_pack(model, tmp_path)
+    path = save_memory_delta(model, tmp_path)
     kept = path.read_bytes()
 
     def full(*_, **__):
@@ -255,43 +255,43 @@ def test_a_full_disk_leaves_the_pack_that_was_there(fails, saved, tmp_path, monk
 
     change(model, seed=4)
     with monkeypatch.context() as patch:
-        patch.setattr(packs if fails == "save_file" else packs.os, fails, full)
+        patch.setattr(deltas if fails == "save_file" else deltas.os, fails, full)
         with pytest.raises(OSError, match="No space left"):
-            save_memory_pack(model, tmp_path)
+            save_memory_delta(model, tmp_path)
     assert path.read_bytes() == kept
-    assert [entry.name for entry in tmp_path.iterdir()] == [PACK_NAME], "nothing half-written is left"
-    assert same(state(load_memory_pack(loaded(saved), tmp_path)), expected)
+    assert [entry.name for entry in tmp_path.iterdir()] == [DELTA_NAME], "nothing half-written is left"
+    assert same(state(load_memory_delta(loaded(saved), tmp_path)), expected)
 
 
 def test_a_pack_says_where_it_comes_from(saved, tmp_path):
     model = loaded(saved)
     change(model)
-    path = save_memory_pack(model, tmp_path / "mine.safetensors", note="what I read", tokens=12)
-    header = read_pack_header(path)
+    path = save_memory_delta(model, tmp_path / "mine.safetensors", note="what I read", tokens=12)
+    header = read_delta_header(path)
     assert (header.provenance["note"], header.provenance["tokens"]) == ("what I read", 12)
     assert header.provenance["torch"] == torch.__version__
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["digests"]) == header.digests
 
 
-@pytest.mark.parametrize("row", ["changed by the pack", "another"])
+@pytest.mark.parametrize("row", ["changed by the delta", "another"])
 def test_a_base_that_differs_in_one_row_is_refused(row, saved, tmp_path, monkeypatch):
     """Saved from the same graft with the same dense weights: what training of tables alone leaves."""
-    monkeypatch.setattr(packs, "SAMPLED_ROWS", 2)  # the first row and the last one
+    monkeypatch.setattr(deltas, "SAMPLED_ROWS", 2)  # the first row and the last one
     model = loaded(saved, "disk")
     name, part = next(iter(named_parts(model).items()))
     part.write(torch.tensor([7]), torch.ones(1, part.table_shape[1]))
-    save_memory_pack(model, tmp_path / "pack")
+    save_memory_delta(model, tmp_path / "delta")
     other = loaded(saved)
     with torch.no_grad():
-        named_parts(other)[name][7 if row == "changed by the pack" else 0] += 1
+        named_parts(other)[name][7 if row == "changed by the delta" else 0] += 1
     other.save_pretrained(tmp_path / "other")
     other = loaded(tmp_path / "other")
     before = state(other)
-    with pytest.raises(EngramFormatError, match=r"has other rows or weights.*Load the pack's base"):
-        load_memory_pack(other, tmp_path / "pack", base=tmp_path / "other")
+    with pytest.raises(EngramFormatError, match=r"has other rows or weights.*Load the delta's base"):
+        load_memory_delta(other, tmp_path / "delta", base=tmp_path / "other")
     assert same(state(other), before)
-    load_memory_pack(loaded(saved), tmp_path / "pack")  # control
+    load_memory_delta(loaded(saved), tmp_path / "delta")  # control
 
 
 def test_a_folder_with_a_pack_and_a_whole_checkpoint_is_refused(saved, tmp_path):
@@ -300,15 +300,15 @@ def test_a_folder_with_a_pack_and_a_whole_checkpoint_is_refused(saved, tmp_path)
     model = loaded(saved)
     change(model)
     with pytest.raises(ValueError, match="graft' holds a whole checkpoint.*name another folder"):
-        save_memory_pack(model, folder)
+        save_memory_delta(model, folder)
     assert same(state(loaded(folder)), state(loaded(saved))), "control: nothing was written"
-    shutil.copy(save_memory_pack(model, tmp_path / "pack"), folder)
-    with pytest.raises(EngramFormatError, match="does not name the pack: they are of two saves"):
+    shutil.copy(save_memory_delta(model, tmp_path / "delta"), folder)
+    with pytest.raises(EngramFormatError, match="does not name the delta: they are of two saves"):
         loaded(folder)
-    (folder / PACK_NAME).unlink()
+    (folder / DELTA_NAME).unlink()
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"engram_memory_pack": PACK_NAME}))
-    with pytest.raises(FileNotFoundError, match=f"{PACK_NAME}, which is not there"):
+    (folder / "config.json").write_text(json.dumps(config | {"engram_memory_delta": DELTA_NAME}))
+    with pytest.raises(FileNotFoundError, match=f"{DELTA_NAME}, which is not there"):
         loaded(folder)
 
 
@@ -325,11 +325,11 @@ def test_two_saves_of_a_pack_into_one_folder_wait_for_each_other(saved, tmp_path
 
     def save():
         try:
-            save_memory_pack(model, tmp_path)
+            save_memory_delta(model, tmp_path)
         except OSError as error:
             problems.append(error)
 
-    monkeypatch.setattr(packs, "save_file", slowly)
+    monkeypatch.setattr(deltas, "save_file", slowly)
     first, second = threading.Thread(target=save), threading.Thread(target=save)
     first.start()
     assert written.wait(10)
@@ -339,7 +339,7 @@ def test_two_saves_of_a_pack_into_one_folder_wait_for_each_other(saved, tmp_path
     first.join(10)
     second.join(10)
     assert not problems
-    assert same(state(load_memory_pack(loaded(saved), tmp_path)), state(model))
+    assert same(state(load_memory_delta(loaded(saved), tmp_path)), state(model))
 
 
 # The Hub, as its client lays out files in the cache.
@@ -359,23 +359,23 @@ def test_a_pack_on_the_hub_loads_with_the_commit_of_its_base(subfolder, saved, t
     publish(tmp_path / "graft", cache, "me/graft", old, branch="v1")
     where = {"cache_dir": cache, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained("me/graft", revision="v1", subfolder=subfolder, **where)
-    model.train_mode("tables")
+    model.set_trainable("tables")
     expected = change(model)
-    # The branch moves on: the pack's base does not.
+    # The branch moves on: the delta's base does not.
     moved_on = loaded(saved)
     change(moved_on, seed=5)
     moved_on.save_pretrained(tmp_path / "other" / subfolder)
     publish(tmp_path / "other", cache, "me/graft", new, branch="v1")
     save_changes(model, tmp_path / "trained")
-    header = read_pack_header(tmp_path / "trained")
+    header = read_delta_header(tmp_path / "trained")
     assert (header.base, header.revision, header.subfolder) == ("me/graft", old, subfolder)
     publish(tmp_path / "trained", cache, "me/trained", new)
     for place in PLACES:
         again = AutoModelForCausalLM.from_pretrained("me/trained", engram_placement=place, **where)
         assert same(state(again), expected)
-        assert (again.memory.placement, again.config.engram_train_mode) == (place, "tables")
+        assert (again.memory.placement, again.config.engram_trainable) == (place, "tables")
     save_changes(again, tmp_path / "next")
-    assert read_pack_header(tmp_path / "next").revision == old, "what is trained on has the same base"
+    assert read_delta_header(tmp_path / "next").revision == old, "what is trained on has the same base"
     other = AutoModelForCausalLM.from_pretrained("me/graft", revision="v1", subfolder=subfolder, **where)
     with pytest.raises(EngramFormatError, match=rf"'me/graft' \(revision {old}\).*revision='{old}'"):
-        load_memory_pack(other, tmp_path / "trained")
+        load_memory_delta(other, tmp_path / "trained")

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ..index_engram import RowIndex
-from .rounding import rounded
+from ..rows_index_engram import RowIndex
+from .stochastic_rounding import rounded
 
 
 # Values that are worked on at once: a few MiB in all that stay in the cache, instead of several times the gradient.
@@ -94,7 +94,7 @@ class RowState:
         if set(state) != needed:
             raise ValueError(
                 f"optimizer state of {owner} has {', '.join(sorted(state))}; needed is {', '.join(sorted(needed))}. It "
-                "was made by another version or by another table_optimizer or anchor: make the optimizer as it was "
+                "was made by another version or by another table_optimizer or l2_sp: make the optimizer as it was "
                 "made then, or go on without its state."
             )
         rows = state["rows"]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .compression_engram import DEAD
 from .configuration_engram import EngramFormatError
+from .hash_tokens_engram import DEAD
 
 
 INT64_MAX = 2**63 - 1

@@ -11,9 +11,9 @@ import copy
 
 import torch
 
-from .index_engram import RowIndex
-from .rows_engram import FilePart, FileRows, RowStore, ShardFile
-from .table_engram import check_range, part_of
+from .rows_index_engram import RowIndex
+from .rows_storage_engram import FilePart, FileRows, RowStore, ShardFile
+from .rows_table_engram import check_range, part_of
 
 
 class ChangedRows:

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from engram_transformers.reading_engram import alive_positions, check_ids, checked_text_ids, document_ends
+from engram_transformers.inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
 
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 1]])

@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import nn
 
-from .compression_engram import DEAD, appended_from, token_map_sha256
 from .configuration_engram import EngramFormatError
-from .constants_engram import HashConstants, check_constants, derive_constants
+from .hash_constants_engram import HashConstants, check_constants, derive_constants
+from .hash_tokens_engram import DEAD, appended_from, token_map_sha256
 
 
 # Kinds of device on which a PyTorch that we allow may round int64 to float32: MPS before PyTorch 2.8.
@@ -56,7 +56,8 @@ class NgramHasher(nn.Module):
 
     ```python
     >>> import torch
-    >>> from engram_transformers import EngramConfig, NgramHasher
+    >>> from engram_transformers import EngramConfig
+    >>> from engram_transformers.hash_ngrams_engram import NgramHasher
 
     >>> config = EngramConfig(engram_layer_ids=[1], engram_vocab_size=1000, engram_n_heads=2)
     >>> hasher = NgramHasher.from_config(config, torch.arange(config.text_config.vocab_size))

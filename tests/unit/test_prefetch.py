@@ -19,8 +19,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.fetch_engram import RowFetch, deliver, fetch_ahead, narrow
-from engram_transformers.rows_engram import FEW_ROWS, FileRows, HostRows
+from engram_transformers.rows_prefetch_engram import RowFetch, deliver, fetch_ahead, narrow
+from engram_transformers.rows_storage_engram import FEW_ROWS, FileRows, HostRows
 
 from ..counting_device import counted, load
 from ..faults import Child, absent, ctrl_c_heard, cut, disk, fetch_threads, mapped, random_table, same, soon, stored

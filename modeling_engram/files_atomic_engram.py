@@ -1,7 +1,7 @@
 """Saves: what a folder holds, and how its files are replaced: whole or not at all, whenever a process dies.
 
-What it chooses: `config.json` says what the weights of a folder are. With `engram_memory_pack` they are those of
-another checkpoint and a memory pack; without, they are in the files that the index names. A save removes what an
+What it chooses: `config.json` says what the weights of a folder are. With `engram_memory_delta` they are those of
+another checkpoint and a memory delta; without, they are in the files that the index names. A save removes what an
 earlier one left that would be read with it, adapters included.
 A draft is written and flushed in a folder inside the checkpoint's (`.saving-*`), then marked complete, then moved file
 by file. What a killed process leaves is settled by whoever saves or reads next: a draft that is marked is moved on from
@@ -46,9 +46,11 @@ SINGLE_NAME = "model.safetensors"
 MODEL_STEM = "model"
 MEMORY_STEM = "engram-memory"
 WEIGHT_FILE = re.compile(rf"{SINGLE_NAME}|({MODEL_STEM}|{MEMORY_STEM})-\d{{5}}-of-\d{{5}}\.safetensors")
-PACK_NAME = "memory_pack.safetensors"
-# Says in `config.json`, or in an adapter's settings, that the folder's pack belongs to it, by the pack's file name.
-PACK_KEY = "engram_memory_pack"
+DELTA_NAME = "memory_delta.safetensors"
+OLD_DELTA_NAME = "memory_pack.safetensors"  # before 0.1; still read
+# Says in `config.json`, or in an adapter's settings, that the folder's delta belongs to it, by the delta's file name.
+DELTA_KEY = "engram_memory_delta"
+OLD_DELTA_KEY = "engram_memory_pack"
 # PEFT's. Transformers puts an adapter that lies in a checkpoint's folder on top of the checkpoint.
 ADAPTER_NAME = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_NAME, "adapter_model.safetensors", "adapter_model.bin")
@@ -69,51 +71,61 @@ def checkpoint_in(folder: Path) -> str | None:
         folder (`Path`): a local folder.
 
     Returns:
-        `str`: "pack" (those of another checkpoint, and a memory pack), "whole", or None for no Engram checkpoint.
+        `str`: "delta" (those of another checkpoint, and a memory delta), "whole", or None for no Engram checkpoint.
 
     Raises:
-        `FileNotFoundError`: if the pack is not there.
-        [`EngramFormatError`]: if there is a pack, or an index, that does not fit what is said.
+        `FileNotFoundError`: if the delta is not there.
+        [`EngramFormatError`]: if there is a delta, or an index, that does not fit what is said.
     """
     finish_saves(folder)
-    said, has_index, has_pack = said_pack(folder / CONFIG_NAME), (folder / INDEX_NAME).is_file(), has_own_pack(folder)
-    if said and not (folder / PACK_NAME).is_file():
+    said, has_index, has_delta = (
+        named_delta(folder / CONFIG_NAME),
+        (folder / INDEX_NAME).is_file(),
+        has_own_delta(folder),
+    )
+    if said and delta_file(folder) is None:
         raise FileNotFoundError(
-            f"'{folder / CONFIG_NAME}' says that the memory is in {PACK_NAME}, which is not there: copy it again."
+            f"'{folder / CONFIG_NAME}' says that the memory is in {DELTA_NAME}, which is not there: copy it again."
         )
-    if has_index and (said or has_pack):
+    if has_index and (said or has_delta):
         raise EngramFormatError(
-            f"'{folder}' holds a whole checkpoint ({INDEX_NAME}) and a memory pack ({PACK_NAME}), and its config.json "
-            f"{'names the pack' if said else 'does not name the pack'}: they are of two saves. If the pack is what you "
-            f"want, move it into another folder and call load_memory_pack(model, path) on a model of its base; "
-            f"if the checkpoint is, delete {PACK_NAME}{f' and {PACK_KEY} in config.json' if said else ''}."
+            f"'{folder}' holds a whole checkpoint ({INDEX_NAME}) and a memory delta ({DELTA_NAME}), and its config.json "
+            f"{'names the delta' if said else 'does not name the delta'}: they are of two saves. If the delta is what you "
+            f"want, move it into another folder and call load_memory_delta(model, path) on a model of its base; "
+            f"if the checkpoint is, delete {DELTA_NAME}{f' and {DELTA_KEY} in config.json' if said else ''}."
         )
     if has_index:
         return "whole"
-    # Before `config.json` said it, a pack without an index was the sign.
-    return "pack" if said or (has_pack and (folder / CONFIG_NAME).is_file()) else None
+    # Before `config.json` said it, a delta without an index was the sign.
+    return "delta" if said or (has_delta and (folder / CONFIG_NAME).is_file()) else None
 
 
-def said_pack(settings: Path) -> bool:
-    """Whether a `config.json`, or an adapter's settings, says that a memory pack belongs to it."""
+def named_delta(settings: Path) -> bool:
+    """Whether a `config.json`, or an adapter's settings, says that a memory delta belongs to it."""
     try:
-        return json.loads(settings.read_text(encoding="utf-8")).get(PACK_KEY) is not None
+        said = json.loads(settings.read_text(encoding="utf-8"))
+        return any(said.get(key) is not None for key in (DELTA_KEY, OLD_DELTA_KEY))
     except (OSError, ValueError, AttributeError):  # not there, or not ours: whoever reads the rest of it says so
         return False
 
 
-def has_own_pack(folder: Path) -> bool:
-    """Whether a folder has a pack that is not an adapter's."""
-    return (folder / PACK_NAME).is_file() and not said_pack(folder / ADAPTER_NAME)
+def delta_file(folder: Path) -> Path | None:
+    """A folder's delta, by its name of today or the one of before; None if there is none."""
+    return next((folder / name for name in (DELTA_NAME, OLD_DELTA_NAME) if (folder / name).is_file()), None)
+
+
+def has_own_delta(folder: Path) -> bool:
+    """Whether a folder has a delta that is not an adapter's."""
+    return delta_file(folder) is not None and not named_delta(folder / ADAPTER_NAME)
 
 
 def is_own(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is read as a part of it."""
-    return name in (PACK_NAME, *ADAPTER_FILES) or WEIGHT_FILE.fullmatch(name) is not None
+    return name in (DELTA_NAME, OLD_DELTA_NAME, *ADAPTER_FILES) or WEIGHT_FILE.fullmatch(name) is not None
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes the configuration, indexes, weights, pack and adapter of a checkpoint; what is not ours stays."""
+    """Removes the configuration, indexes, weights, delta and adapter of a checkpoint; what is not ours stays."""
     with locked(folder):
         for name in (CONFIG_NAME, *INDEX_NAMES):
             (folder / name).unlink(missing_ok=True)

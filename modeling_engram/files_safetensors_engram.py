@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .configuration_engram import EngramFormatError
-from .saves_engram import (
+from .files_atomic_engram import (
     INDEX_NAME,
     INDEX_NAMES,
     SINGLE_NAME,

@@ -38,9 +38,9 @@ def test_a_word_names_what_learns(place, saved):
         ("tables", tables(model)),
         ("memory", tables(model) | layers(model)),
     ):
-        assert model.train_mode(word) is model
+        assert model.set_trainable(word) is model
         assert learning(model) == expected
-        assert model.config.engram_train_mode == word
+        assert model.config.engram_trainable == word
 
 
 @pytest.mark.native_peft
@@ -52,11 +52,11 @@ def test_memory_and_lora_learn_together(native, saved):
         model.add_adapter(config)
     else:
         get_peft_model(model, config)
-    model.train_mode("memory+lora")
+    model.set_trainable("memory+lora")
     adapters = {name for name in learning(model) if "lora_" in name}
     assert len(adapters) == 2 * 2 * model.config.text_config.num_hidden_layers
     assert learning(model) == tables(model) | layers(model) | adapters
-    model.train_mode("memory")
+    model.set_trainable("memory")
     assert learning(model) == tables(model) | layers(model)
 
 
@@ -64,10 +64,10 @@ def test_what_cannot_be_is_refused(saved):
     model = loaded(saved)
     before = learning(model)
     with pytest.raises(ValueError, match=r"'lora' must be one of 'memory', 'tables', 'memory\+lora', 'all'"):
-        model.train_mode("lora")
+        model.set_trainable("lora")
     with pytest.raises(ValueError, match=r"found no adapter.*get_peft_model"):
-        model.train_mode("memory+lora")
-    assert learning(model) == before and model.config.engram_train_mode is None
+        model.set_trainable("memory+lora")
+    assert learning(model) == before and model.config.engram_trainable is None
 
 
 @pytest.mark.parametrize("place", ["device", "cpu", "disk"])
@@ -75,11 +75,11 @@ def test_what_cannot_be_is_refused(saved):
 def test_the_word_is_saved_and_restored(word, place, saved, tmp_path):
     model = loaded(saved)
     if word == "memory+lora":  # the adapter is in a folder of its own, and comes later
-        model.config.engram_train_mode = word
+        model.config.engram_trainable = word
     else:
-        model.train_mode(word)
+        model.set_trainable(word)
     model.save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).engram_train_mode == word
+    assert AutoConfig.from_pretrained(tmp_path).engram_trainable == word
     again = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement=place)
     expected = tables(again) | (set() if word == "tables" else layers(again))
     expected |= {f"backbone.{name}" for name, _ in again.backbone.named_parameters()} if word == "all" else set()
@@ -91,8 +91,8 @@ def test_the_word_is_saved_and_restored(word, place, saved, tmp_path):
 
 
 def test_a_word_that_is_none_is_no_configuration(saved):
-    with pytest.raises(Exception, match="engram_train_mode"):
-        AutoConfig.from_pretrained(saved, engram_train_mode="everything")
+    with pytest.raises(Exception, match="engram_trainable"):
+        AutoConfig.from_pretrained(saved, engram_trainable="everything")
 
 
 def test_the_word_changes_no_result(saved):
@@ -100,4 +100,4 @@ def test_the_word_changes_no_result(saved):
     with torch.no_grad():
         expected = loaded(saved)(ids).logits
         for word in ("memory", "tables", "all"):
-            assert torch.equal(loaded(saved).train_mode(word)(ids).logits, expected)
+            assert torch.equal(loaded(saved).set_trainable(word)(ids).logits, expected)

@@ -20,10 +20,10 @@ import torch
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from .offload_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, rows_hook
-from .overlay_engram import RowOverlay
-from .rows_engram import CheckpointTables, FileRows, HostRows, RowStore, ShardFile, is_mapped, written_to
-from .table_engram import OrderRows
+from .rows_accelerate_engram import EngramRowsHook, attach_rows_hook, detach_rows_hook, rows_hook
+from .rows_overlay_engram import RowOverlay
+from .rows_storage_engram import CheckpointTables, FileRows, HostRows, RowStore, ShardFile, is_mapped, written_to
+from .rows_table_engram import OrderRows
 
 
 PLACEMENTS = ("auto", "device", "cpu", "disk", "none")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .rows import RowState, pieces
+from .row_state import RowState, pieces
 
 
 Directions = Iterator[tuple[slice, torch.Tensor]]

@@ -48,7 +48,7 @@ class TokenCompressor:
 
     ```python
     >>> from transformers import AutoTokenizer
-    >>> from engram_transformers import TokenCompressor
+    >>> from engram_transformers.hash_tokens_engram import TokenCompressor
 
     >>> compressor = TokenCompressor.from_tokenizer(AutoTokenizer.from_pretrained("gpt2"))
     >>> compressor.size < len(compressor.lookup_table)
