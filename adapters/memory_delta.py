@@ -1,10 +1,10 @@
 """Memory deltas: what training changed in a memory, in one file apart from the checkpoint that it changed.
 
-What it chooses: a delta names its base (a folder, or a Hub id and its commit) and holds the rows that differ from it and
+What it chooses: a delta names its base (a folder, or a Hub id and its commit) and has the rows that differ from it and
 the memory's dense weights, as they are and not as differences, so that base and delta give the trained memory bit for
 bit. The base's digest covers hash constants, token map, dense weights and a sample of rows of every part: reading all
 rows of a large table would cost more than the training.
-Promises: a delta is checked whole, against file, model and base, before anything is changed; it is written under another
+Promises: a delta is checked whole, against file, model and base, before anything is changed; it is written to another
 name and then renamed. Never unpickles, never writes into the base.
 Source: docs/training.md, docs/format.md.
 """
@@ -82,30 +82,7 @@ def named_base(base: str, revision: str | None) -> str:
 
 
 def save_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
-    """Writes what differs between a model's memory and the checkpoint that it came from.
-
-    Args:
-        model ([`EngramForCausalLM`]): the model, wherever its tables are.
-        path (`str` or `os.PathLike`): a file, or a folder for `memory_delta.safetensors`.
-        base (`str` or `os.PathLike`, *optional*): folder of the checkpoint; the one that the model came from if None.
-        provenance: anything that JSON can hold, kept in the file.
-
-    Returns:
-        `Path`: the file.
-
-    Raises:
-        `ValueError`: if the model came from no checkpoint, its tables are not loaded, or the folder holds a whole one.
-        [`EngramFormatError`]: if the base is of another memory.
-
-    Example:
-
-    ```python
-    >>> from engram_transformers.adapters import load_memory_delta, save_memory_delta
-
-    >>> save_memory_delta(model, "my-delta", base="my-graft")
-    >>> model = AutoModelForCausalLM.from_pretrained("my-graft")
-    >>> load_memory_delta(model, "my-delta")
-    ```"""
+    """Writes what differs between a model's memory and its checkpoint: `model.save_memory_delta`, see there."""
     path = delta_path(path)
     if path.name == DELTA_NAME and (path.parent / INDEX_NAME).exists() and not (path.parent / ADAPTER_NAME).exists():
         raise ValueError(
@@ -153,21 +130,7 @@ def write_delta(model, path: Path, base: str | os.PathLike | None = None, **prov
 
 
 def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None):
-    """Makes a model's memory what it was when a delta was saved; whatever else was changed in it is undone.
-
-    Args:
-        model ([`EngramForCausalLM`]): a model with the memory of the delta's base, wherever its tables are.
-        path (`str` or `os.PathLike`): the file, or its folder.
-        base (`str` or `os.PathLike`, *optional*):
-            Folder of the base; where the model came from, or the name in the delta, if None.
-
-    Returns:
-        The model, changed in place.
-
-    Raises:
-        `FileNotFoundError`: if the delta or its base is not there.
-        [`EngramFormatError`]: if the delta is damaged, of another memory or another base; nothing is changed then.
-    """
+    """Makes a model's memory what it was when a delta was saved: `model.load_memory_delta`, see there."""
     check_loaded(model)
     path = delta_path(path)
     path = delta_file(path.parent) or path if path.name == DELTA_NAME else path
@@ -238,7 +201,7 @@ def from_delta(cls, delta: Path, *model_args, **kwargs):
     header = read_delta_header(delta)
     if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
         raise FileNotFoundError(
-            f"'{delta.parent}' holds what training changed in '{header.base}', which is not there: put it back, or load "
+            f"'{delta.parent}' holds what training changed in '{header.base}', which is not there: put it back or load "
             f"the checkpoint from where it is and call load_memory_delta(model, '{delta}', base=...)."
         )
     for name in ("subfolder", "revision"):  # of the delta's repository

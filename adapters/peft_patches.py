@@ -204,7 +204,7 @@ def refuse_memory(tuner, config, model) -> None:
     if others or (found and kind != "LORA"):
         raise ValueError(
             f"target_modules={config.target_modules} of {kind} reaches the memory ({(others or found)[0]}): only its "
-            f"projections ({PROJECTION!r}) can be adapted, by LoRA; model.set_trainable('memory+lora') trains all of it."
+            f"projections ({PROJECTION!r}) can be adapted, by LoRA; set_trainable('memory+lora') trains all of it."
         )
     if found:
         register_adapter_layer(config, {Projection: lora_for_projections()})

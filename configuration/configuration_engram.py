@@ -143,7 +143,7 @@ class EngramConfig(PreTrainedConfig):
         engram_trainable (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
             What is trained; set by `model.set_trainable(...)` and restored by `from_pretrained`. None: not chosen yet.
         engram_memory_delta (`str`, *optional*):
-            In the `config.json` of a folder whose weights are another checkpoint's and a memory delta's: the delta's file
+            In the `config.json` of a folder whose weights are another checkpoint's and a delta's: the delta's file
             name. Written by each save, and never by hand.
         engram_format_version (`int`, *optional*, defaults to 1):
             Version of the checkpoint format (docs/format.md).

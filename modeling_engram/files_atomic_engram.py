@@ -89,10 +89,10 @@ def checkpoint_in(folder: Path) -> str | None:
         )
     if has_index and (said or has_delta):
         raise EngramFormatError(
-            f"'{folder}' holds a whole checkpoint ({INDEX_NAME}) and a memory delta ({DELTA_NAME}), and its config.json "
-            f"{'names the delta' if said else 'does not name the delta'}: they are of two saves. If the delta is what you "
-            f"want, move it into another folder and call load_memory_delta(model, path) on a model of its base; "
-            f"if the checkpoint is, delete {DELTA_NAME}{f' and {DELTA_KEY} in config.json' if said else ''}."
+            f"'{folder}' holds a whole checkpoint ({INDEX_NAME}) and a delta ({DELTA_NAME}), and its config.json "
+            f"{'names' if said else 'does not name'} the delta: they are of two saves. If the delta is what you want, "
+            "move it into another folder and call model.load_memory_delta(path) on a model of its base; if the "
+            f"checkpoint is, delete {DELTA_NAME}{f' and {DELTA_KEY} in config.json' if said else ''}."
         )
     if has_index:
         return "whole"

@@ -296,13 +296,15 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Args:
             path (`str` or `os.PathLike`): a file, or a folder for `memory_delta.safetensors`.
             base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes; where the model came from if None.
-            provenance: texts to keep in the file's header.
+            provenance: anything that JSON can hold, kept in the file.
 
         Returns:
             `Path` of the file.
 
         Raises:
-            `ValueError`: if there is no base, or it holds another memory.
+            `ValueError`: if the model came from no checkpoint, its tables are not loaded, or the folder holds a whole
+                one.
+            [`EngramFormatError`]: if the base is of another memory.
 
         Example:
 
@@ -317,14 +319,16 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         """Makes the memory what it was when a delta was saved, whatever was trained since.
 
         Args:
-            path (`str` or `os.PathLike`): from `save_memory_delta`.
-            base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes, if it lies elsewhere now.
+            path (`str` or `os.PathLike`): the file, or its folder.
+            base (`str` or `os.PathLike`, *optional*):
+                Folder of the checkpoint that it changes; where the model came from, or the name in the delta, if None.
 
         Returns:
             The model.
 
         Raises:
-            `FileNotFoundError` or [`EngramFormatError`]: if the file is not there, damaged, or of another memory.
+            `FileNotFoundError`: if the delta or its base is not there.
+            [`EngramFormatError`]: if it is damaged, of another memory or another base; nothing is changed then.
 
         Example:
 
@@ -348,7 +352,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 lines.append(f"{layer:>5}  {number:>5}  {sum(order.heights):>13,}  {order.nbytes:>15,}  {trains}")
         dense = list(self.memory.layers.parameters())
         trains = "yes" if any(weight.requires_grad for weight in dense) else "no"
-        lines.append(f"dense weights  {sum(p.numel() for p in dense):>13,}  {sum(p.nbytes for p in dense):>15,}  {trains}")
+        weights, size = sum(weight.numel() for weight in dense), sum(weight.nbytes for weight in dense)
+        lines.append(f"{'dense weights':>12}  {weights:>13,}  {size:>15,}  {trains}")
         return "\n".join([self.describe_placement(), *lines])
 
     @property

@@ -8,7 +8,7 @@
 | `tiny_engram(trained=False, donor=None, layers=(1, 2), seed=0, **fields)` | a graft on such a donor (see below) |
 | `fill_memory(model, seed=0)` | gives a memory non-zero tables, projections, norms and convolution; returns the model |
 
-`tiny_engram` calls `EngramForCausalLM.from_backbone` with heads small enough for a test (2 heads of at least 200 rows, 4
+`tiny_engram` calls `EngramForCausalLM.from_backbone` with heads small enough for a test (2 of at least 200 rows, 4
 values wide); any `engram_*` field may be given instead. A graft is fresh (its logits are the donor's) unless
 `trained=True`, which calls `fill_memory`: without it nothing that the memory does can be seen.
 

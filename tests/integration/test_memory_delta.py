@@ -1,4 +1,4 @@
-"""Memory deltas: base and delta give the trained memory bit for bit, wherever its tables are; a delta holds changed rows
+"""Memory deltas: base and delta give the trained memory bit for bit, wherever its tables are; a delta has changed rows
 and nothing else; one that is damaged, of another memory or of another base is refused and changes nothing.
 
 Run: pytest tests/integration/test_pack.py
