@@ -295,7 +295,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         Args:
             path (`str` or `os.PathLike`): a file, or a folder for `memory_delta.safetensors`.
-            base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes; where the model came from if None.
+            base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes; that of the model if None.
             provenance: anything that JSON can hold, kept in the file.
 
         Returns:
