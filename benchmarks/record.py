@@ -1,7 +1,7 @@
 """What a result says about itself: machine, versions, commit; and the file that it is added to.
 
-Promises: one run is one line of JSON, written whole or not at all, after all earlier lines; a line that was cut off by
-a crash is closed before the next one and passed over by readers. Never changes a line that is there.
+Promises: one run is one line of JSON, written whole or not at all, after all earlier lines; a line that a crash cut off
+is closed before the next one, and readers skip it. Never changes a line that is there.
 """
 
 import fcntl
@@ -20,11 +20,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "engram-transformers")
 
 # What a run itself writes; it does not make the commit that was measured another one.
-WRITTEN_BY_RUNS = ("benchmarks/results", "docs/performance.md", "docs/training.md")
+WRITTEN_BY_RUNS = ("benchmarks/results", "examples/domain/results.jsonl", "docs", "README.md")
 
 
 def machine(folder: Path) -> dict:
-    """Processor, cores, RAM, kernel, and the free disk where `folder` lies."""
+    """Processor, cores, RAM, kernel, and the free disk where `folder` is."""
     return {
         "cpu": processor(),
         "cores": cores(),
@@ -70,8 +70,7 @@ def commit(root: Path = ROOT) -> str:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        left_out = [f":(exclude){path}" for path in WRITTEN_BY_RUNS]
-        dirty = git("status", "--porcelain", "--", ".", *left_out)
+        dirty = git("status", "--porcelain", "--", ".", *[f":(exclude){path}" for path in WRITTEN_BY_RUNS])
         return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown (no git checkout)"
@@ -91,13 +90,9 @@ def line(name: str, sizes: dict, measured: dict, folder: Path, seconds: float) -
     }
 
 
-def append(result: dict, results: Path = RESULTS) -> Path:
-    """Adds a result to `<results>/<benchmark>.jsonl`.
-
-    Two runs that end at the same time wait for each other; a broken last line is closed first.
-    """
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{result['benchmark']}.jsonl"
+def append(result: dict, path: Path) -> Path:
+    """Adds a line to a file of results; two runs that end at the same time wait for each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -112,17 +107,14 @@ def append(result: dict, results: Path = RESULTS) -> Path:
     return path
 
 
-def results_of(name: str, results: Path = RESULTS) -> list[dict]:
-    """All whole lines of a benchmark, oldest first; broken ones are left out."""
-    path = results / f"{name}.jsonl"
-    if not path.is_file():
-        return []
+def lines_of(path: Path) -> list[dict]:
+    """All whole lines of a file of results, oldest first."""
     found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(text)
         except ValueError:
             continue
-        if isinstance(entry, dict) and entry.get("benchmark") == name:
+        if isinstance(entry, dict) and "benchmark" in entry:
             found.append(entry)
     return found
