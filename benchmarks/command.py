@@ -58,50 +58,26 @@ def run(measure: Callable[[argparse.Namespace], Iterator[tuple[str, dict, dict]]
     """
     torch.set_num_threads(asked.threads)
     logging.disable_progress_bar()
+    asked.work.mkdir(parents=True, exist_ok=True)
     lines, begun = [], time.monotonic()
-    with stopped_by_signals():
-        asked.work.mkdir(parents=True, exist_ok=True)
-        for name, sizes, measured in measure(asked):
-            sizes = {"threads": asked.threads, "donor": asked.donor.name, **sizes}
-            lines.append(record.line(name, sizes, measured, asked.work, time.monotonic() - begun))
-            print(json.dumps(lines[-1], ensure_ascii=False), flush=True)
-            say(f"added to {record.append(lines[-1], asked.results / f'{name}.jsonl')}")
-            begun = time.monotonic()
+    for name, sizes, measured in measure(asked):
+        sizes = {"threads": asked.threads, "donor": asked.donor.name, **sizes}
+        lines.append(record.line(name, sizes, measured, asked.work, time.monotonic() - begun))
+        print(json.dumps(lines[-1], ensure_ascii=False), flush=True)
+        say(f"added to {record.append(lines[-1], asked.results / f'{name}.jsonl')}")
+        begun = time.monotonic()
     return lines
 
 
 def start(measure: Callable, asked: argparse.Namespace) -> None:
     """`run` for the command line: a missing requirement is a message and not a traceback."""
-    with explained():
-        run(measure, asked)
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turns what a user can cause into a message and an exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, so that what was made is deleted
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        yield
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+        run(measure, asked)
     except (OSError, ValueError, CannotMeasure) as error:
         say(f"error: {type(error).__name__}: {error}")
         sys.exit(2)
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, as Ctrl-C does."""
-
-    def interrupt(number: int, frame) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def say(text: str) -> None:

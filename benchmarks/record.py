@@ -1,10 +1,8 @@
 """What a result says about itself: machine, versions, commit; and the file that it is added to.
 
-Promises: one run is one line of JSON, written whole or not at all, after all earlier lines; a line that a crash cut off
-is closed before the next one, and readers skip it. Never changes a line that is there.
+Promises: one result is one line of JSON, after all earlier lines. Never changes a line that is there.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -36,15 +34,12 @@ def machine(folder: Path) -> dict:
 
 def processor() -> str:
     """The processor's name, with family and model where the name alone is a generic one."""
-    fields = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        fields = {name.strip(): value.strip() for name, value in lines}
+        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -91,30 +86,13 @@ def line(name: str, sizes: dict, measured: dict, folder: Path, seconds: float) -
 
 
 def append(result: dict, path: Path) -> Path:
-    """Adds a line to a file of results; two runs that end at the same time wait for each other."""
+    """Adds a line to a file of results."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                text = "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
 def lines_of(path: Path) -> list[dict]:
-    """All whole lines of a file of results, oldest first."""
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "benchmark" in entry:
-            found.append(entry)
-    return found
+    """All lines of a file of results, oldest first."""
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,0 +1,252 @@
+"""Tables that are away from the device: what their size costs, what crosses to a device, and how a file is best read.
+
+- "sizes": decoding with tables of 100,000 to 1,000,000,000 rows of 16 bytes, resident (as far as they fit into 60 % of
+  the free RAM) and on disk, the page cache warm and cold. Decoding feeds the text's own next token, so that all sizes
+  read the same n-grams. Needs 18 GB of disk.
+- "bytes": what one forward pass copies to the device for each placement, beside an ordinary embedding of the table's
+  size under accelerate's `cpu_offload`. Counted exactly, on the tests' own device (tests/counting_device).
+- "reading": ways to read rows out of a file, warm and cold: why rows on disk are read by position, after the kernel was
+  told of all of them. 32 rows are one token of a memory, 65,536 are 2,048 tokens.
+
+Run: python -m benchmarks.offload (--parts sizes,bytes,reading for some)
+"""
+
+import argparse
+import mmap
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import cpu_offload
+
+from tests.counting_device import BuildFailed, NoCompiler, counted
+from tests.counting_device import load as load_device
+
+from . import grafts, models
+from .command import CannotMeasure, integers, parser, refuse_without_room, run, say, start, target, workplace
+from .command import whole_donor as whole
+from .compare import interleave, ratios, seconds_of, speeds, spread
+
+
+DEVICE = "counting:0"
+
+# Of the RAM that is free; a resident table beyond would push out what others need.
+MOST_OF_FREE_RAM = 0.6
+BYTES_HEAD_DIM, SIZES_HEAD_DIM, ROW_BYTES = 80, 8, 160
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of the benchmark."""
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--parts", default="sizes,bytes,reading", help="some of them")
+    made.add_argument("--layers", type=integers, default=[1, 14], help="Engram layers, from 0")
+    made.add_argument("--sizes", type=integers, default=[10**n for n in range(5, 10)], help="rows of all tables")
+    made.add_argument("--tokens", type=int, default=32, help="tokens that are decoded")
+    made.add_argument("--rows", type=int, default=20_000, help="rows of a head for the bytes; 0.1 GB")
+    made.add_argument("--passes", type=integers, default=[1, 128], help="tokens of a forward pass for the bytes")
+    made.add_argument("--bytes", type=int, default=4 * 10**9, help="size of the file that is read")
+    made.add_argument("--reads", type=integers, default=[32, 65_536], help="rows of one read")
+    return made.parse_args(argv)
+
+
+def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
+    """The benchmark: one result for each part."""
+    parts = {"sizes": compare_sizes, "bytes": count_bytes, "reading": compare_reading}
+    for name in asked.parts.split(","):
+        if name not in parts:
+            raise ValueError(f"'{name}' is not a part of this benchmark: choose from {', '.join(parts)}.")
+        with workplace(asked.work, name) as place:
+            sizes, measured = parts[name](asked, place)
+        yield "offload", sizes, {name: measured}
+
+
+def compare_sizes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
+    """Decoding with every size in every place, by turns."""
+    donor, heads = whole(asked.donor), len(asked.layers) * grafts.HEADS_A_LAYER
+    tables = sum(asked.sizes) * SIZES_HEAD_DIM * grafts.WIDTHS["bfloat16"]
+    refuse_without_room(
+        asked.work, {"tables": tables, "copies of the backbone": len(asked.sizes) * grafts.donor_bytes(donor)}
+    )
+    ids = models.real_ids(donor, models.PROMPT + asked.tokens)
+    prompt, text = ids[:, : models.PROMPT], ids[:, models.PROMPT :]
+    loaded, files = {"donor": models.load(donor)}, {"donor": []}
+    about = {}
+    for size in sorted(asked.sizes):
+        say(f"filling {size:,} rows")
+        rows = max(2, size // heads)
+        folder = grafts.filled_graft(donor, place / str(size), asked.layers, rows, SIZES_HEAD_DIM)
+        about[str(size)] = grafts.describe(folder)
+        places = {"on disk, warm": "disk"}
+        if about[str(size)]["table_bytes"] <= MOST_OF_FREE_RAM * free_ram():
+            places["resident"] = "device"
+        for name, placement in places.items():
+            loaded[f"{size:,} rows, {name}"] = models.load(folder, placement=placement)
+            files[f"{size:,} rows, {name}"] = grafts.table_files(folder)
+
+    def decode(name: str, cold: bool) -> Iterator[float]:
+        if cold:
+            grafts.drop(files[name])
+        yield from models.decode(loaded[name], prompt, asked.tokens, text)
+
+    say(f"decoding: {', '.join(loaded)}")
+    limit = 60 * asked.minutes / 2
+    warm = interleave({name: (lambda n=name: decode(n, False)) for name in loaded}, asked.rounds, limit_s=limit)
+    # Last and apart, because it drops what the warm ones have read.
+    on_disk = [name for name in loaded if "resident" not in name]
+    cold = interleave(
+        {name.replace("warm", "cold"): (lambda n=name: decode(n, True)) for name in on_disk},
+        asked.rounds,
+        warm_up=0,
+        limit_s=limit,
+    )
+    found = speeds(warm, "donor", asked.tokens)
+    smallest = f"{min(asked.sizes):,} rows"
+    for name in set(loaded) - {"donor"}:
+        times = ratios(warm[name], warm[smallest + name[name.index(" rows") + len(" rows") :]])
+        found[name]["times_the_smallest"] = spread(times)
+        if "on disk" in name and str(max(asked.sizes)) in name.replace(",", ""):
+            target(f"{name}, times the smallest", found[name]["times_the_smallest"]["median"], at_most=1.05)
+    sizes = {"tables": about, "row_bytes": SIZES_HEAD_DIM * 2, "reads_a_token": heads, "tokens_a_round": asked.tokens}
+    return sizes, {"decode": found, "decode_cold": speeds(cold, "donor", asked.tokens)}
+
+
+def free_ram() -> int:
+    """Bytes that could be used without swapping."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
+
+
+@torch.no_grad()
+def count_bytes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
+    """Bytes and copies to the device in one forward pass; every placement must give the same logits."""
+    donor = whole(asked.donor)
+    try:
+        load_device()
+    except (NoCompiler, BuildFailed) as error:
+        raise CannotMeasure(f"bytes are counted by a device that has to be compiled: {error}") from error
+    graft = grafts.filled_graft(donor, place / "graft", asked.layers, asked.rows, BYTES_HEAD_DIM)
+    sizes = grafts.describe(graft)
+    whole_table = torch.nn.Embedding(sizes["rows"], BYTES_HEAD_DIM, dtype=torch.bfloat16)
+    cpu_offload(whole_table, execution_device=torch.device(DEVICE))
+    placed = {}
+    for placement in ("device", "cpu", "disk"):
+        placed[placement] = models.load(graft, placement="device").to(DEVICE)
+        placed[placement].place_memory(placement)
+    measured = {}
+    for tokens in asked.passes:
+        ids = models.real_ids(donor, tokens).to(DEVICE)
+        asks = tokens * len(asked.layers) * grafts.HEADS_A_LAYER
+        ways, logits = {}, {}
+        for name, model in placed.items():
+            model(input_ids=ids, use_cache=False)
+            with counted() as count:
+                logits[name] = model(input_ids=ids, use_cache=False).logits
+            ways[f'table on "{name}"'] = {"bytes": count.h2d, "copies": count.h2d_copies}
+            if not torch.allclose(logits[name].cpu(), logits["device"].cpu(), atol=1e-4, rtol=1e-4):
+                raise CannotMeasure(f'a table on "{name}" gives other logits than one on the device.')
+        with counted() as count:
+            whole_table(torch.zeros(1, asks, dtype=torch.long, device=DEVICE))
+        ways["accelerate's `cpu_offload` of an embedding"] = {"bytes": count.h2d, "copies": count.h2d_copies}
+        for entry in ways.values():
+            entry["of_rows_read"] = round(entry["bytes"] / (asks * sizes["row_bytes"]), 4)
+        for name in ("cpu", "disk"):
+            entry = ways[f'table on "{name}"']
+            target(f"{name}, {tokens} tokens, bytes a byte of rows", entry["of_rows_read"], at_most=1.05)
+        measured[f"{tokens:,} token{'s' if tokens > 1 else ''}"] = {
+            "rows_read_bytes": asks * sizes["row_bytes"],
+            "ways": ways,
+        }
+    return sizes, measured
+
+
+class Reader:
+    """One file of rows, and the ways to copy some of them.
+
+    Args:
+        path (`Path`): rows of `ROW_BYTES`, one after the other.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.rows, self.file = path, path.stat().st_size // ROW_BYTES, os.open(path, os.O_RDONLY)
+        self.ways: dict[str, Callable] = {
+            "mapped gather": self.mapped,
+            "preadv": self.positioned,
+            "posix_fadvise WILLNEED, then preadv": self.told_before,
+        }
+
+    def map(self) -> torch.Tensor:
+        """All rows as a tensor over a fresh mapping, as safetensors makes it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of memory that it may not write to, and nobody does
+            flat = torch.frombuffer(mmap.mmap(self.file, 0, prot=mmap.PROT_READ), dtype=torch.uint8)
+        return flat[: self.rows * ROW_BYTES].view(self.rows, ROW_BYTES)
+
+    def mapped(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """`index_select` on a mapping: the kernel faults page by page."""
+        torch.index_select(self.mapping, 0, torch.from_numpy(rows), out=torch.from_numpy(out))
+
+    def positioned(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """One `preadv` a row."""
+        view = memoryview(out).cast("B")
+        for number, row in enumerate(rows.tolist()):
+            os.preadv(self.file, [view[number * ROW_BYTES : (number + 1) * ROW_BYTES]], row * ROW_BYTES)
+
+    def told_before(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """The kernel hears of all places before the first is waited for."""
+        for row in rows.tolist():
+            os.posix_fadvise(self.file, row * ROW_BYTES, ROW_BYTES, os.POSIX_FADV_WILLNEED)
+        self.positioned(rows, out)
+
+    def microseconds(self, name: str, reads: int, random: np.random.Generator, cold: bool) -> float:
+        """A row's share of one read of random rows in ascending order."""
+        rows, out = np.sort(random.integers(0, self.rows, reads)), np.zeros((reads, ROW_BYTES), np.uint8)
+        self.mapping = None  # mapped pages are not dropped
+        if cold:
+            grafts.drop([self.path])
+        self.mapping = self.map()
+        if not cold:
+            self.ways[name](rows, out)
+        calls = 100 if reads < 1000 and not cold else 1
+        seconds = seconds_of(lambda: [self.ways[name](rows, out) for _ in range(calls)])
+        if not np.array_equal(out, self.mapping[torch.from_numpy(rows)].numpy()):
+            raise OSError(f"'{name}' does not read what a mapping shows.")
+        return 1e6 * seconds / calls / reads
+
+
+def compare_reading(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
+    """Microseconds a row of every way, warm and cold."""
+    refuse_without_room(asked.work, {"file of rows": asked.bytes})
+    random, path = np.random.default_rng(0), place / "rows"
+    with open(path, "xb", buffering=0) as file:
+        for begin in range(0, asked.bytes, grafts.BLOCK):
+            size = min(grafts.BLOCK, asked.bytes - begin)
+            grafts.write_all(file.fileno(), grafts.random_block(random, size, "BF16"), begin)
+    reader, measured = Reader(path), {}
+    try:
+        for reads in asked.reads:
+            found: dict[str, dict] = {name: {} for name in reader.ways}
+            for state in ("warm", "cold"):
+                say(f"{reads:,} rows, {state}")
+                ways = {
+                    name: (lambda n=name: reader.microseconds(n, reads, random, state == "cold"))  # noqa: B023
+                    for name in reader.ways
+                }
+                warm_up = 0 if state == "cold" else 1
+                for name, values in interleave(ways, asked.rounds, warm_up, 15 * asked.minutes).items():
+                    found[name][state] = spread(values)
+            measured[f"{reads:,} rows"] = found
+    finally:
+        os.close(reader.file)
+    return {"file_bytes": asked.bytes, "row_bytes": ROW_BYTES}, measured
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Measures and returns the lines."""
+    return run(measure, options(argv))
+
+
+if __name__ == "__main__":
+    start(measure, options())
