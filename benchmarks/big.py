@@ -26,7 +26,10 @@ from .command import CannotMeasure, integers, parser, refuse_without_room, run, 
 from .command import workplace
 from .compare import interleave, ratios, seconds_of, speeds, spread
 from .record import ROOT
+from .side import anonymous
 
+
+HEAD_DIM = 80
 
 # Version of the control groups, the folder under which a group is made, and the files of its limit and its peak.
 GROUPS = (
@@ -41,9 +44,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--bytes", type=int, default=40_100_000_000, help="size of the table on disk")
     made.add_argument("--resident-bytes", type=int, default=10**9, help="size of the resident table")
     made.add_argument("--cap", type=int, default=6 * 10**9, help="memory that the measuring processes may have")
-    made.add_argument("--shard", default="8GB", help="largest memory file")
     made.add_argument("--layers", type=integers, default=[1, 14], help="Engram layers, from 0")
-    made.add_argument("--head-dim", type=int, default=80, help="values in a row")
     made.add_argument("--tokens", type=int, default=2048, help="tokens of the text that is read at once")
     made.add_argument("--decoded", type=int, default=256, help="tokens that are decoded")
     made.add_argument("--inside", nargs=2, help="what a measuring process does, and with which folder (internal)")
@@ -65,15 +66,10 @@ def memory_group(size: int) -> Iterator[tuple[int, Path, Path]]:
             continue
         try:
             (folder / limit).write_text(str(size))
-            if version == 2:
-                (folder / "memory.swap.max").write_text("0")
             yield version, folder, folder / peak
         finally:
-            for _ in range(50):  # a process that has just ended may still be leaving it
-                with suppress(OSError):
-                    folder.rmdir()
-                    break
-                time.sleep(0.1)
+            time.sleep(1)  # a process that has just ended may still be leaving it
+            folder.rmdir()
         return
     raise CannotMeasure(f"a limit on memory needs a control group that may be written to; tried: {'; '.join(tried)}.")
 
@@ -98,9 +94,8 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     with memory_group(asked.cap) as (version, group, peak), workplace(asked.work, "big") as place:
         for name, size in (("on_disk", asked.bytes), ("resident", asked.resident_bytes)):
             say(f"filling {size / 1e9:.2f} GB")
-            rows = grafts.rows_for(size, asked.layers, asked.head_dim)
-            shard = {"max_memory_shard_size": asked.shard}
-            grafts.filled_graft(asked.donor, place / name, asked.layers, rows, asked.head_dim, **shard)
+            rows = grafts.rows_for(size, asked.layers, HEAD_DIM)
+            grafts.filled_graft(asked.donor, place / name, asked.layers, rows, HEAD_DIM)
         measured = {"load": compare_loading(asked, place, group, peak)}
         for what in ("prefill", "decode"):
             say(what)
@@ -144,19 +139,11 @@ def compare_loading(asked: argparse.Namespace, place: Path, group: Path, peak: P
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "times_the_donor": spread(ratios(seconds["big"], seconds["donor"])),
         "anonymous_bytes": {name: spread([e["anonymous"] for e in entries], 12) for name, entries in counted.items()},
-        "file_bytes": {name: spread([e["file"] for e in entries], 12) for name, entries in counted.items()},
         "group_peak_bytes": int(peak.read_text()),
     }
 
 
 # In a measuring process.
-
-
-def memory_held() -> dict[str, int]:
-    """Bytes of this process's memory: anonymous, and pages of files that it has mapped and touched."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    names = {"anonymous": "RssAnon", "file": "RssFile", "peak": "VmHWM"}
-    return {ours: 1024 * int(fields[theirs].split()[0]) for ours, theirs in names.items()}
 
 
 def load(folder: Path, asked: argparse.Namespace) -> dict:
@@ -168,7 +155,7 @@ def load(folder: Path, asked: argparse.Namespace) -> dict:
     placement = "disk" if grafts.table_files(folder) else None
     kept = []
     seconds = seconds_of(lambda: kept.append(models.load(folder, placement=placement)))
-    return {"load_seconds": seconds, **memory_held()}
+    return {"load_seconds": seconds, "anonymous": anonymous()}
 
 
 def compare(folder: Path, asked: argparse.Namespace, what: str) -> dict:
@@ -195,14 +182,12 @@ def compare(folder: Path, asked: argparse.Namespace, what: str) -> dict:
 
     def figures(names: list[str], rounds: int) -> dict:
         seconds = interleave({n: (lambda n=n: once(n)) for n in names}, rounds, limit_s=15 * asked.minutes)
-        tokens = asked.tokens if what == "prefill" else asked.decoded
-        share = {n: entry["speed_ratio"] for n, entry in speeds(seconds, "resident", tokens).items() if "disk" in n}
-        return {"speeds": speeds(seconds, "donor", tokens), "against_resident": share}
+        return {"speeds": speeds(seconds, "donor", asked.tokens if what == "prefill" else asked.decoded)}
 
     found = figures(list(loaded), asked.rounds)
     # Apart, because a cold side drops what the warm one has read. Half the rounds: each reads every row anew.
     cold = figures(["donor", "resident", "on disk, cold"], max(3, asked.rounds // 2))
-    return {**found, "cold": cold, "held_bytes": memory_held()}
+    return {**found, "cold": cold}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -47,8 +47,8 @@ def filled_graft(
     donor: Path, out: Path, layers: list[int], rows: int, head_dim: int, dtype: str = "bfloat16", **more
 ) -> Path:
     """A graft in the paper's shape whose tables are full of random rows."""
-    fields = {"engram_vocab_size": rows, "engram_head_dim": head_dim, "engram_n_heads": HEADS}
-    graft(donor, out, layers, engram_table_dtype=dtype, **fields, **more)
+    more |= {"engram_head_dim": head_dim, "engram_n_heads": HEADS, "engram_table_dtype": dtype}
+    graft(donor, out, layers, engram_vocab_size=rows, **more)
     for path in table_files(out):
         fill(path)
     return out
@@ -59,25 +59,20 @@ def table_files(folder: Path) -> list[Path]:
     return sorted(Path(folder).glob(TABLE_FILES))
 
 
-def tables_of(path: Path) -> dict[str, tuple[str, int, int]]:
+def tables_of(path: Path) -> list[tuple[str, int, int]]:
     """Type, first byte in the file and byte after the last of every table in a safetensors file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    places = {name: (entry["dtype"], *entry["data_offsets"]) for name, entry in header.items() if name[:2] != "__"}
-    return {
-        name: (dtype, 8 + length + begin, 8 + length + end)
-        for name, (dtype, begin, end) in places.items()
-        if name.startswith(TABLES)
-    }
+        header = {name: entry for name, entry in json.loads(file.read(length)).items() if name.startswith(TABLES)}
+    return [(e["dtype"], *(8 + length + offset for offset in e["data_offsets"])) for e in header.values()]
 
 
 def fill(path: Path) -> None:
     """Fills the tables of one file with random rows; raises OSError if the file still has holes after that."""
     random = np.random.Generator(np.random.SFC64())
+    waiting = 0
     with open(path, "r+b", buffering=0) as file:
-        waiting = 0
-        for dtype, begin, end in tables_of(path).values():
+        for dtype, begin, end in tables_of(path):
             for place in range(begin, end, BLOCK):
                 size = min(BLOCK, end - place)
                 write_all(file.fileno(), random_block(random, size, dtype), place)
@@ -129,19 +124,10 @@ def warm(paths: Iterable[Path]) -> None:
 
 def describe(folder: Path) -> dict:
     """The sizes of a graft that a result names."""
-    config = AutoConfig.from_pretrained(folder)
-    files = table_files(folder)
+    config, files = AutoConfig.from_pretrained(folder), table_files(folder)
     width = config.engram_head_dim * WIDTHS[config.engram_table_dtype]
-    total = sum(end - begin for path in files for _, begin, end in tables_of(path).values())
-    return {
-        "layers": config.engram_layer_ids,
-        "orders": config.engram_orders,
-        "heads": config.engram_n_heads,
-        "head_dim": config.engram_head_dim,
-        "table_dtype": config.engram_table_dtype,
-        "row_bytes": width,
-        "rows": total // width,
-        "table_bytes": total,
-        "files": len(files),
-        "kernel_size": config.engram_kernel_size,
-    }
+    total = sum(end - begin for path in files for _, begin, end in tables_of(path))
+    names = {"layers": "layer_ids", "orders": "orders", "heads": "n_heads", "head_dim": "head_dim"}
+    names |= {"table_dtype": "table_dtype", "kernel_size": "kernel_size"}
+    sizes = {"row_bytes": width, "rows": total // width, "table_bytes": total, "files": len(files)}
+    return {name: getattr(config, f"engram_{own}") for name, own in names.items()} | sizes

@@ -14,7 +14,6 @@ Run: python -m benchmarks.offload (--parts sizes,bytes,reading for some)
 import argparse
 import mmap
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from tests.counting_device import BuildFailed, NoCompiler, counted
 from tests.counting_device import load as load_device
 
 from . import grafts, models
-from .command import CannotMeasure, integers, parser, refuse_without_room, run, say, start, target, workplace
-from .command import whole_donor as whole
+from .command import CannotMeasure, integers, parser, refuse_without_room, run, say, start, target, whole_donor
+from .command import workplace
 from .compare import interleave, ratios, seconds_of, speeds, spread
 
 
@@ -65,15 +64,14 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
 
 def compare_sizes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
     """Decoding with every size in every place, by turns."""
-    donor, heads = whole(asked.donor), len(asked.layers) * grafts.HEADS_A_LAYER
+    donor, heads = whole_donor(asked.donor), len(asked.layers) * grafts.HEADS_A_LAYER
     tables = sum(asked.sizes) * SIZES_HEAD_DIM * grafts.WIDTHS["bfloat16"]
     refuse_without_room(
         asked.work, {"tables": tables, "copies of the backbone": len(asked.sizes) * grafts.donor_bytes(donor)}
     )
     ids = models.real_ids(donor, models.PROMPT + asked.tokens)
     prompt, text = ids[:, : models.PROMPT], ids[:, models.PROMPT :]
-    loaded, files = {"donor": models.load(donor)}, {"donor": []}
-    about = {}
+    loaded, files, about = {"donor": models.load(donor)}, {"donor": []}, {}
     for size in sorted(asked.sizes):
         say(f"filling {size:,} rows")
         rows = max(2, size // heads)
@@ -95,20 +93,14 @@ def compare_sizes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
     limit = 60 * asked.minutes / 2
     warm = interleave({name: (lambda n=name: decode(n, False)) for name in loaded}, asked.rounds, limit_s=limit)
     # Last and apart, because it drops what the warm ones have read.
-    on_disk = [name for name in loaded if "resident" not in name]
-    cold = interleave(
-        {name.replace("warm", "cold"): (lambda n=name: decode(n, True)) for name in on_disk},
-        asked.rounds,
-        warm_up=0,
-        limit_s=limit,
-    )
+    ways = {n.replace("warm", "cold"): (lambda n=n: decode(n, True)) for n in loaded if "resident" not in n}
+    cold = interleave(ways, asked.rounds, warm_up=0, limit_s=limit)
     found = speeds(warm, "donor", asked.tokens)
-    smallest = f"{min(asked.sizes):,} rows"
     for name in set(loaded) - {"donor"}:
-        times = ratios(warm[name], warm[smallest + name[name.index(" rows") + len(" rows") :]])
-        found[name]["times_the_smallest"] = spread(times)
-        if "on disk" in name and str(max(asked.sizes)) in name.replace(",", ""):
-            target(f"{name}, times the smallest", found[name]["times_the_smallest"]["median"], at_most=1.05)
+        smallest = f"{min(asked.sizes):,} rows, {name.partition(' rows, ')[2]}"
+        found[name]["times_the_smallest"] = spread(ratios(warm[name], warm[smallest]))
+    largest = f"{max(asked.sizes):,} rows, on disk, warm"
+    target(f"{largest}, times the smallest", found[largest]["times_the_smallest"]["median"], at_most=1.05)
     sizes = {"tables": about, "row_bytes": SIZES_HEAD_DIM * 2, "reads_a_token": heads, "tokens_a_round": asked.tokens}
     return sizes, {"decode": found, "decode_cold": speeds(cold, "donor", asked.tokens)}
 
@@ -122,7 +114,7 @@ def free_ram() -> int:
 @torch.no_grad()
 def count_bytes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
     """Bytes and copies to the device in one forward pass; every placement must give the same logits."""
-    donor = whole(asked.donor)
+    donor = whole_donor(asked.donor)
     try:
         load_device()
     except (NoCompiler, BuildFailed) as error:
@@ -162,84 +154,56 @@ def count_bytes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
     return sizes, measured
 
 
-class Reader:
-    """One file of rows, and the ways to copy some of them.
+def mapped(file: int, rows: np.ndarray, out: np.ndarray) -> None:
+    """Gathers from a mapping, as safetensors makes it: the kernel faults page by page."""
+    whole_file = np.frombuffer(mmap.mmap(file, 0, prot=mmap.PROT_READ), np.uint8)
+    np.take(whole_file[: len(whole_file) // ROW_BYTES * ROW_BYTES].reshape(-1, ROW_BYTES), rows, axis=0, out=out)
 
-    Args:
-        path (`Path`): rows of `ROW_BYTES`, one after the other.
-    """
 
-    def __init__(self, path: Path):
-        self.path, self.rows, self.file = path, path.stat().st_size // ROW_BYTES, os.open(path, os.O_RDONLY)
-        self.ways: dict[str, Callable] = {
-            "mapped gather": self.mapped,
-            "preadv": self.positioned,
-            "posix_fadvise WILLNEED, then preadv": self.told_before,
-        }
+def positioned(file: int, rows: np.ndarray, out: np.ndarray) -> None:
+    """Reads by position, one `preadv` a row."""
+    view = memoryview(out).cast("B")
+    for number, row in enumerate(rows.tolist()):
+        os.preadv(file, [view[number * ROW_BYTES : (number + 1) * ROW_BYTES]], row * ROW_BYTES)
 
-    def map(self) -> torch.Tensor:
-        """All rows as a tensor over a fresh mapping, as safetensors makes it."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of memory that it may not write to, and nobody does
-            flat = torch.frombuffer(mmap.mmap(self.file, 0, prot=mmap.PROT_READ), dtype=torch.uint8)
-        return flat[: self.rows * ROW_BYTES].view(self.rows, ROW_BYTES)
 
-    def mapped(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """`index_select` on a mapping: the kernel faults page by page."""
-        torch.index_select(self.mapping, 0, torch.from_numpy(rows), out=torch.from_numpy(out))
+def told_before(file: int, rows: np.ndarray, out: np.ndarray) -> None:
+    """Tells the kernel all places, then reads by position."""
+    for row in rows.tolist():
+        os.posix_fadvise(file, row * ROW_BYTES, ROW_BYTES, os.POSIX_FADV_WILLNEED)
+    positioned(file, rows, out)
 
-    def positioned(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """One `preadv` a row."""
-        view = memoryview(out).cast("B")
-        for number, row in enumerate(rows.tolist()):
-            os.preadv(self.file, [view[number * ROW_BYTES : (number + 1) * ROW_BYTES]], row * ROW_BYTES)
 
-    def told_before(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """The kernel hears of all places before the first is waited for."""
-        for row in rows.tolist():
-            os.posix_fadvise(self.file, row * ROW_BYTES, ROW_BYTES, os.POSIX_FADV_WILLNEED)
-        self.positioned(rows, out)
-
-    def microseconds(self, name: str, reads: int, random: np.random.Generator, cold: bool) -> float:
-        """A row's share of one read of random rows in ascending order."""
-        rows, out = np.sort(random.integers(0, self.rows, reads)), np.zeros((reads, ROW_BYTES), np.uint8)
-        self.mapping = None  # mapped pages are not dropped
-        if cold:
-            grafts.drop([self.path])
-        self.mapping = self.map()
-        if not cold:
-            self.ways[name](rows, out)
-        calls = 100 if reads < 1000 and not cold else 1
-        seconds = seconds_of(lambda: [self.ways[name](rows, out) for _ in range(calls)])
-        if not np.array_equal(out, self.mapping[torch.from_numpy(rows)].numpy()):
-            raise OSError(f"'{name}' does not read what a mapping shows.")
-        return 1e6 * seconds / calls / reads
+READS = {"mapped gather": mapped, "preadv": positioned, "posix_fadvise WILLNEED, then preadv": told_before}
 
 
 def compare_reading(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
-    """Microseconds a row of every way, warm and cold."""
+    """Microseconds a row of every way, warm and cold; random rows in ascending order."""
     refuse_without_room(asked.work, {"file of rows": asked.bytes})
     random, path = np.random.default_rng(0), place / "rows"
-    with open(path, "xb", buffering=0) as file:
-        for begin in range(0, asked.bytes, grafts.BLOCK):
-            size = min(grafts.BLOCK, asked.bytes - begin)
-            grafts.write_all(file.fileno(), grafts.random_block(random, size, "BF16"), begin)
-    reader, measured = Reader(path), {}
-    try:
-        for reads in asked.reads:
-            found: dict[str, dict] = {name: {} for name in reader.ways}
-            for state in ("warm", "cold"):
-                say(f"{reads:,} rows, {state}")
-                ways = {
-                    name: (lambda n=name: reader.microseconds(n, reads, random, state == "cold"))  # noqa: B023
-                    for name in reader.ways
-                }
-                warm_up = 0 if state == "cold" else 1
-                for name, values in interleave(ways, asked.rounds, warm_up, 15 * asked.minutes).items():
-                    found[name][state] = spread(values)
-            measured[f"{reads:,} rows"] = found
-    finally:
-        os.close(reader.file)
+    path.touch()
+    file = os.open(path, os.O_RDWR)
+    for begin in range(0, asked.bytes, grafts.BLOCK):
+        size = min(grafts.BLOCK, asked.bytes - begin)
+        grafts.write_all(file, grafts.random_block(random, size, "BF16"), begin)
+
+    def once(way: Callable, reads: int, cold: bool) -> float:
+        rows, out = np.sort(random.integers(0, asked.bytes // ROW_BYTES, reads)), np.zeros((reads, ROW_BYTES), np.uint8)
+        if cold:
+            grafts.drop([path])
+        else:
+            way(file, rows, out)
+        return 1e6 / reads * seconds_of(lambda: way(file, rows, out))
+
+    measured: dict[str, dict] = {}
+    for reads in asked.reads:
+        found = measured.setdefault(f"{reads:,} rows", {name: {} for name in READS})
+        for state in ("warm", "cold"):
+            say(f"{reads:,} rows, {state}")
+            ways = {name: (lambda w=way: once(w, reads, state == "cold")) for name, way in READS.items()}  # noqa: B023
+            for name, values in interleave(ways, 4 * asked.rounds, limit_s=15 * asked.minutes).items():
+                found[name][state] = spread(values)
+    os.close(file)
     return {"file_bytes": asked.bytes, "row_bytes": ROW_BYTES}, measured
 
 

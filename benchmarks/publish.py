@@ -98,16 +98,11 @@ def matches(entry, path: list[str]) -> Iterator[tuple[list[str], dict]]:
 
 
 MEMORY = (
-    "{rows:,} rows of {row_bytes} bytes ({table_bytes:GB} GB, {table_dtype}), layers {layers}, orders {orders}, "
-    "{heads} heads"
-)
-OWN_MEMORY = MEMORY.replace("{", "{sizes[").replace("}", "]}").replace(":,]", "]:,").replace(":GB]", "]:GB")
-SPEED = Table(
-    "measured/by_backbone_dtype/*",
-    "backbone {0}",
-    {"tokens/s": "{per_second:n}", "% of the donor's speed": "{speed_ratio:%}"},
+    "Memory: {sizes[rows]:,} rows of {sizes[row_bytes]} bytes ({sizes[table_bytes]:GB} GB, {sizes[table_dtype]}), "
+    "layers {sizes[layers]}, orders {sizes[orders]}, {sizes[heads]} heads."
 )
 AGAINST = {"tokens/s": "{per_second:n}", "% of the donor's speed": "{speed_ratio:%}"}
+SPEED = Table("measured/by_backbone_dtype/*", "backbone {0}", AGAINST)
 STEPS = {
     "seconds a step": "{seconds:n}",
     "most private memory, GB": "{peak_anonymous:GB}",
@@ -119,12 +114,12 @@ SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
     "decode": (
         "decode",
         "measured",
-        ["{sizes[tokens_a_round]} tokens a round, batch {sizes[batch]}. Memory: " + OWN_MEMORY + ".", SPEED],
+        ["{sizes[tokens_a_round]} tokens a round, batch {sizes[batch]}. " + MEMORY, SPEED],
     ),
     "prefill": (
         "prefill",
         "measured",
-        ["{sizes[tokens]:,} tokens, batch {sizes[batch]}. Memory: " + OWN_MEMORY + ".", SPEED],
+        ["{sizes[tokens]:,} tokens, batch {sizes[batch]}. " + MEMORY, SPEED],
     ),
     "big": (
         "big",
@@ -156,7 +151,7 @@ SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
         "offload",
         "measured/bytes",
         [
-            "Table: " + OWN_MEMORY + ".",
+            MEMORY,
             Table(
                 "measured/bytes/*/ways",
                 "{0}",
@@ -201,7 +196,7 @@ SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
         "measured",
         [
             "{sizes[batch]} sequences of {sizes[length]} tokens a step, {sizes[precision]}; LoRA has rank "
-            "{sizes[lora_rank]}. Memory: " + OWN_MEMORY + ".",
+            "{sizes[lora_rank]}. " + MEMORY,
             Table(
                 "measured/ways",
                 "what learns",

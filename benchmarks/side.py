@@ -43,7 +43,7 @@ class Side:
     """A process that answers questions, as the caller sees it.
 
     Args:
-        way (`str`): a key of `WAYS`.
+        way (`str`): "full", "lora", "memory", "both" or "theirs".
         job (`dict`): what to load, and how.
         place (`Path`): folder for its job and its errors.
         python (*optional*): its interpreter.
@@ -102,24 +102,23 @@ def anonymous() -> int:
     return int(line.split()[1]) << 10
 
 
-class Peak:
-    """The most private memory that this process has held while the block ran, looked at every 20 ms."""
+@contextlib.contextmanager
+def peak() -> Iterator[list[int]]:
+    """The private memory of this process while the block runs, looked at every 20 ms."""
+    seen, over = [anonymous()], threading.Event()
 
-    def __enter__(self) -> "Peak":
-        self.bytes, self.over = 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
+    def watch() -> None:
+        while not over.wait(LOOK_EVERY_S):
+            seen.append(anonymous())
 
-    def watch(self) -> None:
-        """Looks until the block is over."""
-        while not self.over.wait(LOOK_EVERY_S):
-            self.bytes = max(self.bytes, anonymous())
-
-    def __exit__(self, *exception) -> None:
-        self.over.set()
-        self.thread.join()
-        self.bytes = max(self.bytes, anonymous())
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+        seen.append(anonymous())
 
 
 def plain(job: dict):
@@ -127,49 +126,25 @@ def plain(job: dict):
     return AutoModelForCausalLM.from_pretrained(job["donor"], dtype=torch.float32)
 
 
-def adamw(model) -> torch.optim.AdamW:
-    """Torch's own optimizer, over what requires a gradient."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+def ours(job: dict, way: str):
+    """The backbone, with LoRA on every matrix of its layers, with the memory of a graft, or with both."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-
-def full(job: dict):
-    """All weights of the backbone."""
-    model = plain(job)
-    return model, lambda: adamw(model)
-
-
-def lora_config(job: dict):
-    """LoRA on every matrix of the decoder layers."""
-    from peft import LoraConfig
-
-    rank = job["lora_rank"]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
-
-
-def lora(job: dict):
-    """LoRA on the backbone."""
-    from peft import get_peft_model
-
-    model = get_peft_model(plain(job), lora_config(job))
-    return model, lambda: adamw(model)
-
-
-def memory(job: dict, adapter: bool = False):
-    """The memory of a graft."""
     from engram_transformers.training import engram_optimizer
 
-    model = AutoModelForCausalLM.from_pretrained(job["graft"], dtype=torch.float32, engram_placement=job["placement"])
-    if adapter:
-        from peft import inject_adapter_in_model
-
-        inject_adapter_in_model(lora_config(job), model.backbone)
-    model.train_mode("memory+lora" if adapter else "memory")
-    return model, lambda: engram_optimizer(model, lr=LEARNING_RATE)
-
-
-def both(job: dict):
-    """The memory of a graft, and LoRA on its backbone."""
-    return memory(job, adapter=True)
+    has_memory = way in ("memory", "both")
+    placed = {"engram_placement": job["placement"]} if has_memory else {}
+    model = AutoModelForCausalLM.from_pretrained(job["graft" if has_memory else "donor"], dtype=torch.float32, **placed)
+    if way in ("lora", "both"):
+        model.requires_grad_(False)
+        rank = job["lora_rank"]
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        inject_adapter_in_model(config, model.backbone if has_memory else model)
+    if has_memory:
+        model.train_mode("memory+lora" if way == "both" else "memory")
+        return model, lambda: engram_optimizer(model, lr=LEARNING_RATE)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, lambda: torch.optim.AdamW(trained, lr=LEARNING_RATE)
 
 
 def theirs(job: dict):
@@ -192,20 +167,17 @@ def theirs(job: dict):
     return model, lambda: get_optimizer(model)
 
 
-WAYS = {"full": full, "lora": lora, "memory": memory, "both": both, "theirs": theirs}
-
-
 class Worker:
     """The process itself: a model, its text, and an optimizer once it is asked for a step.
 
     Args:
-        way (`str`): a key of `WAYS`.
+        way (`str`): "full", "lora", "memory", "both" or "theirs".
         job (`dict`): what to load, and how.
     """
 
     def __init__(self, way: str, job: dict):
         self.way, self.job = way, job
-        self.model, self.make_optimizer = WAYS[way](job)
+        self.model, self.make_optimizer = theirs(job) if way == "theirs" else ours(job, way)
         self.batches = torch.tensor(job["ids"]).view(-1, job["batch"], job["length"])  # (steps, batch, length)
         self.plain = self.optimizer = None
         self.taken = self.peak = self.asked = 0
@@ -225,9 +197,9 @@ class Worker:
         with torch.no_grad():
             self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         losses = []
-        with Peak() as peak:
+        with peak() as seen:
             seconds = seconds_of(lambda: (losses.append(self.backward(ids)), self.update()))
-        self.peak = max(self.peak, peak.bytes)
+        self.peak = max(self.peak, *seen)
         return {"seconds": seconds, "loss": losses[0]}
 
     def backward(self, ids: torch.Tensor) -> float:
@@ -250,9 +222,9 @@ class Worker:
         self.backward(self.batches[0])
         touched = sum(p.grad.row_values.numel() for p in self.trained if hasattr(p.grad, "row_values"))
         before = anonymous()
-        with Peak() as peak:
+        with peak() as seen:
             self.optimizer.step()
-        return {"more": anonymous() - before, "most": peak.bytes - before, "touched_values": touched}
+        return {"more": seen[-1] - before, "most": max(seen) - before, "touched_values": touched}
 
     def forward(self) -> dict:
         """Seconds of one forward pass, the backbone's and the memory's."""

@@ -18,7 +18,7 @@ from .compare import ratios, spread
 from .side import GIVE_BACK, Side, take_turns
 
 
-# Way: a key of `side.WAYS`, and what its job has different from the others'.
+# Way: a way of `side.Side`, and what its job has different from the others'.
 WAYS: dict[str, tuple[str, dict]] = {
     "full": ("full", {}),
     "lora": ("lora", {}),
