@@ -1,9 +1,9 @@
 """A table of 40 GB on disk, in processes that may have 6 GB: load time, memory, prefill and decoding.
 
-Every byte of the table is written and random. Loading is compared with the backbone's own, in fresh processes that take
-turns; reading with the same model over a resident table of 1 GB and with the backbone. "Cold" is after the table's files
-were dropped from the page cache. The limit is a control group of the kernel (version 1 or 2, usually as root), and
-counts the page cache; without one nothing is measured.
+Every byte of the table is written and random. Loading is compared with the backbone's own, in fresh processes that
+take turns; reading with the same model over a resident table of 1 GB and with the backbone. "Cold" is after the table's
+files were dropped from the page cache. The limit is a control group of the kernel (version 1 or 2, usually as root),
+and counts the page cache; without one nothing is measured.
 
 Run: python -m benchmarks.big, or `make bench-long` (42 GB of disk)
 """
@@ -22,8 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import grafts, models
-from .command import CannotMeasure, integers, parser, refuse_without_room, run, say, start, target, whole_donor
-from .command import workplace
+from .command import CannotMeasure, integers, parser, say, start, target, whole_donor, workplace
 from .compare import interleave, ratios, seconds_of, speeds, spread
 from .record import ROOT
 from .side import anonymous
@@ -89,11 +88,8 @@ def inside(group: Path, what: str, folder: Path, asked: argparse.Namespace) -> d
 def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """The benchmark."""
     asked.donor = whole_donor(asked.donor).resolve()
-    copies = 2 * grafts.donor_bytes(asked.donor)
-    refuse_without_room(asked.work, {"tables": asked.bytes + asked.resident_bytes, "copies of the backbone": copies})
     with memory_group(asked.cap) as (version, group, peak), workplace(asked.work, "big") as place:
         for name, size in (("on_disk", asked.bytes), ("resident", asked.resident_bytes)):
-            say(f"filling {size / 1e9:.2f} GB")
             rows = grafts.rows_for(size, asked.layers, HEAD_DIM)
             grafts.filled_graft(asked.donor, place / name, asked.layers, rows, HEAD_DIM)
         measured = {"load": compare_loading(asked, place, group, peak)}
@@ -146,7 +142,7 @@ def compare_loading(asked: argparse.Namespace, place: Path, group: Path, peak: P
 # In a measuring process.
 
 
-def load(folder: Path, asked: argparse.Namespace) -> dict:
+def load(folder: Path) -> dict:
     """Seconds to load one checkpoint, and what is held then."""
     config = AutoConfig.from_pretrained(folder)
     # Transformers imports a model's code when it is first asked for: once, before the clock runs, for both sides.
@@ -190,16 +186,15 @@ def compare(folder: Path, asked: argparse.Namespace, what: str) -> dict:
     return {**found, "cold": cold}
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Measures and returns the lines; in a measuring process, prints its result."""
-    asked = options(argv)
+def main() -> None:
+    """The benchmark, or one of its measuring processes, which prints its result."""
+    asked = options()
     if asked.inside is None:
-        return run(measure, asked)
+        return start(measure, asked)
     torch.set_num_threads(asked.threads)
-    what, folder = asked.inside
-    print(json.dumps(load(Path(folder), asked) if what == "load" else compare(Path(folder), asked, what)))
-    return []
+    what, folder = asked.inside[0], Path(asked.inside[1])
+    print(json.dumps(load(folder) if what == "load" else compare(folder, asked, what)))
 
 
 if __name__ == "__main__":
-    main() if "--inside" in sys.argv else start(measure, options())
+    main()

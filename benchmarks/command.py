@@ -47,15 +47,7 @@ def parser(doc: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def run(measure: Callable[[argparse.Namespace], Iterator[tuple[str, dict, dict]]], asked: argparse.Namespace) -> list:
-    """Measures, prints a line for each result and adds it to the results.
-
-    Args:
-        measure (`Callable`): takes the options, yields name, sizes and measurements of each result.
-        asked (`argparse.Namespace`): from `parser`.
-
-    Returns:
-        `list[dict]`: the lines.
-    """
+    """Prints a line for each result (name, sizes, measurements), adds it to the results, and returns all lines."""
     torch.set_num_threads(asked.threads)
     logging.disable_progress_bar()
     asked.work.mkdir(parents=True, exist_ok=True)
@@ -94,11 +86,7 @@ def target(name: str, value: float, at_least: float | None = None, at_most: floa
 
 
 def whole_donor(folder: Path) -> Path:
-    """The folder of the backbone.
-
-    Raises:
-        `FileNotFoundError`: if it holds no model with its tokenizer.
-    """
+    """The folder of the backbone; FileNotFoundError if it does not hold a model with its tokenizer."""
     names = ("config.json", "tokenizer_config.json")
     if not all((folder / name).is_file() for name in names) or not list(folder.glob("*.safetensors")):
         raise FileNotFoundError(
@@ -117,12 +105,11 @@ def refuse_without_room(folder: Path, parts: Mapping[str, int]) -> None:
     """Raises OSError, with the sum, if files of these sizes do not fit on the disk of a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     free, need = shutil.disk_usage(folder).free, sum(parts.values())
-    listed = " + ".join(f"{size / 1e9:.2f} GB {name}" for name, size in parts.items())
     if need > min(MOST_BYTES, free - SPARE_BYTES):
+        listed = " + ".join(f"{size / 1e9:.2f} GB {name}" for name, size in parts.items())
         raise OSError(
-            f"{listed} = {need / 1e9:.2f} GB are needed in '{folder}', where {free / 1e9:.2f} GB are free; "
-            f"{SPARE_BYTES / 1e9:.0f} GB stay free for others, and a benchmark writes {MOST_BYTES / 1e9:.0f} GB at "
-            "most. Make room, ask for fewer rows, or name a larger disk with --work."
+            f"{listed} = {need / 1e9:.2f} GB are needed in '{folder}', where {free / 1e9:.2f} GB are free (2 GB stay "
+            "free, and 50 GB are the most). Make room, ask for fewer rows, or name a larger disk with --work."
         )
 
 

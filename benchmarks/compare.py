@@ -14,7 +14,6 @@ import numpy as np
 # A median and quartiles of fewer rounds say nothing; a time limit never cuts below this.
 LEAST_ROUNDS = 3
 
-
 # What a way returns: a number, or the parts of one as they are measured.
 Measured = float | Iterator[float]
 
@@ -25,16 +24,8 @@ def interleave(
     """Runs all ways round by round (A B C, B C A, ...).
 
     A way that yields the parts of its round one by one takes turns with the others after every part: what slows the
-    machine for less than a round then slows all of them too.
-
-    Args:
-        ways (mapping): each does its work once and returns what it measured, mostly seconds, or an iterator of parts.
-        rounds (`int`): rounds that count.
-        warm_up (`int`, *optional*, defaults to 1): rounds before them that do not.
-        limit_s (`float`, *optional*): no round starts after this many seconds, once there are `LEAST_ROUNDS`.
-
-    Returns:
-        `dict[str, list[float]]`: what each way measured, one number for each round.
+    machine for less than a round then slows all of them too. Rounds to warm up do not count, and no round starts after
+    `limit_s` seconds once there are `LEAST_ROUNDS`. Returns one number of each way for each round.
     """
     measured: dict[str, list[float]] = {name: [] for name in ways}
     begun = time.monotonic()
@@ -96,13 +87,7 @@ def ratios(upper: list[float], lower: list[float]) -> list[float]:
 
 
 def speeds(seconds: Mapping[str, list[float]], against: str, amount: float) -> dict[str, dict]:
-    """For each way the spread of `amount` a second, of the seconds, and of its speed as a share of that of `against`.
-
-    Args:
-        seconds (mapping): from `interleave`.
-        against (`str`): the way that the others are compared with.
-        amount (`float`): what one round does, such as its tokens.
-    """
+    """For each way the spread of `amount` a second, of the seconds, and of its speed as a share of `against`'s."""
     return {
         name: {
             "per_second": spread([amount / value for value in values]),

@@ -15,6 +15,8 @@ from transformers import AutoConfig
 
 from engram_transformers.conversion import graft
 
+from .command import refuse_without_room, say
+
 
 # Of checkpoint format 1 (docs/format.md).
 TABLES, TABLE_FILES = "memory.tables.", "engram-memory-*.safetensors"
@@ -38,15 +40,14 @@ def rows_for(size: int, layers: list[int], head_dim: int, dtype: str = "bfloat16
     return max(2, size // (len(layers) * HEADS_A_LAYER * head_dim * WIDTHS[dtype]))
 
 
-def donor_bytes(donor: Path) -> int:
-    """Bytes of a backbone's weight files, which every graft holds once more."""
-    return sum(path.stat().st_size for path in donor.glob("*.safetensors"))
-
-
 def filled_graft(
     donor: Path, out: Path, layers: list[int], rows: int, head_dim: int, dtype: str = "bfloat16", **more
 ) -> Path:
-    """A graft in the paper's shape whose tables are full of random rows."""
+    """A graft in the paper's shape whose tables are full of random rows; refused before it is made if it cannot fit."""
+    size = rows * len(layers) * HEADS_A_LAYER * head_dim * WIDTHS[dtype]
+    copy = sum(path.stat().st_size for path in donor.glob("*.safetensors"))
+    refuse_without_room(out.parent, {"table": size, "copy of the backbone": copy})
+    say(f"filling {size / 1e9:.2f} GB")
     more |= {"engram_head_dim": head_dim, "engram_n_heads": HEADS, "engram_table_dtype": dtype}
     graft(donor, out, layers, engram_vocab_size=rows, **more)
     for path in table_files(out):

@@ -22,23 +22,13 @@ PROMPT, PIECE = 64, 8
 
 
 def load(folder: Path, dtype: str = "auto", placement: str | None = None) -> PreTrainedModel:
-    """Loads a backbone, or a graft with its tables in a place.
-
-    Args:
-        folder (`Path`): the checkpoint.
-        dtype (`str`, *optional*, defaults to `"auto"`): of the backbone; "auto" keeps the stored one.
-        placement (`str`, *optional*): `engram_placement` of a graft.
-    """
+    """Loads a backbone, or a graft with its tables in a place; dtype "auto" is the stored one."""
     placed = {} if placement is None else {"engram_placement": placement}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placed).eval()
 
 
 def with_weights_of(model: PreTrainedModel, donor: PreTrainedModel) -> PreTrainedModel:
-    """`model` with the very tensors of `donor`, so that nothing but the memory differs.
-
-    Raises:
-        [`CannotMeasure`]: if the two do not have equal weights.
-    """
+    """`model` with the very tensors of `donor`, so that nothing but the memory differs; refused if they differ."""
     own = dict(getattr(model, "backbone", model).named_parameters())
     for name, theirs in donor.named_parameters():
         if name not in own or not torch.equal(own[name], theirs):
@@ -68,18 +58,10 @@ def wait_for(device: torch.device) -> None:
 def decode(
     model: torch.nn.Module, prompt: torch.Tensor, tokens: int, text: torch.Tensor | None = None
 ) -> Iterator[float]:
-    """Seconds of forward passes of one token each over a cache; the prompt is read before and not counted.
+    """Seconds of forward passes of one token over a cache, `PIECE` by `PIECE`; reading the prompt is not timed.
 
-    Args:
-        model (`nn.Module`): backbone or graft.
-        prompt (`torch.LongTensor` of shape `(batch, length)`): read at once.
-        tokens (`int`): forward passes that are timed.
-        text (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
-            Fed in place of the greedy choice: then all models read the same n-grams, and none falls into a loop whose
-            rows it has just read.
-
-    Yields:
-        `float`: seconds of the next `PIECE` passes.
+    `text`, `(batch, tokens)`, is fed in place of the greedy choice: then all models read the same n-grams, and none
+    falls into a loop whose rows it has just read.
     """
     read = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     # Transformers 5.24 calls it "cache", older ones "past_key_values".

@@ -15,6 +15,7 @@ import argparse
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,7 @@ from tests.counting_device import BuildFailed, NoCompiler, counted
 from tests.counting_device import load as load_device
 
 from . import grafts, models
-from .command import CannotMeasure, integers, parser, refuse_without_room, run, say, start, target, whole_donor
-from .command import workplace
+from .command import CannotMeasure, integers, parser, refuse_without_room, say, start, target, whole_donor, workplace
 from .compare import interleave, ratios, seconds_of, speeds, spread
 
 
@@ -65,15 +65,10 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
 def compare_sizes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
     """Decoding with every size in every place, by turns."""
     donor, heads = whole_donor(asked.donor), len(asked.layers) * grafts.HEADS_A_LAYER
-    tables = sum(asked.sizes) * SIZES_HEAD_DIM * grafts.WIDTHS["bfloat16"]
-    refuse_without_room(
-        asked.work, {"tables": tables, "copies of the backbone": len(asked.sizes) * grafts.donor_bytes(donor)}
-    )
     ids = models.real_ids(donor, models.PROMPT + asked.tokens)
     prompt, text = ids[:, : models.PROMPT], ids[:, models.PROMPT :]
     loaded, files, about = {"donor": models.load(donor)}, {"donor": []}, {}
     for size in sorted(asked.sizes):
-        say(f"filling {size:,} rows")
         rows = max(2, size // heads)
         folder = grafts.filled_graft(donor, place / str(size), asked.layers, rows, SIZES_HEAD_DIM)
         about[str(size)] = grafts.describe(folder)
@@ -125,8 +120,7 @@ def count_bytes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
     cpu_offload(whole_table, execution_device=torch.device(DEVICE))
     placed = {}
     for placement in ("device", "cpu", "disk"):
-        placed[placement] = models.load(graft, placement="device").to(DEVICE)
-        placed[placement].place_memory(placement)
+        placed[placement] = models.load(graft, placement="device").to(DEVICE).place_memory(placement)
     measured = {}
     for tokens in asked.passes:
         ids = models.real_ids(donor, tokens).to(DEVICE)
@@ -144,13 +138,8 @@ def count_bytes(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
         ways["accelerate's `cpu_offload` of an embedding"] = {"bytes": count.h2d, "copies": count.h2d_copies}
         for entry in ways.values():
             entry["of_rows_read"] = round(entry["bytes"] / (asks * sizes["row_bytes"]), 4)
-        for name in ("cpu", "disk"):
-            entry = ways[f'table on "{name}"']
-            target(f"{name}, {tokens} tokens, bytes a byte of rows", entry["of_rows_read"], at_most=1.05)
-        measured[f"{tokens:,} token{'s' if tokens > 1 else ''}"] = {
-            "rows_read_bytes": asks * sizes["row_bytes"],
-            "ways": ways,
-        }
+        target(f"{tokens} tokens, bytes a byte of rows", ways['table on "disk"']["of_rows_read"], at_most=1.05)
+        measured[f"{tokens:,} token{'s' if tokens > 1 else ''}"] = {"ways": ways}
     return sizes, measured
 
 
@@ -160,21 +149,19 @@ def mapped(file: int, rows: np.ndarray, out: np.ndarray) -> None:
     np.take(whole_file[: len(whole_file) // ROW_BYTES * ROW_BYTES].reshape(-1, ROW_BYTES), rows, axis=0, out=out)
 
 
-def positioned(file: int, rows: np.ndarray, out: np.ndarray) -> None:
-    """Reads by position, one `preadv` a row."""
-    view = memoryview(out).cast("B")
-    for number, row in enumerate(rows.tolist()):
-        os.preadv(file, [view[number * ROW_BYTES : (number + 1) * ROW_BYTES]], row * ROW_BYTES)
-
-
-def told_before(file: int, rows: np.ndarray, out: np.ndarray) -> None:
-    """Tells the kernel all places, then reads by position."""
-    for row in rows.tolist():
+def positioned(file: int, rows: np.ndarray, out: np.ndarray, told: bool = False) -> None:
+    """Reads by position, one `preadv` a row; `told` tells the kernel all places before."""
+    for row in rows.tolist() if told else ():
         os.posix_fadvise(file, row * ROW_BYTES, ROW_BYTES, os.POSIX_FADV_WILLNEED)
-    positioned(file, rows, out)
+    for row, place in zip(rows.tolist(), out, strict=True):
+        os.preadv(file, [place], row * ROW_BYTES)
 
 
-READS = {"mapped gather": mapped, "preadv": positioned, "posix_fadvise WILLNEED, then preadv": told_before}
+READS = {
+    "mapped gather": mapped,
+    "preadv": positioned,
+    "posix_fadvise WILLNEED, then preadv": partial(positioned, told=True),
+}
 
 
 def compare_reading(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:
@@ -205,11 +192,6 @@ def compare_reading(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]
                 found[name][state] = spread(values)
     os.close(file)
     return {"file_bytes": asked.bytes, "row_bytes": ROW_BYTES}, measured
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Measures and returns the lines."""
-    return run(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Forward passes, generation and training steps beside engram-peft 1.2.7, which also gives a model an Engram.
 
-Each side has a process of its own with a plain backbone in it, tables of equal size, the same prompts, float32 (training
-in bfloat16 by autocast); the processes take turns. pip installs engram-peft into an environment that is made for the run
-and deleted after it, and sees this environment's torch and transformers. Both memories add nothing (their values are
-zero), so that every side generates the backbone's own tokens.
+Each side has a process of its own with a plain backbone in it, tables of equal size, the same prompts, float32
+(training in bfloat16 by autocast); the processes take turns. pip installs engram-peft into an environment that is made
+for the run and deleted after it, and sees this environment's torch and transformers. Both memories add nothing (their
+values are zero, ours next to zero), so that every side generates the backbone's own tokens.
 
 Run: python -m benchmarks.peer
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import grafts
-from .command import CannotMeasure, parser, refuse_without_room, run, say, start, target, whole_donor, workplace
+from .command import CannotMeasure, parser, refuse_without_room, say, start, target, whole_donor, workplace
 from .compare import ratios, spread
 from .side import Side, take_turns
 from .training import HELD, job_of, seconds_of_steps, training_options
@@ -41,19 +41,11 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """The benchmark."""
     donor = whole_donor(asked.donor).resolve()
-    table = asked.rows * grafts.HEADS_A_LAYER * len(asked.layers) * asked.head_dim * grafts.WIDTHS["float32"]
-    refuse_without_room(asked.work, {"environment": ENVIRONMENT_BYTES, "table": table})
+    refuse_without_room(asked.work, {"environment": ENVIRONMENT_BYTES})
     with workplace(asked.work, "peer") as place:
         python = asked.environment or environment(place / "environment")
-        graft = grafts.filled_graft(
-            donor,
-            place / "graft",
-            asked.layers,
-            asked.rows,
-            asked.head_dim,
-            "float32",
-            engram_value_initializer_range=0.0,
-        )
+        shape = (asked.layers, asked.rows, asked.head_dim, "float32")
+        graft = grafts.filled_graft(donor, place / "graft", *shape, engram_value_initializer_range=1e-9)
         job = job_of(asked, donor, graft) | {"prompt": asked.prompt, "generated": asked.generated}
         measured: dict[str, dict] = {}
         for work in ("forward", "generate"):
@@ -103,11 +95,6 @@ def environment(folder: Path) -> Path:
     if done.returncode:
         raise CannotMeasure(f"pip could not install {PACKAGE}:\n{done.stderr.strip()[-1500:]}")
     return python
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Measures and returns the lines."""
-    return run(measure, options(argv))
 
 
 if __name__ == "__main__":

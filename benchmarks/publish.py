@@ -1,4 +1,4 @@
-"""Puts figures into docs/performance.md and docs/training.md: one renderer, and what is shown of each benchmark as data.
+"""Puts figures into docs/performance.md and docs/training.md: one renderer, and as data what it shows.
 
 Promises: the last result of a benchmark gives the same text every time; what has not been measured is named with the
 command that measures it; a block whose values a result does not have is left out. Never measures anything, and changes
@@ -10,7 +10,7 @@ Run: python -m benchmarks.publish
 import string
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from .record import RESULTS, ROOT, lines_of
@@ -55,27 +55,23 @@ class Table:
     Args:
         rows (`str`): path of the entry whose items are the rows; every match of a "*" in it gives a table.
         first (`str`): head of the first column; `{0}` is what the first "*" stands for.
-        columns (`dict[str, str]`): head and template of the others; a template sees the row's entry.
-        names (`dict[str, str]`): other labels for some rows.
+        columns (`str`): names of the others, from `COLUMNS`.
     """
 
     rows: str
     first: str
-    columns: dict[str, str]
-    names: dict[str, str] = field(default_factory=dict)
+    columns: str
 
     def show(self, line: dict) -> str:
         """All tables; KeyError if there is none."""
-        found = [(labels, entry) for labels, entry in matches(line, self.rows.split("/")) if entry]
-        if not found:
-            raise KeyError(self.rows)
+        columns = [COLUMNS[name] for name in self.columns.split()]
         tables = []
-        for labels, entry in found:
-            rows = [
-                [self.names.get(name, name), *(cell(text, row) for text in self.columns.values())]
-                for name, row in entry.items()
-            ]
-            tables.append(table([self.first.format(*labels), *self.columns], [row for row in rows if any(row[1:])]))
+        for labels, entry in matches(line, self.rows.split("/")):
+            rows = [[NAMES.get(name, name), *(cell(text, row) for _, text in columns)] for name, row in entry.items()]
+            head = [self.first.format(*labels), *(head for head, _ in columns)]
+            tables.append(table(head, [row for row in rows if any(row[1:])]))
+        if not tables:
+            raise KeyError(self.rows)
         return "\n\n".join(tables)
 
 
@@ -97,17 +93,40 @@ def matches(entry, path: list[str]) -> Iterator[tuple[list[str], dict]]:
                 yield [name, *labels] if path[0] == "*" else labels, found
 
 
+# Columns of tables: head, and a template that sees the row's entry.
+COLUMNS = {
+    "per_second": ("tokens/s", "{per_second:n}"),
+    "share": ("% of the donor's speed", "{speed_ratio:%}"),
+    "smallest": ("times the smallest", "{times_the_smallest:n}"),
+    "bytes": ("bytes to the device", "{bytes:,}"),
+    "copies": ("copies", "{copies}"),
+    "of_rows": ("bytes a byte of rows", "{of_rows_read:n}"),
+    "warm": ("warm", "{warm:n}"),
+    "cold": ("cold", "{cold:n}"),
+    "ours": ("ours", "{times_the_donor[ours]:n}"),
+    "theirs": ("engram-peft", "{times_the_donor[theirs]:n}"),
+    "theirs_over_ours": ("theirs / ours", "{theirs_over_ours:n}"),
+    "seconds": ("seconds a step", "{seconds:n}"),
+    "held": ("most private memory, GB", "{peak_anonymous:GB}"),
+    "state": ("optimizer's state, GB", "{state_bytes:GB}"),
+    "full": ("times all weights", "{times_full:n}"),
+    "lora": ("times LoRA", "{times_lora:n}"),
+    "more": ("MiB more after it", "{more:MiB}"),
+    "most": ("most meanwhile, MiB", "{most:MiB}"),
+    "touched": ("values in touched rows", "{touched_values:,}"),
+    "table": ("table, GB", "{table_bytes:GB}"),
+}
+NAMES = {
+    "full": "all weights, AdamW",
+    "lora": "LoRA",
+    "memory on disk": "memory, its table on disk",
+    "both": "memory + LoRA",
+}
 MEMORY = (
     "Memory: {sizes[rows]:,} rows of {sizes[row_bytes]} bytes ({sizes[table_bytes]:GB} GB, {sizes[table_dtype]}), "
     "layers {sizes[layers]}, orders {sizes[orders]}, {sizes[heads]} heads."
 )
-AGAINST = {"tokens/s": "{per_second:n}", "% of the donor's speed": "{speed_ratio:%}"}
-SPEED = Table("measured/by_backbone_dtype/*", "backbone {0}", AGAINST)
-STEPS = {
-    "seconds a step": "{seconds:n}",
-    "most private memory, GB": "{peak_anonymous:GB}",
-    "optimizer's state, GB": "{state_bytes:GB}",
-}
+SPEED = Table("measured/by_backbone_dtype/*", "backbone {0}", "per_second share")
 
 # Name between marks: benchmark, path that its result must have, and blocks of text.
 SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
@@ -116,77 +135,53 @@ SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
         "measured",
         ["{sizes[tokens_a_round]} tokens a round, batch {sizes[batch]}. " + MEMORY, SPEED],
     ),
-    "prefill": (
-        "prefill",
-        "measured",
-        ["{sizes[tokens]:,} tokens, batch {sizes[batch]}. " + MEMORY, SPEED],
-    ),
+    "prefill": ("prefill", "measured", ["{sizes[tokens]:,} tokens, batch {sizes[batch]}. " + MEMORY, SPEED]),
     "big": (
         "big",
         "measured",
         [
             "On disk: {sizes[on_disk][rows]:,} rows of {sizes[on_disk][row_bytes]} bytes "
-            "({sizes[on_disk][table_bytes]:GB} GB in {sizes[on_disk][files]} files); resident: "
-            "{sizes[resident][table_bytes]:GB} GB. The processes may have {sizes[cap_bytes]:GB} GB, page cache "
-            "included, and held at most {measured[load][group_peak_bytes]:GB} GB (load), "
-            "{measured[prefill][group_peak_bytes]:GB} GB (prefill) and {measured[decode][group_peak_bytes]:GB} GB "
-            "(decode).",
+            "({sizes[on_disk][table_bytes]:GB} GB); resident: {sizes[resident][table_bytes]:GB} GB. The processes may "
+            "have {sizes[cap_bytes]:GB} GB, page cache included, and held at most "
+            "{measured[load][group_peak_bytes]:GB} GB (load), {measured[prefill][group_peak_bytes]:GB} GB (prefill) "
+            "and {measured[decode][group_peak_bytes]:GB} GB (decode).",
             "Loading takes {measured[load][seconds][big]:n} s, {measured[load][times_the_donor]:n} times the donor's. "
             "The process then holds {measured[load][anonymous_bytes][big]:GB} GB of private memory, the donor's "
             "{measured[load][anonymous_bytes][donor]:GB} GB.",
-            Table("measured/*/speeds", "{0}", AGAINST),
-            Table("measured/*/cold/speeds", "{0}, after the files were dropped from the page cache", AGAINST),
+            Table("measured/*/speeds", "{0}", "per_second share"),
+            Table(
+                "measured/*/cold/speeds", "{0}, after the files were dropped from the page cache", "per_second share"
+            ),
         ],
     ),
     "offload sizes": (
         "offload",
         "measured/sizes",
         [
-            Table("measured/sizes/decode", "rows, place", {**AGAINST, "times the smallest": "{times_the_smallest:n}"}),
+            Table("measured/sizes/decode", "rows, place", "per_second share smallest"),
             "After the files were dropped from the page cache:",
-            Table("measured/sizes/decode_cold", "rows, place", AGAINST),
+            Table("measured/sizes/decode_cold", "rows, place", "per_second share"),
         ],
     ),
     "offload bytes": (
         "offload",
         "measured/bytes",
-        [
-            MEMORY,
-            Table(
-                "measured/bytes/*/ways",
-                "{0}",
-                {"bytes to the device": "{bytes:,}", "copies": "{copies}", "bytes a byte of rows": "{of_rows_read:n}"},
-            ),
-        ],
+        [MEMORY, Table("measured/bytes/*/ways", "{0}", "bytes copies of_rows")],
     ),
     "offload reading": (
         "offload",
         "measured/reading",
         [
             "Rows of {sizes[row_bytes]} bytes out of a file of {sizes[file_bytes]:GB} GB, microseconds a row.",
-            Table("measured/reading/*", "{0}", {"warm": "{warm:n}", "cold": "{cold:n}"}),
+            Table("measured/reading/*", "{0}", "warm cold"),
         ],
     ),
-    "peer": (
-        "peer",
-        "measured/forward",
-        [
-            Table(
-                "measured",
-                "times the donor",
-                {
-                    "ours": "{times_the_donor[ours]:n}",
-                    "engram-peft": "{times_the_donor[theirs]:n}",
-                    "theirs / ours": "{theirs_over_ours:n}",
-                },
-            )
-        ],
-    ),
+    "peer": ("peer", "measured/forward", [Table("measured", "times the donor", "ours theirs theirs_over_ours")]),
     "peer step": (
         "peer",
         "measured/step",
         [
-            Table("measured/step/sides", "a training step", STEPS),
+            Table("measured/step/sides", "a training step", "seconds held state"),
             "engram-peft takes {measured[step][theirs_over_ours]:n} times as long as our step, and "
             "{measured[step][theirs_over_ours_on_disk]:n} times as long as ours with the table on disk.",
         ],
@@ -197,33 +192,11 @@ SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
         [
             "{sizes[batch]} sequences of {sizes[length]} tokens a step, {sizes[precision]}; LoRA has rank "
             "{sizes[lora_rank]}. " + MEMORY,
-            Table(
-                "measured/ways",
-                "what learns",
-                {"times all weights": "{times_full:n}", "times LoRA": "{times_lora:n}", **STEPS},
-                {
-                    "full": "all weights, AdamW",
-                    "lora": "LoRA",
-                    "memory on disk": "memory, its table on disk",
-                    "both": "memory + LoRA",
-                },
-            ),
+            Table("measured/ways", "what learns", "seconds full lora held state"),
             "Private memory of the first update, in a fresh process whose allocator keeps nothing back:",
-            Table(
-                "measured/first_step",
-                "table on",
-                {
-                    "MiB more after it": "{more:MiB}",
-                    "most meanwhile, MiB": "{most:MiB}",
-                    "values in touched rows": "{touched_values:,}",
-                },
-            ),
+            Table("measured/first_step", "table on", "more most touched"),
             "Tables of many sizes, on disk, rows of {sizes[width_of_sizes]} values:",
-            Table(
-                "measured/sizes",
-                "rows",
-                {"table, GB": "{table_bytes:GB}", "times the smallest": "{times_the_smallest:n}", **STEPS},
-            ),
+            Table("measured/sizes", "rows", "table seconds smallest held state"),
         ],
     ),
 }
@@ -244,13 +217,13 @@ def figures(name: str, results: Path = RESULTS) -> str | None:
     return "\n\n".join([*shown, measured_by(found[-1])])
 
 
-def measured_by(result: dict, command: str | None = None) -> str:
+def measured_by(result: dict) -> str:
     """Where and with what a result was measured."""
     machine, versions = result["machine"], result["versions"]
     commit, _, dirty = result["commit"].partition("+")
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "accelerate", "safetensors"))
     return (
-        f"{command or result['benchmark']}, {result['time'][:10]}, commit {commit[:12]}"
+        f"{result['benchmark']}, {result['time'][:10]}, commit {commit[:12]}"
         f"{' with changes' if dirty else ''}; {machine['cpu']}, {machine['cores']} cores (torch's threads: "
         f"{result['sizes']['threads']}), {machine['ram_bytes'] / 1e9:.0f} GB RAM, {machine['kernel']}; Python "
         f"{versions['python']}, {named}."

@@ -26,17 +26,14 @@ from .record import ROOT
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CLIP, LEARNING_RATE, LOOK_EVERY_S = 1.0, 1e-4, 0.02
 
-# As the Makefile sets them for the demo: glibc keeps large blocks, which is worth a third of the speed on a CPU. Threads
-# that wait give their core away: processes that do not have their turn must not disturb the one that has.
-KEEP_BLOCKS = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
-QUIET = {"OMP_WAIT_POLICY": "passive"}
+# glibc's allocator: it keeps large blocks, as the Makefile sets it, which makes training on a CPU faster; or it gives
+# free blocks back, where memory is counted, because what it kept would hide what is taken.
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+KEEP_BLOCKS = dict(zip(MALLOC, (str(1 << 32), str(1 << 33), str(1 << 28)), strict=True))
+GIVE_BACK = dict(zip(MALLOC, (str(1 << 16), str(1 << 16), "0"), strict=True))
 
-# Where memory is counted, blocks go back to the system when they are free: what was kept would hide what is taken.
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16), "MALLOC_TOP_PAD_": "0"}
+# Threads that wait give their core away: processes that wait for their turn must not disturb the one that has it.
+QUIET = {"OMP_WAIT_POLICY": "passive"}
 
 
 class Side:
@@ -44,10 +41,8 @@ class Side:
 
     Args:
         way (`str`): "full", "lora", "memory", "both" or "theirs".
-        job (`dict`): what to load, and how.
+        job (`dict`): what to load, and how, from `training.job_of`.
         place (`Path`): folder for its job and its errors.
-        python (*optional*): its interpreter.
-        allocator (`dict`, *optional*): settings of glibc's allocator.
     """
 
     def __init__(self, way: str, job: dict, place: Path, python=sys.executable, allocator: dict = KEEP_BLOCKS):
@@ -168,12 +163,7 @@ def theirs(job: dict):
 
 
 class Worker:
-    """The process itself: a model, its text, and an optimizer once it is asked for a step.
-
-    Args:
-        way (`str`): "full", "lora", "memory", "both" or "theirs".
-        job (`dict`): what to load, and how.
-    """
+    """The process itself: a model, its text, and an optimizer once it is asked for a step."""
 
     def __init__(self, way: str, job: dict):
         self.way, self.job = way, job
@@ -190,24 +180,22 @@ class Worker:
             self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def step(self) -> dict:
-        """One step of training; its seconds and its loss."""
+        """One step of training; its seconds."""
         self.prepare()
         ids = self.batches[self.taken % len(self.batches)]  # (batch, length)
         self.taken += 1
         with torch.no_grad():
             self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        losses = []
         with peak() as seen:
-            seconds = seconds_of(lambda: (losses.append(self.backward(ids)), self.update()))
+            seconds = seconds_of(lambda: (self.backward(ids), self.update()))
         self.peak = max(self.peak, *seen)
-        return {"seconds": seconds, "loss": losses[0]}
+        return {"seconds": seconds}
 
-    def backward(self, ids: torch.Tensor) -> float:
+    def backward(self, ids: torch.Tensor) -> None:
         """Gradients of one batch."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.job["bf16"]):
             loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        return float(loss.detach())
 
     def update(self) -> None:
         """Clips and steps."""

@@ -10,12 +10,14 @@ Run: python -m benchmarks.speed (under 10 minutes on 2 cores)
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from . import grafts, models
-from .command import integers, parser, refuse_without_room, run, say, start, target, whole_donor, workplace
+from .command import integers, parser, say, start, target, whole_donor, workplace
 from .compare import interleave, speeds
 
 
@@ -44,48 +46,32 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """The benchmark: one result for decoding and one for prefill."""
     donor = whole_donor(asked.donor)
     rows = asked.rows or grafts.rows_for(10**9, asked.layers, asked.head_dim)
-    table = rows * len(asked.layers) * grafts.HEADS_A_LAYER * asked.head_dim * grafts.WIDTHS["bfloat16"]
-    refuse_without_room(asked.work, {"table": table, "copy of the backbone": grafts.donor_bytes(donor)})
     prompts = models.real_ids(donor, asked.batch * models.PROMPT).view(asked.batch, -1).to(asked.device)
     texts = models.real_ids(donor, asked.batch * asked.text).view(asked.batch, -1).to(asked.device)
     dtypes = asked.dtypes.split(",")
     found: dict[str, dict] = {"decode": {}, "prefill": {}}
     with workplace(asked.work, "speed") as place:
-        say(f"filling a table of {table / 1e9:.2f} GB")
         graft = grafts.filled_graft(donor, place / "graft", asked.layers, rows, asked.head_dim)
-        sizes = {**grafts.describe(graft), "batch": asked.batch, "device": device_name(asked.device)}
+        sizes = {**grafts.describe(graft), "batch": asked.batch, "device": asked.device}
         grafts.warm(grafts.table_files(graft))
         for dtype in dtypes:
             loaded = sides(donor, graft, dtype, asked.device)
             limit = 60 * asked.minutes / (2 * len(dtypes))
             say(f"{dtype}: {', '.join(loaded)}")
-            seconds = interleave(
-                {name: (lambda m=model: models.decode(m, prompts, asked.tokens)) for name, model in loaded.items()},
-                asked.rounds,
-                limit_s=limit,
-            )
-            found["decode"][dtype] = speeds(seconds, "donor", asked.tokens * asked.batch)
-            seconds = interleave(
-                {name: (lambda m=model: models.prefill(m, texts)) for name, model in loaded.items()},
-                asked.rounds,
-                limit_s=limit,
-            )
-            found["prefill"][dtype] = speeds(seconds, "donor", asked.text * asked.batch)
-            del loaded
-    for what, about in (
-        ("decode", {"prompt_tokens": models.PROMPT, "tokens_a_round": asked.tokens}),
-        ("prefill", {"tokens": asked.text}),
-    ):
-        yield what, {**sizes, **about}, {"by_backbone_dtype": found[what]}
-        for dtype, ways in found[what].items() if asked.device == "cpu" else ():
-            for way in ("donor, once more", "table resident"):
-                name = f"{what}, {dtype}, {way}, share of the donor's speed"
-                target(name, ways[way]["speed_ratio"]["median"], at_least=TARGETS[what][dtype])
-
-
-def device_name(device: str) -> str:
-    """The accelerator's name where torch knows it."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+            works = {
+                "decode": (asked.tokens, lambda model: models.decode(model, prompts, asked.tokens)),
+                "prefill": (asked.text, lambda model: models.prefill(model, texts)),
+            }
+            for what, (tokens, work) in works.items():
+                ways = {name: partial(work, model) for name, model in loaded.items()}
+                seconds = interleave(ways, asked.rounds, limit_s=limit)
+                found[what][dtype] = speeds(seconds, "donor", tokens * asked.batch)
+            del loaded, ways
+    yield "decode", {**sizes, "tokens_a_round": asked.tokens}, {"by_backbone_dtype": found["decode"]}
+    yield "prefill", {**sizes, "tokens": asked.text}, {"by_backbone_dtype": found["prefill"]}
+    for what, dtype in product(found, dtypes) if asked.device == "cpu" else ():
+        share = found[what][dtype]["table resident"]["speed_ratio"]["median"]
+        target(f"{what}, {dtype}, share of the donor's speed", share, at_least=TARGETS[what][dtype])
 
 
 def sides(donor: Path, graft: Path, dtype: str, device: str) -> dict[str, torch.nn.Module]:
@@ -94,14 +80,8 @@ def sides(donor: Path, graft: Path, dtype: str, device: str) -> dict[str, torch.
     others = {"donor, once more": models.load(donor, dtype).to(device)}
     for placement, name in zip(PLACEMENTS, ("table resident", "table on the CPU", "table on disk, warm"), strict=True):
         # To the device first: "cpu" and "disk" are places relative to it.
-        others[name] = models.load(graft, dtype, "device").to(device)
-        others[name].place_memory(placement)
+        others[name] = models.load(graft, dtype, "device").to(device).place_memory(placement)
     return {"donor": plain} | {name: models.with_weights_of(model, plain) for name, model in others.items()}
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Measures and returns the lines."""
-    return run(measure, options(argv))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import grafts, models
-from .command import integers, parser, refuse_without_room, run, say, start, target, whole_donor, workplace
+from .command import integers, parser, say, start, target, whole_donor, workplace
 from .compare import ratios, spread
 from .side import GIVE_BACK, Side, take_turns
 
@@ -61,12 +61,7 @@ def job_of(asked: argparse.Namespace, donor: Path, graft: Path) -> dict:
 def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """The benchmark."""
     donor = whole_donor(asked.donor).resolve()
-    width = grafts.WIDTHS["float32"]
-    table = asked.rows * grafts.HEADS_A_LAYER * len(asked.layers) * asked.head_dim * width
-    parts = {"tables": table + sum(asked.sizes) * asked.width * width}
-    refuse_without_room(asked.work, {**parts, "backbones": (1 + len(asked.sizes)) * grafts.donor_bytes(donor)})
     with workplace(asked.work, "training") as place:
-        say(f"filling {table / 1e9:.2f} GB")
         graft = grafts.filled_graft(donor, place / "graft", asked.layers, asked.rows, asked.head_dim, "float32")
         job = job_of(asked, donor, graft)
         measured = {
@@ -74,19 +69,12 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
             "first_step": {name: first_step({**job, "placement": name}, place) for name in asked.places.split(",")},
             "sizes": compare_sizes(asked, job, place),
         }
-        sizes = {
-            **grafts.describe(graft),
-            "batch": asked.batch,
-            "length": asked.length,
-            "lora_rank": asked.lora_rank,
-            "precision": "float32" if asked.float32 else "bfloat16 by autocast",
-            "width_of_sizes": asked.width,
-        }
+        sizes = {name: getattr(asked, name) for name in ("batch", "length", "lora_rank")} | grafts.describe(graft)
+        sizes |= {"precision": "float32" if asked.float32 else "bfloat16 by autocast", "width_of_sizes": asked.width}
     yield "training", sizes, measured
     for way in ("memory", "memory on disk"):
-        entry = measured["ways"][way]
-        target(f"a step of {way}, times all weights", entry["times_full"]["median"], at_most=0.8)
-        target(f"a step of {way}, times LoRA", entry["times_lora"]["median"], at_most=1.0)
+        for times, most in (("times_full", 0.8), ("times_lora", 1.0)):
+            target(f"a step, {way}, {times}", measured["ways"][way][times]["median"], at_most=most)
     for name, entry in measured["first_step"].items():
         target(f'first update, "{name}", bytes of those allowed', entry["more"] / entry["allowed"], at_most=1.0)
     largest = measured["sizes"][str(max(asked.sizes))]
@@ -129,7 +117,6 @@ def compare_sizes(asked: argparse.Namespace, job: dict, place: Path) -> dict:
     """Tables of many sizes on disk."""
     donor, made = Path(job["donor"]), {}
     for size in sorted(asked.sizes):
-        say(f"filling {size:,} rows")
         rows = max(2, size // (grafts.HEADS_A_LAYER * len(asked.layers)))
         made[size] = grafts.filled_graft(donor, place / str(size), asked.layers, rows, asked.width, "float32")
     jobs = {size: {**job, "graft": str(folder), "placement": "disk"} for size, folder in made.items()}
@@ -143,11 +130,6 @@ def compare_sizes(asked: argparse.Namespace, job: dict, place: Path) -> dict:
         }
         for size, folder in made.items()
     }
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Measures and returns the lines."""
-    return run(measure, options(argv))
 
 
 if __name__ == "__main__":
