@@ -97,13 +97,9 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
             say(what)
             forget(asked, place, peak)
             measured[what] = {**inside(group, what, place, asked), "group_peak_bytes": int(peak.read_text())}
-        sizes = {
-            **{name: grafts.describe(place / name) for name in ("on_disk", "resident")},
-            "cap_bytes": asked.cap,
-            "control_group_version": version,
-            "prefill_tokens": asked.tokens,
-            "decoded_tokens": asked.decoded,
-        }
+        sizes = {name: grafts.describe(place / name) for name in ("on_disk", "resident")}
+        sizes |= {"cap_bytes": asked.cap, "control_group_version": version}
+        sizes |= {"prefill_tokens": asked.tokens, "decoded_tokens": asked.decoded}
     yield "big", sizes, measured
     load, warm = measured["load"], measured["decode"]["speeds"]["on disk, warm"]
     held = load["anonymous_bytes"]
@@ -130,16 +126,12 @@ def compare_loading(asked: argparse.Namespace, place: Path, group: Path, peak: P
 
     forget(asked, place, peak)
     seconds = interleave({name: (lambda n=name: once(n)) for name in folders}, max(5, asked.rounds))
-    counted = {name: entries[-len(seconds[name]) :] for name, entries in seen.items()}
     return {
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "times_the_donor": spread(ratios(seconds["big"], seconds["donor"])),
-        "anonymous_bytes": {name: spread([e["anonymous"] for e in entries], 12) for name, entries in counted.items()},
+        "anonymous_bytes": {name: spread([e["anonymous"] for e in entries], 12) for name, entries in seen.items()},
         "group_peak_bytes": int(peak.read_text()),
     }
-
-
-# In a measuring process.
 
 
 def load(folder: Path) -> dict:

@@ -42,7 +42,7 @@ def interleave(
 def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[str, float]:
     """Every way once, the one at index `number` first."""
     totals, in_parts = {}, {}
-    for name in rotated(list(ways), number):
+    for name in [*ways][number % len(ways) :] + [*ways][: number % len(ways)]:
         value = ways[name]()
         if isinstance(value, Iterator):
             totals[name], in_parts[name] = 0.0, value
@@ -50,19 +50,13 @@ def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[s
             totals[name] = value
     while in_parts:
         number += 1
-        for name in rotated(list(in_parts), number):
+        for name in [*in_parts][number % len(in_parts) :] + [*in_parts][: number % len(in_parts)]:
             part = next(in_parts[name], None)
             if part is None:
                 del in_parts[name]
             else:
                 totals[name] += part
     return totals
-
-
-def rotated(names: list[str], number: int) -> list[str]:
-    """The names from index `number` on, then the others."""
-    first = number % len(names)
-    return names[first:] + names[:first]
 
 
 def seconds_of(work: Callable[[], object]) -> float:

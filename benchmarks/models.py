@@ -17,7 +17,7 @@ from examples.demo.corpus import read_entries, shuffled
 from .command import CannotMeasure
 
 
-# Tokens that are read before decoding is timed, and passes between which other ways take their turn (about 0.3 s).
+# Tokens that are read before decoding is timed, and passes after which other ways take their turn.
 PROMPT, PIECE = 64, 8
 
 

@@ -157,11 +157,7 @@ def positioned(file: int, rows: np.ndarray, out: np.ndarray, told: bool = False)
         os.preadv(file, [place], row * ROW_BYTES)
 
 
-READS = {
-    "mapped gather": mapped,
-    "preadv": positioned,
-    "posix_fadvise WILLNEED, then preadv": partial(positioned, told=True),
-}
+READS = {"mapped gather": mapped, "preadv": positioned, "told, then preadv": partial(positioned, told=True)}
 
 
 def compare_reading(asked: argparse.Namespace, place: Path) -> tuple[dict, dict]:

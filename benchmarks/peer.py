@@ -20,7 +20,7 @@ from . import grafts
 from .command import CannotMeasure, parser, refuse_without_room, say, start, target, whole_donor, workplace
 from .compare import ratios, spread
 from .side import Side, take_turns
-from .training import HELD, job_of, seconds_of_steps, training_options
+from .training import job_of, seconds_of_steps, training_options
 
 
 PACKAGE = "engram-peft==1.2.7"
@@ -72,13 +72,10 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
         measured["step"] = {
             "theirs_over_ours": spread(ratios(seconds["theirs"], seconds["ours"])),
             "theirs_over_ours_on_disk": spread(ratios(seconds["theirs"], seconds["ours on disk"])),
-            "sides": {
-                name: {"seconds": spread(seconds[name]), **{what: held[name][what] for what in HELD}} for name in sides
-            },
+            "sides": {name: {"seconds": spread(seconds[name]), **held[name]} for name in sides},
         }
-        names = ("batch", "length", "prompt", "generated")
-        sizes = {**grafts.describe(graft), **{name: getattr(asked, name) for name in names}, "peer": PACKAGE}
-    yield "peer", sizes, measured
+        sizes = {**grafts.describe(graft), **{name: getattr(asked, name) for name in ("batch", "length", "generated")}}
+    yield "peer", {**sizes, "peer": PACKAGE}, measured
     target("engram-peft's step, times ours", measured["step"]["theirs_over_ours"]["median"], at_least=1.0)
 
 

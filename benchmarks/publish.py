@@ -119,7 +119,7 @@ COLUMNS = {
 NAMES = {
     "full": "all weights, AdamW",
     "lora": "LoRA",
-    "memory on disk": "memory, its table on disk",
+    "memory on disk": "memory, table on disk",
     "both": "memory + LoRA",
 }
 MEMORY = (

@@ -37,13 +37,7 @@ QUIET = {"OMP_WAIT_POLICY": "passive"}
 
 
 class Side:
-    """A process that answers questions, as the caller sees it.
-
-    Args:
-        way (`str`): "full", "lora", "memory", "both" or "theirs".
-        job (`dict`): what to load, and how, from `training.job_of`.
-        place (`Path`): folder for its job and its errors.
-    """
+    """A process that answers questions; `way` is "full", "lora", "memory", "both" or "theirs"."""
 
     def __init__(self, way: str, job: dict, place: Path, python=sys.executable, allocator: dict = KEEP_BLOCKS):
         name = f"{way}-{len(list(place.glob('*.job')))}"
@@ -184,8 +178,8 @@ class Worker:
         self.prepare()
         ids = self.batches[self.taken % len(self.batches)]  # (batch, length)
         self.taken += 1
-        with torch.no_grad():
-            self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            self.model(input_ids=ids, use_cache=False)
         with peak() as seen:
             seconds = seconds_of(lambda: (self.backward(ids), self.update()))
         self.peak = max(self.peak, *seen)
@@ -193,7 +187,7 @@ class Worker:
 
     def backward(self, ids: torch.Tensor) -> None:
         """Gradients of one batch."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.job["bf16"]):
+        with torch.autocast("cpu", torch.bfloat16):
             loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
 
@@ -232,29 +226,22 @@ class Worker:
         self.asked += 1
         sides = [("donor", self.plain), ("memory", self.model)]
         out: dict[str, torch.Tensor] = {}
-        seconds = {
-            name: seconds_of(lambda n=name, m=model: out.update({n: work(m)}))
-            for name, model in (sides if self.asked % 2 else sides[::-1])
-        }
+        seconds = {}
+        for name, model in sides if self.asked % 2 else sides[::-1]:
+            seconds[name] = seconds_of(lambda n=name, m=model: out.update({n: work(m)}))
         return {**seconds, "same": torch.allclose(out["donor"], out["memory"], atol=1e-3)}
 
     def about(self) -> dict:
         """What the process holds."""
         state = {} if self.optimizer is None else self.optimizer.state_dict()
-        return {
-            "peak_anonymous": self.peak,
-            "state_bytes": sum(tensor.nbytes for tensor in tensors_of(state)),
-            "steps": self.taken,
-        }
+        return {"peak_anonymous": self.peak, "state_bytes": bytes_of(state), "steps": self.taken}
 
 
-def tensors_of(state) -> Iterator[torch.Tensor]:
-    """Every tensor in a nest of dictionaries and lists."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, (dict, list, tuple)):
-        for value in state.values() if isinstance(state, dict) else state:
-            yield from tensors_of(value)
+def bytes_of(state) -> int:
+    """Bytes of every tensor in a nest of dictionaries and lists."""
+    if isinstance(state, (dict, list, tuple)):
+        return sum(map(bytes_of, state.values() if isinstance(state, dict) else state))
+    return state.nbytes if isinstance(state, torch.Tensor) else 0
 
 
 def main() -> None:

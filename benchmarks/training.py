@@ -26,7 +26,7 @@ WAYS: dict[str, tuple[str, dict]] = {
     "memory on disk": ("memory", {"placement": "disk"}),
     "both": ("both", {}),
 }
-HELD = ("peak_anonymous", "state_bytes", "steps")
+LORA_RANK = 16
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,17 +45,15 @@ def training_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument("--head-dim", type=int, default=80, help="values in a row")
     made.add_argument("--batch", type=int, default=4, help="sequences in a step")
     made.add_argument("--length", type=int, default=256, help="tokens in a sequence")
-    made.add_argument("--lora-rank", type=int, default=16)
-    made.add_argument("--float32", action="store_true", help="no autocast to bfloat16")
     return made
 
 
 def job_of(asked: argparse.Namespace, donor: Path, graft: Path) -> dict:
     """What every process is told."""
-    names = ("threads", "batch", "length", "lora_rank", "layers", "rows", "head_dim")
+    names = ("threads", "batch", "length", "layers", "rows", "head_dim")
     ids = models.real_ids(donor, (asked.rounds + 2) * asked.batch * asked.length)  # one to warm up, and one to spare
     paths = {"donor": str(donor), "graft": str(graft), "placement": "device"}
-    return {name: getattr(asked, name) for name in names} | paths | {"bf16": not asked.float32, "ids": ids.tolist()}
+    return {name: getattr(asked, name) for name in names} | paths | {"lora_rank": LORA_RANK, "ids": ids.tolist()}
 
 
 def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
@@ -69,8 +67,8 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
             "first_step": {name: first_step({**job, "placement": name}, place) for name in asked.places.split(",")},
             "sizes": compare_sizes(asked, job, place),
         }
-        sizes = {name: getattr(asked, name) for name in ("batch", "length", "lora_rank")} | grafts.describe(graft)
-        sizes |= {"precision": "float32" if asked.float32 else "bfloat16 by autocast", "width_of_sizes": asked.width}
+        sizes = {"batch": asked.batch, "length": asked.length, "lora_rank": LORA_RANK, **grafts.describe(graft)}
+        sizes |= {"precision": "bfloat16 by autocast", "width_of_sizes": asked.width}
     yield "training", sizes, measured
     for way in ("memory", "memory on disk"):
         for times, most in (("times_full", 0.8), ("times_lora", 1.0)):
@@ -96,7 +94,7 @@ def compare_ways(asked: argparse.Namespace, job: dict, place: Path) -> dict:
             "seconds": spread(seconds[way]),
             "times_full": spread(ratios(seconds[way], seconds["full"])),
             "times_lora": spread(ratios(seconds[way], seconds["lora"])),
-            **{name: held[way][name] for name in HELD},
+            **held[way],
         }
         for way in WAYS
     }
@@ -126,7 +124,7 @@ def compare_sizes(asked: argparse.Namespace, job: dict, place: Path) -> dict:
             **{name: grafts.describe(folder)[name] for name in ("rows", "table_bytes")},
             "seconds": spread(seconds[size]),
             "times_the_smallest": spread(ratios(seconds[size], seconds[min(made)])),
-            **{name: held[size][name] for name in HELD},
+            **held[size],
         }
         for size, folder in made.items()
     }
