@@ -30,10 +30,10 @@ from .side import anonymous
 
 HEAD_DIM = 80
 
-# Version of the control groups, the folder under which a group is made, and the files of its limit and its peak.
+# Version of the control groups, the file that shows it, and the names of the limit and the peak of a group beside it.
 GROUPS = (
-    (2, Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
-    (1, Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+    (2, Path("/sys/fs/cgroup/cgroup.controllers"), "memory.max", "memory.peak"),
+    (1, Path("/sys/fs/cgroup/memory/memory.stat"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
 )
 
 
@@ -53,16 +53,14 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 @contextmanager
 def memory_group(size: int) -> Iterator[tuple[int, Path, Path]]:
     """A control group with a limit: its version, its folder, and the file of its peak."""
-    tried = []
-    for version, parent, limit, peak in GROUPS:
-        folder = parent / f"engram-benchmark-{os.getpid()}"
-        try:
-            if version == 2:
-                (parent / "cgroup.subtree_control").write_text("+memory")
-            folder.mkdir()
-        except OSError as error:
-            tried.append(f"{parent}: {error.strerror}")
+    for version, shown, limit, peak in GROUPS:
+        # Without that file the folder is an ordinary one, and a group made there would limit nothing.
+        if not shown.is_file():
             continue
+        folder = shown.parent / f"engram-benchmark-{os.getpid()}"
+        if version == 2:
+            (shown.parent / "cgroup.subtree_control").write_text("+memory")
+        folder.mkdir()
         try:
             (folder / limit).write_text(str(size))
             yield version, folder, folder / peak
@@ -70,7 +68,7 @@ def memory_group(size: int) -> Iterator[tuple[int, Path, Path]]:
             time.sleep(1)  # a process that has just ended may still be leaving it
             folder.rmdir()
         return
-    raise CannotMeasure(f"a limit on memory needs a control group that may be written to; tried: {'; '.join(tried)}.")
+    raise CannotMeasure("a limit on memory needs a control group of the kernel (version 1 or 2), and none is mounted.")
 
 
 def inside(group: Path, what: str, folder: Path, asked: argparse.Namespace) -> dict:
