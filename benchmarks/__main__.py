@@ -11,7 +11,7 @@ from .record import ROOT
 
 
 # Minutes of measuring after which no further round starts; with making and filling tables, under half an hour in all.
-QUICK = {"speed": 7, "offload": 5, "training": 6}
+QUICK = {"speed": 6, "offload": 5, "training": 6}
 
 
 def main(names: list[str]) -> int:

@@ -123,7 +123,7 @@ def compare_loading(asked: argparse.Namespace, place: Path, group: Path, peak: P
         return seen[name][-1]["load_seconds"]
 
     forget(asked, place, peak)
-    seconds = interleave({name: (lambda n=name: once(n)) for name in folders}, max(5, asked.rounds))
+    seconds = interleave({name: (lambda n=name: once(n)) for name in folders}, asked.rounds)
     return {
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "times_the_donor": spread(ratios(seconds["big"], seconds["donor"])),

@@ -125,7 +125,6 @@ def ours(job: dict, way: str):
     placed = {"engram_placement": job["placement"]} if has_memory else {}
     model = AutoModelForCausalLM.from_pretrained(job["graft" if has_memory else "donor"], dtype=torch.float32, **placed)
     if way in ("lora", "both"):
-        model.requires_grad_(False)
         rank = job["lora_rank"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
         inject_adapter_in_model(config, model.backbone if has_memory else model)

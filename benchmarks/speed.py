@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from . import grafts, models
-from .command import integers, parser, say, start, target, whole_donor, workplace
+from .command import CannotMeasure, integers, parser, say, start, target, whole_donor, workplace
 from .compare import interleave, speeds
 
 
@@ -30,7 +30,7 @@ TARGETS = {"decode": {"float32": 0.95, "bfloat16": 0.93}, "prefill": {"float32":
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the benchmark."""
     made = parser(__doc__, rounds=16)
-    made.set_defaults(minutes=7)
+    made.set_defaults(minutes=6)
     made.add_argument("--layers", type=integers, default=[1, 14], help="Engram layers, from 0")
     made.add_argument("--head-dim", type=int, default=80, help="values in a row")
     made.add_argument("--rows", type=int, help="rows of a head; as many as make 1 GB by default")
@@ -81,6 +81,8 @@ def sides(donor: Path, graft: Path, dtype: str, device: str) -> dict[str, torch.
     for placement, name in zip(PLACEMENTS, ("table resident", "table on the CPU", "table on disk, warm"), strict=True):
         # To the device first: "cpu" and "disk" are places relative to it.
         others[name] = models.load(graft, dtype, "device").to(device).place_memory(placement)
+        if others[name].memory.placement != placement:
+            raise CannotMeasure(f"the tables are on '{others[name].memory.placement}', not on '{placement}'.")
     return {"donor": plain} | {name: models.with_weights_of(model, plain) for name, model in others.items()}
 
 

@@ -43,5 +43,6 @@ def test_a_section_without_a_result_says_so_and_a_missing_mark_is_an_error(tmp_p
     assert publish.publish(tmp_path, [page]) == ["decode"]
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "Not measured" in text and "old" not in text
-    with pytest.raises(ValueError, match="no pair of marks"):
-        publish.put(text, "prefill", "")
+    for broken in (text.replace(publish.FIRST.format("decode"), ""), text.replace(publish.LAST.format("decode"), "")):
+        with pytest.raises(ValueError, match="no pair of marks"):
+            publish.put(broken, "decode", "")
