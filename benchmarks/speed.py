@@ -35,7 +35,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--head-dim", type=int, default=80, help="values in a row")
     made.add_argument("--rows", type=int, help="rows of a head; as many as make 1 GB by default")
     made.add_argument("--dtypes", default="float32,bfloat16", help="dtypes of the backbone")
-    made.add_argument("--tokens", type=int, default=64, help="forward passes of one token in a round")
+    made.add_argument("--tokens", type=int, default=32, help="forward passes of one token in a round")
     made.add_argument("--text", type=int, default=2048, help="tokens that are read at once")
     made.add_argument("--batch", type=int, default=1, help="sequences")
     made.add_argument("--device", default="cpu", help='where the backbone is, such as "cuda"')
