@@ -1,4 +1,4 @@
-"""The benchmarks of `make bench`, each in a process of its own, then the pages of their figures.
+"""The benchmarks of `make bench`, each in its own process, then the pages of their figures.
 
 Run: python -m benchmarks; python -m benchmarks speed offload for some of them
 """

@@ -30,7 +30,7 @@ from .side import anonymous
 
 HEAD_DIM = 80
 
-# Version of the control groups, the file that shows it, and the names of the limit and the peak of a group beside it.
+# Version of the control groups, the file that shows it, and the names of the limit and the peak of a group.
 GROUPS = (
     (2, Path("/sys/fs/cgroup/cgroup.controllers"), "memory.max", "memory.peak"),
     (1, Path("/sys/fs/cgroup/memory/memory.stat"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),

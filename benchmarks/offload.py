@@ -3,10 +3,10 @@
 - "sizes": decoding with tables of 100,000 to 1,000,000,000 rows of 16 bytes, resident (as far as they fit into 60 % of
   the free RAM) and on disk, the page cache warm and cold. Decoding feeds the text's own next token, so that all sizes
   read the same n-grams. Needs 18 GB of disk.
-- "bytes": what one forward pass copies to the device for each placement, beside an ordinary embedding of the table's
+- "bytes": what one forward pass copies to the device for each placement, and for an ordinary embedding of the table's
   size under accelerate's `cpu_offload`. Counted exactly, on the tests' own device (tests/counting_device).
 - "reading": ways to read rows out of a file, warm and cold: why rows on disk are read by position, after the kernel was
-  told of all of them. 32 rows are one token of a memory, 65,536 are 2,048 tokens.
+  told all places. 32 rows are one token of a memory, 65,536 are 2,048 tokens.
 
 Run: python -m benchmarks.offload (--parts sizes,bytes,reading for some)
 """

@@ -1,6 +1,6 @@
-"""Forward passes, generation and training steps beside engram-peft 1.2.7, which also gives a model an Engram.
+"""Forward passes, generation and training steps compared with engram-peft 1.2.7, which also gives a model an Engram.
 
-Each side has a process of its own with a plain backbone in it, tables of equal size, the same prompts, float32
+Each side has its own process with a plain backbone in it, tables of equal size, the same prompts, float32
 (training in bfloat16 by autocast); the processes take turns. pip installs engram-peft into an environment that is made
 for the run and deleted after it, and sees this environment's torch and transformers. Both memories add nothing (their
 values are zero, ours next to zero), so that every side generates the backbone's own tokens.

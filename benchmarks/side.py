@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: a model that trains, reads or generates when it is told to.
+"""One side of a comparison in its own process: a model that trains, reads or generates on request.
 
 Promises: every side gets the same tokens in the same precision, and the same clipping (except engram-peft, whose
 sparse gradients torch cannot measure); a batch is read once before its step is timed, so that all tables are warm. The
@@ -209,16 +209,16 @@ class Worker:
 
     def forward(self) -> dict:
         """Seconds of one forward pass, the backbone's and the memory's."""
-        return self.beside(lambda model: model(input_ids=self.batches[0], use_cache=True).logits)
+        return self.compared(lambda model: model(input_ids=self.batches[0], use_cache=True).logits)
 
     def generate(self) -> dict:
         """Seconds of greedy generation, always as many tokens; the memory adds nothing, so both generate the same."""
         ids, count = self.batches[0][:1, : self.job["prompt"]], self.job["generated"]
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False}
-        return self.beside(lambda model: model.generate(**given, max_new_tokens=count, min_new_tokens=count))
+        return self.compared(lambda model: model.generate(**given, max_new_tokens=count, min_new_tokens=count))
 
     @torch.no_grad()
-    def beside(self, work: Callable) -> dict:
+    def compared(self, work: Callable) -> dict:
         """Seconds of the plain backbone and of the memory, each first in turn, and whether they gave the same."""
         self.plain = plain(self.job).eval() if self.plain is None else self.plain
         self.model.eval()
@@ -248,7 +248,7 @@ def main() -> None:
     way, job = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(sys.stderr):  # packages print lines of their own
+    with contextlib.redirect_stdout(sys.stderr):  # packages print lines as well
         worker = Worker(way, job)
     for line in sys.stdin:
         with contextlib.redirect_stdout(sys.stderr):

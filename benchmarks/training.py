@@ -1,6 +1,6 @@
 """A step of training: the whole backbone, LoRA, a memory, both, and tables of 100,000 to 100,000,000 rows.
 
-Every way trains in a process of its own, on the same tokens of real text in the same precision, and the processes take
+Every way trains in its own process, on the same tokens of real text in the same precision, and the processes take
 turns step by step. Measured are seconds a step (forward, backward, clipping, update), the most private memory that the
 process held, and the bytes of the optimizer's state. Tables are full of random bytes; those of many sizes stay on disk,
 in rows of 32 values. The first update of a table of 1.4 GB is looked at alone: how much private memory it takes.
@@ -49,7 +49,7 @@ def training_options(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def job_of(asked: argparse.Namespace, donor: Path, graft: Path) -> dict:
-    """What every process is told."""
+    """What every process gets."""
     names = ("threads", "batch", "length", "layers", "rows", "head_dim")
     ids = models.real_ids(donor, (asked.rounds + 2) * asked.batch * asked.length)  # one to warm up, and one to spare
     paths = {"donor": str(donor), "graft": str(graft), "placement": "device"}

@@ -42,7 +42,7 @@ MEMORY = {
     "engram_initializer_range": 0.02,
     "engram_value_initializer_range": 0.1,
 }
-LEARNT = Recipe(memory=MEMORY, table_lr=0.1, dense_lr=2e-3, passes=1)
+RECIPE = Recipe(memory=MEMORY, table_lr=0.1, dense_lr=2e-3, passes=1)
 LORA_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 DOSES = (5e-3, 2e-2, 5e-2, 1e-1, 2e-1)
 
@@ -86,16 +86,16 @@ def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
     LoRA's other rates and the dose curve have one seed; which rate is LoRA's best is known when they are through, so
     `both` and further seeds of LoRA take it from `best_rate`.
     """
-    learnt = memory_recipe(asked)
-    plan = {name: getattr(learnt, name) for name in PLAN}
+    learned = memory_recipe(asked)
+    plan = {name: getattr(learned, name) for name in PLAN}
     first = asked.seeds[0]
     made: list[tuple[str, int, Recipe | None]] = [("donor", first, None)]
     for seed in asked.seeds:
-        made += [("memory", seed, learnt), ("one_row", seed, learnt.with_one_row())]
+        made += [("memory", seed, learned), ("one_row", seed, learned.with_one_row())]
     made += [(rate_name(rate), first, Recipe(lora_lr=rate, **plan)) for rate in LORA_RATES]
     for seed in asked.seeds:
-        made += [("lora", seed, Recipe(lora_lr=0.0, **plan)), ("both", seed, dataclasses.replace(learnt, lora_lr=0.0))]
-    made += [(f"dose {rate:g}", first, dataclasses.replace(learnt, table_lr=rate)) for rate in DOSES]
+        made += [("lora", seed, Recipe(lora_lr=0.0, **plan)), ("both", seed, dataclasses.replace(learned, lora_lr=0.0))]
+    made += [(f"dose {rate:g}", first, dataclasses.replace(learned, table_lr=rate)) for rate in DOSES]
     known = {name for name, _, _ in made} | set(FAMILIES)
     unknown = set(asked.runs or ()) - known
     if unknown:
@@ -105,7 +105,7 @@ def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
 
 def memory_recipe(asked: argparse.Namespace) -> Recipe:
     """How the memory is trained."""
-    return dataclasses.replace(LEARNT, memory={**MEMORY, **asked.memory}, **asked.recipe)
+    return dataclasses.replace(RECIPE, memory={**MEMORY, **asked.memory}, **asked.recipe)
 
 
 def rate_name(rate: float) -> str:

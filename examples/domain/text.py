@@ -3,7 +3,7 @@
 FOLDOC (Debian package dict-foldoc, GNU Free Documentation License 1.1 or later, edited by Denis Howe, foldoc.org) and
 the Anarchist FAQ (package anarchism, GPL-2, its Editorial Collective) are fetched by apt into the work folder and stay
 out of the repository; nothing is installed. The World Factbook is the demo's (examples/data). Promises: the same
-windows everywhere from the same packages; entries that are held out share no headword with those that are taught.
+windows everywhere from the same packages; entries that are held out share no headword with those that are learned.
 """
 
 import gzip

@@ -1,7 +1,7 @@
 """One run of the experiment: a donor learns a text by its memory, by LoRA or by both, and is measured.
 
 Promises: the same sequences in the same order for every way with the same seed; losses in nats a token, in float32,
-over the same windows; rows are shuffled among those that were trained, so that every n-gram that was learnt reads the
+over the same windows; rows are shuffled among those that were trained, so that every n-gram that was learned reads the
 row of another. Never trains the donor's own weights.
 """
 

@@ -39,7 +39,7 @@ def make_texts(folder) -> None:
 def test_every_run_is_made_once_and_the_tables_have_every_way(tmp_path, donor, monkeypatch):
     make_texts(tmp_path / "texts")
     assert next(text.foldoc_entries(tmp_path / "texts" / "unpacked"))[1].startswith("word 0: The 0th word of a small d")
-    monkeypatch.setattr(domain, "DOSES", (domain.LEARNT.table_lr, 0.5))
+    monkeypatch.setattr(domain, "DOSES", (domain.RECIPE.table_lr, 0.5))
     monkeypatch.setattr(domain, "LORA_RATES", (5e-4, 1e-3))
     memory = {"engram_layer_ids": [1, 2], "engram_vocab_size": 60, "engram_n_heads": 2, "engram_head_dim": 4}
     given = ["--donor", str(donor), "--results", str(tmp_path / "lines"), "--texts", str(tmp_path / "texts")]
