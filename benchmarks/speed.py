@@ -66,6 +66,7 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
                 ways = {name: partial(work, model) for name, model in loaded.items()}
                 seconds = interleave(ways, asked.rounds, limit_s=limit)
                 found[what][dtype] = speeds(seconds, "donor", tokens * asked.batch)
+                say(f"{what}: {len(seconds['donor'])} rounds")
             del loaded, ways
     yield "decode", {**sizes, "tokens_a_round": asked.tokens}, {"by_backbone_dtype": found["decode"]}
     yield "prefill", {**sizes, "tokens": asked.text}, {"by_backbone_dtype": found["prefill"]}
