@@ -33,6 +33,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m examples.demo.publish
 	$(BIN)/python -m tests.integration.matrix docs/generation.md
 	$(BIN)/python -m benchmarks.publish
+	$(BIN)/python -m examples.domain.publish
 
 # Each worker begins with one half of the tests, so that what a file prepares once is mostly prepared once, and the one
 # that is done first takes over from the other.
@@ -64,15 +65,16 @@ test-foreign: $(VENV)/.dev
 test-unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit tests/parity tests/house $(ARGS)
 
-# Figures of docs/performance.md: all but the large table in half an hour; the large one needs 42 GB of disk, and root for
-# a memory cgroup, and goes on where it was stopped. What a memory teaches (domain) takes two hours and goes on as well.
+# Figures of docs/performance.md: `bench` takes half an hour and 18 GB of disk. `bench-long` needs 42 GB of disk, root for
+# a memory control group, and two hours for what a memory learns of a domain (finished runs are kept).
 bench: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks $(ARGS)
 
 bench-long: $(VENV)/.dev donor
-	ENGRAM_DONOR=$(DONOR) $(KEEP_BLOCKS) $(BIN)/python -m benchmarks.domain
+	ENGRAM_DONOR=$(DONOR) $(KEEP_BLOCKS) $(BIN)/python -m examples.domain
 	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks.big $(ARGS)
 	$(BIN)/python -m benchmarks.publish
+	$(BIN)/python -m examples.domain.publish
 
 donor: $(VENV)/.dev
 	$(BIN)/python -m examples.demo.donor $(DONOR)

@@ -8,10 +8,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
+
 
 # A median and quartiles of fewer rounds say nothing; a time limit never cuts below this.
 LEAST_ROUNDS = 3
-
 
 # What a way returns: a number, or the parts of one as they are measured.
 Measured = float | Iterator[float]
@@ -22,17 +23,9 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Runs all ways round by round (A B C, B C A, ...).
 
-    A way that gives the parts of its round one by one takes turns with the others after every part: what slows the
-    machine for less than a round then slows all of them too.
-
-    Args:
-        ways (mapping): each does its work once and returns what it measured, mostly seconds, or an iterator of parts.
-        rounds (`int`): rounds that count.
-        warm_up (`int`, *optional*, defaults to 1): rounds before them that do not.
-        limit_s (`float`, *optional*): no round begins after so many seconds, once there are `LEAST_ROUNDS`.
-
-    Returns:
-        `dict[str, list[float]]`: what each way measured, one number for each round.
+    A way that yields the parts of its round one by one takes turns with the others after every part: what slows the
+    machine for less than a round then slows all of them too. Rounds to warm up do not count, and no round starts after
+    `limit_s` seconds once there are `LEAST_ROUNDS`. Returns one number of each way for each round.
     """
     measured: dict[str, list[float]] = {name: [] for name in ways}
     begun = time.monotonic()
@@ -47,9 +40,9 @@ def interleave(
 
 
 def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[str, float]:
-    """Every way once, the one of place `number` first."""
+    """Every way once, the one at index `number` first."""
     totals, in_parts = {}, {}
-    for name in rotated(list(ways), number):
+    for name in [*ways][number % len(ways) :] + [*ways][: number % len(ways)]:
         value = ways[name]()
         if isinstance(value, Iterator):
             totals[name], in_parts[name] = 0.0, value
@@ -57,7 +50,7 @@ def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[s
             totals[name] = value
     while in_parts:
         number += 1
-        for name in rotated(list(in_parts), number):
+        for name in [*in_parts][number % len(in_parts) :] + [*in_parts][: number % len(in_parts)]:
             part = next(in_parts[name], None)
             if part is None:
                 del in_parts[name]
@@ -66,70 +59,29 @@ def one_round(ways: Mapping[str, Callable[[], Measured]], number: int) -> dict[s
     return totals
 
 
-def rotated(names: list[str], number: int) -> list[str]:
-    """The names from place `number` on, then the others."""
-    first = number % len(names)
-    return names[first:] + names[:first]
-
-
-def timed(work: Callable[[], object]) -> Callable[[], float]:
-    """A way that returns the seconds of `work`."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    return run
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The value below which `share` of the values lie, linear between neighbours (NumPy's default)."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def spread(values: list[float], digits: int = 6) -> dict[str, float | int]:
     """Median, quartiles, extremes and number of values, rounded to significant digits."""
     if not values:
-        raise ValueError("there is nothing to take a median of: no round was run.")
-    places = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
-    return {name: significant(quantile(values, share), digits) for name, share in places.items()} | {
-        "rounds": len(values)
-    }
-
-
-def significant(value: float, digits: int) -> float:
-    """`value` rounded to so many significant digits."""
-    return float(f"{value:.{digits}g}")
+        raise ValueError("a median needs at least one value, and no round was run.")
+    shares = {"median": 0.5, "q1": 0.25, "q3": 0.75, "min": 0.0, "max": 1.0}
+    found = {name: float(f"{np.quantile(values, share):.{digits}g}") for name, share in shares.items()}
+    return found | {"rounds": len(values)}
 
 
 def ratios(upper: list[float], lower: list[float]) -> list[float]:
-    """Round by round `upper / lower`.
-
-    Raises:
-        `ValueError`: if the two were not measured in the same rounds.
-    """
-    if len(upper) != len(lower):
-        raise ValueError(f"{len(upper)} rounds cannot be compared with {len(lower)}: both must run in the same rounds.")
+    """Round by round `upper / lower`; both must have been measured in the same rounds."""
     return [one / other for one, other in zip(upper, lower, strict=True)]
 
 
 def speeds(seconds: Mapping[str, list[float]], against: str, amount: float) -> dict[str, dict]:
-    """Work per second of every way, and its ratio to one of them.
-
-    Args:
-        seconds (mapping): from `interleave`.
-        against (`str`): the way that the others are compared with.
-        amount (`float`): what one round does, such as its tokens.
-
-    Returns:
-        `dict[str, dict]`: for each way the spread of `amount` a second, of the seconds, and of the ratio of its speed
-        to that of `against` (the inverse ratio of the seconds; 1 is as fast).
-    """
+    """For each way the spread of `amount` a second, of the seconds, and of its speed as a share of `against`'s."""
     return {
         name: {
             "per_second": spread([amount / value for value in values]),

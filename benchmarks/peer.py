@@ -1,95 +1,86 @@
-"""Forward passes and generation beside engram-peft 1.2.7, the other package that gives a Hugging Face model an Engram.
+"""Forward passes, generation and training steps compared with engram-peft 1.2.7, which also gives a model an Engram.
 
-Each side lives in a process of its own with a plain donor beside it, over tables of equal size, on the same prompts,
-float32; the two processes take turns. engram-peft is installed by pip into an environment that is made for the run and
-deleted after it, and sees this environment's torch and transformers. Both memories are set to add nothing (their values
-are zero, their rows are not), so that every side generates the donor's own tokens.
+Each side has its own process with a plain backbone in it, tables of equal size, the same prompts, float32
+(training in bfloat16 by autocast); the processes take turns. pip installs engram-peft into an environment that is made
+for the run and deleted after it, and sees this environment's torch and transformers. Both memories add nothing (their
+values are zero, ours next to zero), so that every side generates the backbone's own tokens.
 
 Run: python -m benchmarks.peer
 """
 
 import argparse
-import json
-import shutil
 import subprocess
-import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import grafts, models
-from .command import CannotMeasure, integers, limit_seconds, parser, run, say, start, whole_donor
-from .compare import interleave, ratios, spread
-from .record import ROOT
-from .room import refuse_without_room, workplace
-from .text import real_ids
+from . import grafts
+from .command import CannotMeasure, parser, refuse_without_room, say, start, target, whole_donor, workplace
+from .compare import ratios, spread
+from .side import Side, take_turns
+from .training import job_of, seconds_of_steps, training_options
 
 
 PACKAGE = "engram-peft==1.2.7"
 
-# Of the environment without torch and transformers (measured: 0.3 GB), and pip's own copies meanwhile.
+# Of the environment without torch and transformers, and pip's own copies meanwhile.
 ENVIRONMENT_BYTES = 10**9
-
-SIDES = {"ours": "this package", "theirs": PACKAGE}
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the benchmark."""
-    made = parser(__doc__, rounds=8)
-    made.add_argument("--layers", type=integers, default=[1, 14], help="Engram layers, from 0")
-    made.add_argument("--head-dim", type=int, default=80, help="values in a row")
-    made.add_argument("--rows", type=int, default=50_000, help="rows of a head; 0.5 GB by default")
+    made = training_options(parser(__doc__, rounds=8))
     made.add_argument("--prompt", type=int, default=64, help="tokens before generating")
     made.add_argument("--generated", type=int, default=32, help="tokens that are generated")
-    made.add_argument("--forward", type=int, default=512, help="tokens of the forward pass")
-    made.add_argument("--environment", type=Path, help="one in which engram-peft is installed, to use in place of ours")
+    made.add_argument("--environment", type=Path, help="Python of an environment in which engram-peft is installed")
     return made.parse_args(argv)
 
 
-def measure(asked: argparse.Namespace) -> dict:
+def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """The benchmark."""
     donor = whole_donor(asked.donor).resolve()
-    tables = asked.rows * 16 * len(asked.layers) * asked.head_dim * grafts.WIDTHS["float32"]
-    if asked.environment is None:
-        refuse_without_room(asked.work, {"environment": ENVIRONMENT_BYTES})
-    with workplace(asked.work.resolve(), "peer") as place:
-        pythons = {"ours": sys.executable, "theirs": asked.environment or environment(place / "environment")}
-        ids = real_ids(models.tokenizer_of(donor), max(asked.forward, asked.prompt))
-        job = {
-            **{name: getattr(asked, name) for name in ("layers", "head_dim", "rows", "generated", "threads", "prompt")},
-            "donor": str(donor),
-            "forward": ids[0, : asked.forward].tolist(),
+    refuse_without_room(asked.work, {"environment": ENVIRONMENT_BYTES})
+    with workplace(asked.work, "peer") as place:
+        python = asked.environment or environment(place / "environment")
+        shape = (asked.layers, asked.rows, asked.head_dim, "float32")
+        graft = grafts.filled_graft(donor, place / "graft", *shape, engram_value_initializer_range=1e-9)
+        job = job_of(asked, donor, graft) | {"prompt": asked.prompt, "generated": asked.generated}
+        measured: dict[str, dict] = {}
+        for work in ("forward", "generate"):
+            say(work)
+            sides = {"ours": Side("memory", job, place), "theirs": Side("theirs", job, place, python)}
+            same: list[bool] = []
+
+            def times(answer: dict, same: list[bool] = same) -> float:
+                same.append(answer["same"])
+                return answer["memory"] / answer["donor"]
+
+            found, _ = take_turns(sides, work, times, asked.rounds, 20 * asked.minutes)
+            measured[work] = {
+                "times_the_donor": {side: spread(values) for side, values in found.items()},
+                "theirs_over_ours": spread(ratios(found["theirs"], found["ours"])),
+                "same_as_the_donor": all(same),
+            }
+        sides = {
+            "ours": Side("memory", job, place),
+            "ours on disk": Side("memory", {**job, "placement": "disk"}, place),
+            "theirs": Side("theirs", job, place, python),
         }
-        (place / "job.json").write_text(json.dumps(job))
-        processes = {}
-        try:
-            for side, python in pythons.items():
-                processes[side] = Side(side, str(python), place)
-            about = {side: process.about for side, process in processes.items()}
-            measured = {work: compare(processes, work, asked) for work in ("forward", "generate")}
-        finally:
-            for process in processes.values():
-                process.end()
-    sizes = {
-        "donor": donor.name,
-        "dtype": "float32",
-        "table_bytes": tables,
-        "forward_tokens": asked.forward,
-        "prompt_tokens": asked.prompt,
-        "generated_tokens": asked.generated,
-        "sides": about,
-    }
-    return {"sizes": sizes, "measured": measured}
+        seconds, held = seconds_of_steps(asked, sides)
+        measured["step"] = {
+            "theirs_over_ours": spread(ratios(seconds["theirs"], seconds["ours"])),
+            "theirs_over_ours_on_disk": spread(ratios(seconds["theirs"], seconds["ours on disk"])),
+            "sides": {name: {"seconds": spread(seconds[name]), **held[name]} for name in sides},
+        }
+        sizes = {**grafts.describe(graft), **{name: getattr(asked, name) for name in ("batch", "length", "generated")}}
+    yield "peer", {**sizes, "peer": PACKAGE}, measured
+    target("engram-peft's step, times ours", measured["step"]["theirs_over_ours"]["median"], at_least=1.0)
 
 
 def environment(folder: Path) -> Path:
-    """Makes an environment with engram-peft in it; its Python.
-
-    Raises:
-        [`CannotMeasure`]: if pip cannot install it.
-    """
+    """Makes an environment with engram-peft in it; its Python. Raises [`CannotMeasure`] if pip cannot install it."""
     say(f"installing {PACKAGE}")
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
@@ -99,81 +90,9 @@ def environment(folder: Path) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PACKAGE]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
-        shutil.rmtree(folder, ignore_errors=True)
         raise CannotMeasure(f"pip could not install {PACKAGE}:\n{done.stderr.strip()[-1500:]}")
     return python
 
 
-class Side:
-    """A process with a donor and a memory, which runs what it is told line by line.
-
-    Args:
-        name (`str`): "ours" or "theirs".
-        python (`str`): its interpreter.
-        place (`Path`): where its job and its errors are.
-    """
-
-    def __init__(self, name: str, python: str, place: Path):
-        self.name, self.errors = name, place / f"{name}.log"
-        with open(self.errors, "w") as errors:
-            self.process = subprocess.Popen(
-                [python, "-m", "benchmarks.peer_side", name, str(place / "job.json")],
-                cwd=ROOT,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        self.about = self.answer()
-
-    def ask(self, work: str, donor_first: bool) -> dict[str, float]:
-        """Seconds of donor and memory, one after the other."""
-        self.process.stdin.write(json.dumps([work, donor_first]) + "\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict:
-        """The next line that is an answer; packages print lines of their own."""
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise CannotMeasure(f"{SIDES[self.name]} failed:\n{self.errors.read_text()[-2000:]}")
-
-    def end(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.wait()
-
-
-def compare(processes: dict[str, Side], work: str, asked: argparse.Namespace) -> dict:
-    """Each side against the donor in its own process, and the two sides by these ratios."""
-    say(work)
-    seconds: dict[str, list[dict]] = {side: [] for side in processes}
-
-    def way(side: str) -> Callable[[], float]:
-        def once() -> float:
-            answer = processes[side].ask(work, len(seconds[side]) % 2 == 0)
-            seconds[side].append(answer)
-            return answer["memory"] / answer["donor"]
-
-        return once
-
-    against_donor = interleave({side: way(side) for side in processes}, asked.rounds, limit_s=limit_seconds(asked) / 2)
-    counted = {side: entries[-len(against_donor[side]) :] for side, entries in seconds.items()}
-    return {
-        "times_the_donor": {side: spread(values) for side, values in against_donor.items()},
-        "theirs_over_ours": spread(ratios(against_donor["theirs"], against_donor["ours"])),
-        "seconds": {
-            side: {name: spread([entry[name] for entry in entries]) for name in ("donor", "memory")}
-            for side, entries in counted.items()
-        },
-    }
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Measures and returns the line."""
-    return run("peer", measure, options(argv))
-
-
 if __name__ == "__main__":
-    start("peer", measure, options())
+    start(measure, options())

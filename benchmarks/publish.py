@@ -1,132 +1,261 @@
-"""Makes docs/performance.md, and figures of docs/training.md and the README, from the last results of every benchmark.
+"""Puts figures into docs/performance.md and docs/training.md: one renderer, and as data what it shows.
 
-Promises: the same results give the same page, byte for byte; what has not been measured is named with the command that
-measures it. Never runs a benchmark and never invents a number.
+Promises: the last result of a benchmark gives the same text every time; what has not been measured is named with the
+command that measures it; a block whose values a result does not have is left out. Never measures anything, and changes
+nothing but the text between a pair of marks.
 
 Run: python -m benchmarks.publish
 """
 
-import argparse
+import string
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from .record import RESULTS, ROOT, results_of
-from .sections import SECTIONS
-from .training_sections import comparable, domain, domain_in_short, training
+from .record import RESULTS, ROOT, lines_of
 
 
-DOCS = ROOT / "docs"
-PAGE = DOCS / "performance.md"
-
-# Pages that people write, with figures of these benchmarks between a pair of marks for each.
-TRAINING_PAGE, README = DOCS / "training.md", ROOT / "README.md"
-FIGURES, IN_SHORT = ("training", "domain"), ("domain in short",)
-FIRST, LAST = "<!-- results of {name}: made by `python -m benchmarks.publish` -->", "<!-- end of results of {name} -->"
-
-HEAD = """# Performance
-
-<!-- made by `python -m benchmarks.publish` from benchmarks/results: change those, not this -->
-
-What a memory costs, measured. `make bench` measures all but the large table in less than half an hour, `make
-bench-long` that one too, and each part alone is `python -m benchmarks.<name>`; every run adds one line to
-[benchmarks/results](../benchmarks/results), and this page shows the last of each.
-
-How to read it: the ways of a comparison take turns, round by round or after a few tokens, and a ratio is taken inside a
-round. Shown is the median of the rounds, in brackets the quartiles. One backbone (SmolLM2-135M) on one small machine:
-the larger a backbone, the smaller the share of a memory of the same size. Where a target was set it stands beside what
-was measured, reached or not. "Resident" tables are parameters of the model (`engram_placement="device"`), "on disk"
-ones stay in their files and are read row by row (`"disk"`); "warm" and "cold" say whether the system's page cache had
-the rows.
-"""
+FIRST, LAST = "<!-- results of {} -->", "<!-- end of results of {} -->"
+SCALES = {"n": 1.0, "%": 100.0, "GB": 1e-9, "MiB": 2.0**-20, "ms": 1e3}
 
 
-def page(results: Path) -> tuple[str, list[str]]:
-    """The page, and the names of benchmarks without a result."""
-    missing, parts = [], [HEAD]
-    for name, (title, section) in SECTIONS.items():
-        found = results_of(name, results)
-        parts.append(f"## {title}\n")
-        if found:
-            parts += [section(found[-1]) + "\n", measured_by(found[-1]) + "\n"]
-        else:
-            missing.append(name)
-            parts.append(f"Not measured yet: `python -m benchmarks.{name}`.\n")
-    return "\n".join(parts), missing
+class Figures(string.Formatter):
+    """`str.format` with units: `{seconds:n}`, `{speed_ratio:%}`, `{table_bytes:GB}`; a spread shows its quartiles."""
+
+    def format_field(self, value, spec: str) -> str:
+        """One value in a template."""
+        if spec not in SCALES:
+            return super().format_field(value, spec)
+        shown = (lambda x: f"{100 * x:.1f}") if spec == "%" else (lambda x: number(SCALES[spec] * x))
+        if isinstance(value, dict):
+            return f"{shown(value['median'])} ({shown(value['q1'])} to {shown(value['q3'])})"
+        return shown(value)
 
 
-def figures(name: str, results: Path) -> str | None:
-    """What stands between the marks of a benchmark; None without a result."""
-    found = results_of(name.removesuffix(" in short"), results)
-    if name == "domain in short":
-        return domain_in_short(found) if comparable(found) else None
-    if name == "domain":
-        used = comparable(found)
-        return f"{domain(found)}\n\n{measured_by(used[-1], used)}" if used else None
-    return f"{training(found[-1])}\n\n{measured_by(found[-1])}" if found else None
+FIGURES = Figures()
 
 
-def with_figures(text: str, results: Path, names: tuple[str, ...] = FIGURES) -> tuple[str, list[str]]:
-    """A page with its figures put between their marks, and those that have no result.
+def number(value: float, digits: int = 3) -> str:
+    """A number for a reader: this many significant digits, thousands apart, no exponent."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{value:#.{digits}g}".rstrip(".") if rounded else "0"
 
-    Raises:
-        `ValueError`: if a mark is missing.
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a result.
+
+    Args:
+        rows (`str`): path of the entry whose items are the rows; every match of a "*" in it gives a table.
+        first (`str`): head of the first column; `{0}` is what the first "*" stands for.
+        columns (`str`): names of the others, from `COLUMNS`.
     """
-    missing = []
-    for name in names:
-        first, last = FIRST.format(name=name), LAST.format(name=name)
-        before, begun, rest = text.partition(first)
-        _, ended, after = rest.partition(last)
-        if not (begun and ended):
-            raise ValueError(f"the page has no pair of marks '{first}' and '{last}' to put the figures between.")
-        inside = figures(name, results)
-        if inside is None:
-            missing.append(name)
-            inside = f"Not measured yet: `python -m benchmarks.{name.removesuffix(' in short')}`."
-        text = f"{before}{first}\n{inside}\n{last}{after}"
-    return text, missing
+
+    rows: str
+    first: str
+    columns: str
+
+    def show(self, line: dict) -> str:
+        """All tables; KeyError if there is none."""
+        columns = [COLUMNS[name] for name in self.columns.split()]
+        tables = []
+        for labels, entry in matches(line, self.rows.split("/")):
+            rows = [[NAMES.get(name, name), *(cell(text, row) for _, text in columns)] for name, row in entry.items()]
+            head = [self.first.format(*labels), *(head for head, _ in columns)]
+            tables.append(table(head, [row for row in rows if any(row[1:])]))
+        if not tables:
+            raise KeyError(self.rows)
+        return "\n\n".join(tables)
 
 
-def measured_by(result: dict, lines: list[dict] | None = None) -> str:
-    """Where and with what a result was measured, alone or as the last of several lines."""
+def cell(template: str, entry: dict) -> str:
+    """A template with the values of a row; empty where the row has none."""
+    try:
+        return FIGURES.format(template, **entry)
+    except KeyError:
+        return ""
+
+
+def matches(entry, path: list[str]) -> Iterator[tuple[list[str], dict]]:
+    """Entries at a path, with what its "*" stand for."""
+    if not path:
+        yield [], entry
+    elif isinstance(entry, dict):
+        for name in entry if path[0] == "*" else [path[0]]:
+            for labels, found in matches(entry.get(name), path[1:]) if name in entry else ():
+                yield [name, *labels] if path[0] == "*" else labels, found
+
+
+# Columns of tables: head, and a template that sees the row's entry.
+COLUMNS = {
+    "per_second": ("tokens/s", "{per_second:n}"),
+    "share": ("% of the donor's speed", "{speed_ratio:%}"),
+    "smallest": ("times the smallest", "{times_the_smallest:n}"),
+    "bytes": ("bytes to the device", "{bytes:,}"),
+    "copies": ("copies", "{copies}"),
+    "of_rows": ("bytes a byte of rows", "{of_rows_read:n}"),
+    "warm": ("warm", "{warm:n}"),
+    "cold": ("cold", "{cold:n}"),
+    "ours": ("ours", "{times_the_donor[ours]:n}"),
+    "theirs": ("engram-peft", "{times_the_donor[theirs]:n}"),
+    "theirs_over_ours": ("theirs / ours", "{theirs_over_ours:n}"),
+    "seconds": ("seconds a step", "{seconds:n}"),
+    "held": ("most private memory, GB", "{peak_anonymous:GB}"),
+    "state": ("optimizer's state, GB", "{state_bytes:GB}"),
+    "full": ("times all weights", "{times_full:n}"),
+    "lora": ("times LoRA", "{times_lora:n}"),
+    "more": ("MiB more after it", "{more:MiB}"),
+    "most": ("most meanwhile, MiB", "{most:MiB}"),
+    "touched": ("values in touched rows", "{touched_values:,}"),
+    "table": ("table, GB", "{table_bytes:GB}"),
+}
+NAMES = {
+    "full": "all weights, AdamW",
+    "lora": "LoRA",
+    "memory on disk": "memory, table on disk",
+    "both": "memory + LoRA",
+}
+MEMORY = (
+    "Memory: {sizes[rows]:,} rows of {sizes[row_bytes]} bytes ({sizes[table_bytes]:GB} GB, {sizes[table_dtype]}), "
+    "layers {sizes[layers]}, orders {sizes[orders]}, {sizes[heads]} heads."
+)
+SPEED = Table("measured/by_backbone_dtype/*", "backbone {0}", "per_second share")
+
+# Name between marks: benchmark, path that its result must have, and blocks of text.
+SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
+    "decode": (
+        "decode",
+        "measured",
+        ["{sizes[tokens_a_round]} tokens a round, batch {sizes[batch]}. " + MEMORY, SPEED],
+    ),
+    "prefill": ("prefill", "measured", ["{sizes[tokens]:,} tokens, batch {sizes[batch]}. " + MEMORY, SPEED]),
+    "big": (
+        "big",
+        "measured",
+        [
+            "On disk: {sizes[on_disk][rows]:,} rows of {sizes[on_disk][row_bytes]} bytes "
+            "({sizes[on_disk][table_bytes]:GB} GB); resident: {sizes[resident][table_bytes]:GB} GB. The processes may "
+            "have {sizes[cap_bytes]:GB} GB, page cache included, and held at most "
+            "{measured[load][group_peak_bytes]:GB} GB (load), {measured[prefill][group_peak_bytes]:GB} GB (prefill) "
+            "and {measured[decode][group_peak_bytes]:GB} GB (decode).",
+            "Loading takes {measured[load][seconds][big]:n} s, {measured[load][times_the_donor]:n} times the donor's. "
+            "The process then holds {measured[load][anonymous_bytes][big]:GB} GB of private memory, the donor's "
+            "{measured[load][anonymous_bytes][donor]:GB} GB.",
+            Table("measured/*/speeds", "{0}", "per_second share"),
+            Table(
+                "measured/*/cold/speeds", "{0}, after the files were dropped from the page cache", "per_second share"
+            ),
+        ],
+    ),
+    "offload sizes": (
+        "offload",
+        "measured/sizes",
+        [
+            Table("measured/sizes/decode", "rows, place", "per_second share smallest"),
+            "After the files were dropped from the page cache:",
+            Table("measured/sizes/decode_cold", "rows, place", "per_second share"),
+        ],
+    ),
+    "offload bytes": (
+        "offload",
+        "measured/bytes",
+        [MEMORY, Table("measured/bytes/*/ways", "{0}", "bytes copies of_rows")],
+    ),
+    "offload reading": (
+        "offload",
+        "measured/reading",
+        [
+            "Rows of {sizes[row_bytes]} bytes out of a file of {sizes[file_bytes]:GB} GB, microseconds a row.",
+            Table("measured/reading/*", "{0}", "warm cold"),
+        ],
+    ),
+    "peer": ("peer", "measured/forward", [Table("measured", "times the donor", "ours theirs theirs_over_ours")]),
+    "peer step": (
+        "peer",
+        "measured/step",
+        [
+            Table("measured/step/sides", "a training step", "seconds held state"),
+            "engram-peft takes {measured[step][theirs_over_ours]:n} times as long as our step, and "
+            "{measured[step][theirs_over_ours_on_disk]:n} times as long as ours with the table on disk.",
+        ],
+    ),
+    "training": (
+        "training",
+        "measured",
+        [
+            "{sizes[batch]} sequences of {sizes[length]} tokens a step, {sizes[precision]}; LoRA has rank "
+            "{sizes[lora_rank]}. " + MEMORY,
+            Table("measured/ways", "what learns", "seconds full lora held state"),
+            "Private memory of the first update, in a fresh process whose allocator keeps nothing back:",
+            Table("measured/first_step", "table on", "more most touched"),
+            "Tables of many sizes, on disk, rows of {sizes[width_of_sizes]} values:",
+            Table("measured/sizes", "rows", "table seconds smallest held state"),
+        ],
+    ),
+}
+
+
+def figures(name: str, results: Path = RESULTS) -> str | None:
+    """What stands between the marks of a section; None without a result."""
+    benchmark, needed, blocks = SECTIONS[name]
+    found = [line for line in lines_of(results / f"{benchmark}.jsonl") if list(matches(line, needed.split("/")))]
+    if not found:
+        return None
+    shown = []
+    for block in blocks:
+        try:
+            shown.append(FIGURES.format(block, **found[-1]) if isinstance(block, str) else block.show(found[-1]))
+        except KeyError:
+            continue
+    return "\n\n".join([*shown, measured_by(found[-1])])
+
+
+def measured_by(result: dict) -> str:
+    """Where and with what a result was measured."""
     machine, versions = result["machine"], result["versions"]
-    minutes = sum(line["took_seconds"] for line in lines or [result]) / 60
     commit, _, dirty = result["commit"].partition("+")
-    hardware = (
-        f"{machine['cpu']}, {machine['cores']} cores (torch's threads: {result['sizes']['threads']}), "
-        f"{machine['ram_bytes'] / 1e9:.0f} GB RAM, {machine['kernel']}"
-    )
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "accelerate", "safetensors"))
     return (
-        f"`python -m benchmarks.{result['benchmark']}`, {result['time'][:10]}, commit {commit[:12]}"
-        f"{' with changes' if dirty else ''}; {hardware}; Python {versions['python']}, {named}; "
-        f"{minutes:.1f} minutes{'' if lines is None else ' in all'}."
+        f"{result['benchmark']}, {result['time'][:10]}, commit {commit[:12]}"
+        f"{' with changes' if dirty else ''}; {machine['cpu']}, {machine['cores']} cores (torch's threads: "
+        f"{result['sizes']['threads']}), {machine['ram_bytes'] / 1e9:.0f} GB RAM, {machine['kernel']}; Python "
+        f"{versions['python']}, {named}."
     )
 
 
-def publish(results: Path = RESULTS, docs: Path = DOCS) -> list[str]:
-    """Writes the page, and the figures of those that are there; the names of benchmarks without a result."""
-    text, missing = page(results)
-    docs.mkdir(parents=True, exist_ok=True)
-    (docs / PAGE.name).write_text(text, encoding="utf-8")
-    for written, names in ((docs / TRAINING_PAGE.name, FIGURES), (docs.parent / README.name, IN_SHORT)):
-        if written.is_file():
-            text, also = with_figures(written.read_text(encoding="utf-8"), results, names)
-            written.write_text(text, encoding="utf-8")
-            missing += [name for name in also if name in FIGURES]
+def put(text: str, name: str, inside: str) -> str:
+    """A page with the text between one pair of marks replaced; ValueError if a mark is missing."""
+    first, last = FIRST.format(name), LAST.format(name)
+    before, begun, rest = text.partition(first)
+    _, ended, after = rest.partition(last)
+    if not (begun and ended):
+        raise ValueError(f"the page has no pair of marks '{first}' and '{last}'.")
+    return f"{before}{first}\n{inside}\n{last}{after}"
+
+
+def publish(results: Path = RESULTS, pages: Iterable[Path] | None = None) -> list[str]:
+    """Fills in the sections of the pages; names of sections without a result."""
+    missing = []
+    for page in pages or [ROOT / "docs" / "performance.md", ROOT / "docs" / "training.md"]:
+        text = page.read_text(encoding="utf-8")
+        for name, (benchmark, _, _) in SECTIONS.items():
+            if FIRST.format(name) in text:
+                inside = figures(name, results)
+                if inside is None:
+                    missing.append(name)
+                    inside = f"Not measured yet ({benchmark})."
+                text = put(text, name, inside)
+        page.write_text(text, encoding="utf-8")
     return missing
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
-    asked = parser.parse_args(argv)
-    missing = publish(asked.results, asked.docs)
-    print(asked.docs)
-    if missing:
-        print(f"no result yet of: {', '.join(missing)}", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    for name in publish():
+        print(f"no result yet of: {name}", file=sys.stderr)

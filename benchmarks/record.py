@@ -1,10 +1,8 @@
 """What a result says about itself: machine, versions, commit; and the file that it is added to.
 
-Promises: one run is one line of JSON, written whole or not at all, after all earlier lines; a line that was cut off by
-a crash is closed before the next one and passed over by readers. Never changes a line that is there.
+Promises: one result is one line of JSON, after all earlier lines. Never changes a line that is there.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -20,11 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "engram-transformers")
 
 # What a run itself writes; it does not make the commit that was measured another one.
-WRITTEN_BY_RUNS = ("benchmarks/results", "docs/performance.md", "docs/training.md")
+WRITTEN_BY_RUNS = ("benchmarks/results", "examples/domain/results.jsonl", "docs", "README.md")
 
 
 def machine(folder: Path) -> dict:
-    """Processor, cores, RAM, kernel, and the free disk where `folder` lies."""
+    """Processor, cores, RAM, kernel, and the free disk where `folder` is."""
     return {
         "cpu": processor(),
         "cores": cores(),
@@ -36,15 +34,12 @@ def machine(folder: Path) -> dict:
 
 def processor() -> str:
     """The processor's name, with family and model where the name alone is a generic one."""
-    fields = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            fields.setdefault(name.strip(), value.strip())
-    except OSError:
-        pass
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        fields = {name.strip(): value.strip() for name, value in lines}
+        return f"{fields['model name']} (family {fields['cpu family']}, model {fields['model']})"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
 
 
 def cores() -> int:
@@ -70,8 +65,7 @@ def commit(root: Path = ROOT) -> str:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        left_out = [f":(exclude){path}" for path in WRITTEN_BY_RUNS]
-        dirty = git("status", "--porcelain", "--", ".", *left_out)
+        dirty = git("status", "--porcelain", "--", ".", *[f":(exclude){path}" for path in WRITTEN_BY_RUNS])
         return git("rev-parse", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown (no git checkout)"
@@ -91,38 +85,14 @@ def line(name: str, sizes: dict, measured: dict, folder: Path, seconds: float) -
     }
 
 
-def append(result: dict, results: Path = RESULTS) -> Path:
-    """Adds a result to `<results>/<benchmark>.jsonl`.
-
-    Two runs that end at the same time wait for each other; a broken last line is closed first.
-    """
-    results.mkdir(parents=True, exist_ok=True)
-    path = results / f"{result['benchmark']}.jsonl"
-    text = json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                text = "\n" + text
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
+def append(result: dict, path: Path) -> Path:
+    """Adds a line to a file of results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
-def results_of(name: str, results: Path = RESULTS) -> list[dict]:
-    """All whole lines of a benchmark, oldest first; broken ones are left out."""
-    path = results / f"{name}.jsonl"
-    if not path.is_file():
-        return []
-    found = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and entry.get("benchmark") == name:
-            found.append(entry)
-    return found
+def lines_of(path: Path) -> list[dict]:
+    """All lines of a file of results, oldest first."""
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -1,4 +1,4 @@
-"""What SmolLM2 learns of a computing dictionary by a memory, by LoRA, and by both, beside two controls of the memory.
+"""What SmolLM2 learns of a computing dictionary by a memory, by LoRA, and by both, with two controls of the memory.
 
 Every way reads the same 131,072 tokens of FOLDOC in the same order. Measured before and after: loss on a fixed sample
 of what was read (recall), on entries that were held out, and on two other kinds of text (harm). The controls are the
@@ -9,22 +9,27 @@ A run takes 5 to 15 minutes and there are about twenty. Each adds a line when it
 seed have a line is not made again: start it as often as you like, or name some with --runs and --seeds. A line says the
 commit that it was made with; --again measures those of other commits anew.
 
-Run: python -m benchmarks.domain, or `make bench-long`
+Run: python -m examples.domain, or `make bench-long`; then python -m examples.domain.publish
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from . import domain_text, domain_train, models, record
-from .command import parser, say, stopped_by_signals, told, whole_donor
-from .domain_train import Recipe
+from benchmarks import record
 
+from . import text, train
+from .train import Recipe
+
+
+RESULTS = Path(__file__).parent / "results.jsonl"
 
 # The memory and its rates: the best of a few runs over 24,576 tokens with one seed, so a beginning and no optimum.
 MEMORY = {
@@ -37,7 +42,7 @@ MEMORY = {
     "engram_initializer_range": 0.02,
     "engram_value_initializer_range": 0.1,
 }
-LEARNT = Recipe(memory=MEMORY, table_lr=0.1, dense_lr=2e-3, passes=1)
+RECIPE = Recipe(memory=MEMORY, table_lr=0.1, dense_lr=2e-3, passes=1)
 LORA_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 DOSES = (5e-3, 2e-2, 5e-2, 1e-1, 2e-1)
 
@@ -54,21 +59,25 @@ FAMILIES = ("lora", "dose")
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the benchmark."""
-    made = parser(__doc__, rounds=1)
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    donor = Path(os.environ.get("ENGRAM_DONOR", "runs/donor"))
+    made.add_argument("--donor", type=Path, default=donor, help="folder of the backbone; `make donor` makes one")
+    made.add_argument("--results", type=Path, default=RESULTS, help="file of the lines")
+    made.add_argument("--threads", type=int, default=record.cores(), help="threads of torch; all cores by default")
     made.add_argument("--runs", type=names, default=None, help="such as donor,memory,one_row,lora,both,dose: all")
     made.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[0, 1, 2])
     made.add_argument("--tokens", type=int, default=131_072, help="tokens that are read, in all passes together")
     made.add_argument("--sample", type=int, default=16_384, help="tokens of each measured sample")
     made.add_argument("--again", action="store_true", help="also measure what was measured with another commit")
-    made.add_argument("--texts", type=Path, help="where the texts are kept; in the work folder by default")
+    made.add_argument("--texts", type=Path, default=Path("runs/domain-texts"), help="where the texts are kept")
     made.add_argument("--memory", type=json.loads, default={}, help="fields of EngramConfig to change, as JSON")
     made.add_argument("--recipe", type=json.loads, default={}, help="fields of Recipe to change, as JSON")
     return made.parse_args(argv)
 
 
-def names(text: str) -> list[str]:
+def names(given: str) -> list[str]:
     """A list such as "memory,lora"."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [part.strip() for part in given.split(",") if part.strip()]
 
 
 def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
@@ -77,16 +86,16 @@ def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
     LoRA's other rates and the dose curve have one seed; which rate is LoRA's best is known when they are through, so
     `both` and further seeds of LoRA take it from `best_rate`.
     """
-    learnt = memory_recipe(asked)
-    plan = {name: getattr(learnt, name) for name in PLAN}
+    learned = memory_recipe(asked)
+    plan = {name: getattr(learned, name) for name in PLAN}
     first = asked.seeds[0]
     made: list[tuple[str, int, Recipe | None]] = [("donor", first, None)]
     for seed in asked.seeds:
-        made += [("memory", seed, learnt), ("one_row", seed, learnt.with_one_row())]
+        made += [("memory", seed, learned), ("one_row", seed, learned.with_one_row())]
     made += [(rate_name(rate), first, Recipe(lora_lr=rate, **plan)) for rate in LORA_RATES]
     for seed in asked.seeds:
-        made += [("lora", seed, Recipe(lora_lr=0.0, **plan)), ("both", seed, dataclasses.replace(learnt, lora_lr=0.0))]
-    made += [(f"dose {rate:g}", first, dataclasses.replace(learnt, table_lr=rate)) for rate in DOSES]
+        made += [("lora", seed, Recipe(lora_lr=0.0, **plan)), ("both", seed, dataclasses.replace(learned, lora_lr=0.0))]
+    made += [(f"dose {rate:g}", first, dataclasses.replace(learned, table_lr=rate)) for rate in DOSES]
     known = {name for name, _, _ in made} | set(FAMILIES)
     unknown = set(asked.runs or ()) - known
     if unknown:
@@ -96,7 +105,7 @@ def plans(asked: argparse.Namespace) -> list[tuple[str, int, Recipe | None]]:
 
 def memory_recipe(asked: argparse.Namespace) -> Recipe:
     """How the memory is trained."""
-    return dataclasses.replace(LEARNT, memory={**MEMORY, **asked.memory}, **asked.recipe)
+    return dataclasses.replace(RECIPE, memory={**MEMORY, **asked.memory}, **asked.recipe)
 
 
 def rate_name(rate: float) -> str:
@@ -112,19 +121,16 @@ class Runs:
     """
 
     def __init__(self, asked: argparse.Namespace):
-        self.asked, self.donor, self.commit = asked, whole_donor(asked.donor), record.commit()
-        texts = asked.texts or asked.work / "domain-texts"
-        self.unpacked = domain_text.fetch(texts.resolve())
-        self.texts: dict[int, domain_text.DomainText] = {}
+        self.asked, self.donor, self.commit = asked, asked.donor, record.commit()
+        self.unpacked = text.fetch(asked.texts.resolve())
+        self.texts: dict[int, text.DomainText] = {}
 
-    def text(self, recipe: Recipe | None) -> domain_text.DomainText:
+    def text(self, recipe: Recipe | None) -> text.DomainText:
         """The text of a run: more passes read fewer tokens."""
         passes = 1 if recipe is None else recipe.passes
         if passes not in self.texts:
-            tokenizer = models.tokenizer_of(self.donor)
-            self.texts[passes] = domain_text.load(
-                tokenizer, self.unpacked, self.asked.tokens // passes, self.asked.sample
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self.donor)
+            self.texts[passes] = text.load(tokenizer, self.unpacked, self.asked.tokens // passes, self.asked.sample)
         return self.texts[passes]
 
     def sizes(self, name: str, seed: int, recipe: Recipe | None) -> dict:
@@ -142,31 +148,30 @@ class Runs:
     def line(self, name: str, seed: int, recipe: Recipe | None) -> dict:
         """The line of a run, which is made if it is not there."""
         sizes = self.sizes(name, seed, recipe)
-        for line in record.results_of("domain", self.asked.results):
+        for line in record.lines_of(self.asked.results):
             of_this = not self.asked.again or line["commit"] == self.commit
             if of_this and all(line["sizes"][key] == sizes[key] for key in KNOWN_BY):
-                say(f"{name}, seed {seed}: there")
+                print(f"{name}, seed {seed}: there")
                 return line
-        say(f"{name}, seed {seed}")
+        print(f"{name}, seed {seed}")
         begun = time.monotonic()
         # The control is of the memory's own runs, one of which is a dose as well.
         measured = self.measure(recipe, seed, shuffled=recipe == memory_recipe(self.asked))
-        line = record.line("domain", sizes, measured, self.asked.work, time.monotonic() - begun)
+        line = record.line("domain", sizes, measured, self.donor, time.monotonic() - begun)
         record.append(line, self.asked.results)
-        print(json.dumps(line, ensure_ascii=False), flush=True)
         return line
 
     def measure(self, recipe: Recipe | None, seed: int, shuffled: bool) -> dict:
         """Trains and measures; `shuffled` measures once more with the trained rows shuffled."""
-        text = self.text(recipe)
-        model = domain_train.build(self.donor, recipe or Recipe(), seed)
+        read = self.text(recipe)
+        model = train.build(self.donor, recipe or Recipe(), seed)
         measured: dict = {}
         if recipe is not None:
-            measured["trained"] = domain_train.train(model, text.train, recipe, seed, show)
-        measured["loss"] = domain_train.losses_of(model, text)
+            measured["trained"] = train.train(model, read.train, recipe, seed, show)
+        measured["loss"] = train.losses_of(model, read)
         if shuffled:
-            measured["rows_shuffled"] = domain_train.shuffle_rows(model)
-            measured["loss_shuffled"] = domain_train.losses_of(model, text)
+            measured["rows_shuffled"] = train.shuffle_rows(model)
+            measured["loss_shuffled"] = train.losses_of(model, read)
         return measured
 
     def best_rate(self, recipe: Recipe, first: int) -> float:
@@ -179,13 +184,13 @@ class Runs:
 def show(step: int, steps: int, loss: float) -> None:
     """Progress of a training run, now and then."""
     if step == 1 or step % 16 == 0 or step == steps:
-        say(f"  step {step} of {steps}: loss {loss:.3f}")
+        print(f"  step {step} of {steps}: loss {loss:.3f}", flush=True)
 
 
-def measure_all(asked: argparse.Namespace) -> list[dict]:
-    """All runs that are asked for; their lines."""
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Measures what is not measured yet and returns the lines of all runs that are asked for."""
+    asked = options(argv)
     wanted = plans(asked)
-    asked.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(asked.threads)
     logging.disable_progress_bar()
     runs, lines = Runs(asked), []
@@ -196,12 +201,5 @@ def measure_all(asked: argparse.Namespace) -> list[dict]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Measures what is not measured yet and returns the lines."""
-    with stopped_by_signals():
-        return measure_all(options(argv))
-
-
 if __name__ == "__main__":
-    with told("domain", "finished runs are kept: start it again to go on"):
-        main()
+    main()

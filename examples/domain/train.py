@@ -1,7 +1,7 @@
-"""One run of `domain`: a donor learns a text by its memory, by LoRA or by both, and is measured.
+"""One run of the experiment: a donor learns a text by its memory, by LoRA or by both, and is measured.
 
 Promises: the same sequences in the same order for every way with the same seed; losses in nats a token, in float32,
-over the same windows; rows are shuffled among those that were trained, so that every n-gram that was learnt reads the
+over the same windows; rows are shuffled among those that were trained, so that every n-gram that was learned reads the
 row of another. Never trains the donor's own weights.
 """
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 from engram_transformers import EngramForCausalLM
 from engram_transformers.training import create_optimizer
 
-from .domain_text import SAMPLES, DomainText
+from .text import SAMPLES, DomainText
 
 
 # Windows that are measured at once; the logits of one take 100 MB.

@@ -1,9 +1,9 @@
-"""Texts of `domain`: entries of FOLDOC to learn, and two other kinds of text that are to stay as they were.
+"""Texts of the experiment: entries of FOLDOC to learn, and two other kinds of text that are to stay as they were.
 
 FOLDOC (Debian package dict-foldoc, GNU Free Documentation License 1.1 or later, edited by Denis Howe, foldoc.org) and
 the Anarchist FAQ (package anarchism, GPL-2, its Editorial Collective) are fetched by apt into the work folder and stay
 out of the repository; nothing is installed. The World Factbook is the demo's (examples/data). Promises: the same
-windows everywhere from the same packages; entries that are held out share no headword with those that are taught.
+windows everywhere from the same packages; entries that are held out share no headword with those that are learned.
 """
 
 import gzip
@@ -19,10 +19,8 @@ from pathlib import Path
 
 import torch
 
-from examples.data.build import split_of
-from examples.demo.corpus import read_entries, shuffled, windows
-
-from .command import CannotMeasure, say
+from ..data.build import split_of
+from ..demo.corpus import read_entries, shuffled, windows
 
 
 PACKAGES = ("dict-foldoc", "anarchism")
@@ -63,24 +61,24 @@ def fetch(folder: Path) -> Path:
         folder (`Path`): where they are kept.
 
     Raises:
-        [`CannotMeasure`]: where there is no apt, or it has no such package.
+        `OSError`: where there is no apt, or it has no such package.
     """
     done = folder / "unpacked"
     if (done / f"{FOLDOC}.index").is_file() and (done / FAQ).is_dir():
         return done
     if not all(shutil.which(name) for name in ("apt-get", "dpkg-deb")):
-        raise CannotMeasure(
+        raise OSError(
             f"the texts are Debian packages, and apt-get and dpkg-deb are not here: unpack {' and '.join(PACKAGES)} "
             f"elsewhere (dpkg-deb -x) and put the result into '{done}'."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"fetching {', '.join(PACKAGES)}")
+    print(f"fetching {', '.join(PACKAGES)}")
     download = ["apt-get", "download", *PACKAGES]
     if answer(download, folder).returncode:
         answer(["apt-get", "update"], folder)  # a machine may have no lists of packages yet
         failed = answer(download, folder)
         if failed.returncode:
-            raise CannotMeasure(f"apt-get could not download {', '.join(PACKAGES)}:\n{failed.stderr.strip()[-800:]}")
+            raise OSError(f"apt-get could not download {', '.join(PACKAGES)}:\n{failed.stderr.strip()[-800:]}")
     draft = folder / "unpacking"
     shutil.rmtree(draft, ignore_errors=True)
     for package in sorted(folder.glob("*.deb")):
