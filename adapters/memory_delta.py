@@ -73,17 +73,17 @@ class DeltaHeader:
     @property
     def base_name(self) -> str:
         """The base as errors name it."""
-        return named_base(self.base, self.revision)
+        return _named_base(self.base, self.revision)
 
 
-def named_base(base: str, revision: str | None) -> str:
+def _named_base(base: str, revision: str | None) -> str:
     """A checkpoint as errors name it."""
     return repr(base) if revision is None else f"{base!r} (revision {revision})"
 
 
 def save_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
     """Writes what differs between a model's memory and its checkpoint: `model.save_memory_delta`, see there."""
-    path = delta_path(path)
+    path = _delta_path(path)
     if path.name == DELTA_NAME and (path.parent / INDEX_NAME).exists() and not (path.parent / ADAPTER_NAME).exists():
         raise ValueError(
             f"'{path.parent}' holds a whole checkpoint, and loading would not know which of both is meant: name "
@@ -94,8 +94,8 @@ def save_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | 
 
 def write_delta(model, path: Path, base: str | os.PathLike | None = None, **provenance) -> Path:
     """Writes a delta's file; see `save_memory_delta`."""
-    check_loaded(model)
-    files, name = base_of(model, base)
+    _check_loaded(model)
+    files, name = _base_of(model, base)
     parts = named_parts(model)
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in dense_weights(model).items()}
     changed = {}
@@ -131,8 +131,8 @@ def write_delta(model, path: Path, base: str | os.PathLike | None = None, **prov
 
 def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None):
     """Makes a model's memory what it was when a delta was saved: `model.load_memory_delta`, see there."""
-    check_loaded(model)
-    path = delta_path(path)
+    _check_loaded(model)
+    path = _delta_path(path)
     path = delta_file(path.parent) or path if path.name == DELTA_NAME else path
     header = read_delta_header(path)
     for field in DIGESTS:
@@ -144,9 +144,9 @@ def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | 
             )
     parts = named_parts(model)
     dense = dense_weights(model)
-    tensors = checked_tensors(path, parts, dense)
+    tensors = _checked_tensors(path, parts, dense)
     none = torch.empty(0, dtype=torch.int64, device="cpu")
-    files = matching_base(model, base, header, {name: tensors.get(f"{name}.rows", none) for name in parts})
+    files = _matching_base(model, base, header, {name: tensors.get(f"{name}.rows", none) for name in parts})
     # Everything that can fail comes before the first change.
     changes = []
     for name, part in parts.items():
@@ -176,7 +176,7 @@ def save_changes(model, folder: str | os.PathLike) -> None:
         `ValueError`: if the folder is the base's own, which the delta needs, or as for `save_memory_delta`.
     """
     folder = Path(folder)
-    files, _ = base_of(model, None)
+    files, _ = _base_of(model, None)
     if files.folder.resolve() == folder.resolve():
         raise ValueError(
             f"'{folder}' holds the checkpoint that a delta would name as its base: name another folder, or save the "
@@ -223,7 +223,7 @@ def from_delta(cls, delta: Path, *model_args, **kwargs):
     return found
 
 
-def delta_path(path: str | os.PathLike) -> Path:
+def _delta_path(path: str | os.PathLike) -> Path:
     """A delta's file: a folder holds it under its usual name, or the one that it had before 0.1."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / DELTA_NAME
@@ -236,7 +236,7 @@ def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
         `FileNotFoundError`: if it is not there.
         [`EngramFormatError`]: if it is no delta, truncated, or of a later version.
     """
-    path = delta_path(path)
+    path = _delta_path(path)
     read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -256,7 +256,7 @@ def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
         raise EngramFormatError(f"'{path}' has a damaged header ({error!r}): copy it again.") from error
 
 
-def check_loaded(model) -> None:
+def _check_loaded(model) -> None:
     """Raises for a model without tables that a delta could be taken from or given to."""
     if not hasattr(model, "memory"):
         raise TypeError(f"{type(model).__name__} has no memory: a delta is of an EngramForCausalLM.")
@@ -280,7 +280,7 @@ def dense_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, str]:
+def _base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, str]:
     """The files that a memory came from, and their name."""
     if base is not None:
         return model.tables_of(Path(base)), os.path.abspath(base)
@@ -319,7 +319,7 @@ def stored_weights(files: CheckpointTables) -> Iterator[tuple[str, bytes]]:
         yield name, bytes(buffer)
 
 
-def matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Tensor]) -> CheckpointTables:
+def _matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Tensor]) -> CheckpointTables:
     """The files of the base of a delta that changes these rows.
 
     Raises:
@@ -328,10 +328,10 @@ def matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Ten
     """
     tried = []
     if base is not None or model.checkpoint_tables is not None:
-        files, name = base_of(model, base)
+        files, name = _base_of(model, base)
         if base_digest(model.config, files, changed) == header.base_sha256:
             return files
-        tried.append(named_base(name, files.revision))
+        tried.append(_named_base(name, files.revision))
     if base is None and header.revision is None and Path(header.base, "config.json").is_file():
         files = model.tables_of(Path(header.base))
         if base_digest(model.config, files, changed) == header.base_sha256:
@@ -348,7 +348,7 @@ def matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Ten
     )
 
 
-def checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Tensor]:
+def _checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Tensor]:
     """A delta's tensors, checked against the model by the file's header before they are read.
 
     Raises:
@@ -388,7 +388,7 @@ def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, to
     """Rows of a part that differ from a file, `(changed,)`, and what they are, `(changed, width)`."""
     if is_over(part, stored):
         rows, values = part.store.named()
-        differs = unequal(values, FileRows([stored]).read(rows))
+        differs = _unequal(values, FileRows([stored]).read(rows))
         return rows[differs], values[differs]
     found = list(blocks_that_differ(part, stored))
     if not found:
@@ -424,11 +424,11 @@ def blocks_that_differ(part: torch.Tensor, stored: FilePart) -> Iterator[tuple[t
     for first in range(0, height, BLOCK):
         rows = torch.arange(first, min(height, first + BLOCK), device="cpu")
         held, was = part.read(rows.to(part.device)).to("cpu"), reader.read(rows)
-        differs = unequal(held, was)
+        differs = _unequal(held, was)
         if bool(differs.any()):
             yield rows[differs], held[differs], was[differs]
 
 
-def unequal(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def _unequal(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Which rows differ in any bit, `(rows,)`: NaN equals itself, and 0 is not -0."""
     return (values.contiguous().view(torch.uint8) != others.contiguous().view(torch.uint8)).any(1)

@@ -105,7 +105,7 @@ def take_over_adapters(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def memory_travels(model: nn.Module) -> bool:
+def _memory_travels(model: nn.Module) -> bool:
     """Whether an adapter needs the memory beside it: it learns, or is no longer what its checkpoint holds."""
     if model.due_delta is not None:
         raise ValueError(
@@ -164,7 +164,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     if not folders:
         yield
         return
-    travels = memory_travels(model)
+    travels = _memory_travels(model)
     if travels and model.checkpoint_tables is None:
         raise ValueError(
             "the memory was trained on a graft that is in no folder, and an adapter's folder holds only what changed "
@@ -172,7 +172,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
             "be kept whole with peft_model.merge_and_unload().save_pretrained(folder)."
         )
     for folder in folders:
-        remove_other_checkpoint(model, folder)
+        _remove_other_checkpoint(model, folder)
         if not travels:
             for name in (DELTA_NAME, OLD_DELTA_NAME):  # of an adapter that was here before
                 (folder / name).unlink(missing_ok=True)
@@ -186,17 +186,17 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     yield
     for folder in folders:
         with locked(folder):
-            name_delta(folder / ADAPTER_NAME, model, travels)
+            _name_delta(folder / ADAPTER_NAME, model, travels)
 
 
-def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
+def _remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
     """Removes a checkpoint from an adapter's folder, if the adapter is not for it: it would be loaded as the base."""
     base = model.checkpoint_tables
     if base is not None and base.folder.resolve() == folder.resolve():
         return
     try:
         kind = checkpoint_in(folder)
-        if kind is None or (kind == "whole" and base is not None and is_copy(model, CheckpointTables(folder), base)):
+        if kind is None or (kind == "whole" and base is not None and _is_copy(model, CheckpointTables(folder), base)):
             return
     except (EngramFormatError, FileNotFoundError):
         pass  # of another memory, or damaged
@@ -204,13 +204,13 @@ def remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
     remove_checkpoint(folder)
 
 
-def is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -> bool:
+def _is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -> bool:
     """Whether two checkpoints hold the same memory, as far as a delta's digest looks at it."""
     none = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in named_parts(model)}
     return base_digest(model.config, there, none) == base_digest(model.config, base, none)
 
 
-def name_delta(path: Path, model: nn.Module, travels: bool) -> None:
+def _name_delta(path: Path, model: nn.Module, travels: bool) -> None:
     """Writes into an adapter's settings whether a memory belongs to it, and the checkpoint of both if none is named.
 
     `auto_mapping` says it too: that is what PEFT keeps of settings that it does not know, so that a checkpoint's own

@@ -81,7 +81,7 @@ def support_peft() -> None:
     """Patches PEFT, once. Imports it if nobody has."""
     peft = importlib.import_module("peft")
     tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
-    wrap(tuner, "get_model_config", config_of_backbone)
+    wrap(tuner, "get_model_config", _config_of_backbone)
     wrap(tuner, "inject_adapter", inject_adapter)
     for model in (peft.PeftModel, peft.PeftMixedModel):
         wrap(model, "load_adapter", load_adapter)
@@ -109,7 +109,7 @@ def wrap(owner: type, name: str, wrapper) -> None:
     setattr(owner, name, kind(taught) if kind else taught)
 
 
-def config_of_backbone(original, model) -> dict:
+def _config_of_backbone(original, model) -> dict:
     """Stands in for `BaseTuner.get_model_config`: the backbone's configuration.
 
     PEFT looks up by it the layers that a bare `LoraConfig()` adapts, and which embeddings are tied.
@@ -127,9 +127,9 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
     if inside(model) is not model:
         return original(tuner, model, adapter_name, *args, **kwargs)
     config = tuner.peft_config[adapter_name]
-    refuse_method(config)
-    name_from_the_root(config, model)
-    refuse_memory(tuner, config, model)
+    _refuse_method(config)
+    _name_from_the_root(config, model)
+    _refuse_memory(tuner, config, model)
     if model._tied_weights_keys is None:
         model._tied_weights_keys = {}  # PEFT then asks the backbone, which layers are tied to its embeddings
     result = original(tuner, model, adapter_name, *args, **kwargs)
@@ -141,11 +141,11 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
 def add_adapter(original, model, adapter_name, peft_config, *args, **kwargs):
     """Stands in for `PeftModel.add_adapter`: prompt methods, which adapt no layer, are refused here."""
     if inside(model) is not None:
-        refuse_method(peft_config)
+        _refuse_method(peft_config)
     return original(model, adapter_name, peft_config, *args, **kwargs)
 
 
-def refuse_method(config) -> None:
+def _refuse_method(config) -> None:
     """Raises for methods that cannot work with a memory."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
@@ -162,7 +162,7 @@ def refuse_method(config) -> None:
         )
 
 
-def name_from_the_root(config, model) -> None:
+def _name_from_the_root(config, model) -> None:
     """Lets patterns that were written for the donor find its layers where they are now, under `backbone.`."""
     names = [name for name, _ in model.named_modules()]
     donors = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
@@ -179,7 +179,7 @@ def matches(pattern: str, names: list[str]) -> bool:
     return any(re.fullmatch(pattern, name) for name in names)
 
 
-def refuse_memory(tuner, config, model) -> None:
+def _refuse_memory(tuner, config, model) -> None:
     """Raises ValueError for settings that would copy, wrap or adapt parts of the memory other than its projections."""
     modules = [name for name, _ in model.named_modules() if f"{name}.".startswith(MEMORY_PREFIX)]
     weights = [name for name, _ in model.named_parameters() if name.startswith(MEMORY_PREFIX)]
@@ -207,11 +207,11 @@ def refuse_memory(tuner, config, model) -> None:
             f"projections ({PROJECTION!r}) can be adapted, by LoRA; set_trainable('memory+lora') trains all of it."
         )
     if found:
-        register_adapter_layer(config, {Projection: lora_for_projections()})
+        register_adapter_layer(config, {Projection: _lora_for_projections()})
 
 
 @functools.cache
-def lora_for_projections() -> type:
+def _lora_for_projections() -> type:
     """PEFT's LoRA for linear layers, for the memory's projection, which is none."""
     linear = importlib.import_module("peft.tuners.lora.layer").Linear
 
@@ -274,7 +274,7 @@ def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     signature = inspect.signature(original)
     given = signature.bind(model, model_id, adapter_name, *args, **kwargs).arguments
     if "key_mapping" in signature.parameters and not given.get("key_mapping"):
-        kwargs["key_mapping"] = donors_names(engram)
+        kwargs["key_mapping"] = _donors_names(engram)
     with quiet_about_deltas():
         result = original(model, model_id, adapter_name, *args, **kwargs)
     if result is not None and result.missing_keys and result.unexpected_keys:
@@ -284,7 +284,7 @@ def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     return result
 
 
-def donors_names(engram) -> dict[str, str]:
+def _donors_names(engram) -> dict[str, str]:
     """How the names of a donor's adapter become those of the model, in PEFT's own words."""
     tops = "|".join(re.escape(name) for name, _ in engram.backbone.named_children())
     return {rf"^({tops})\.": r"backbone.\1."}

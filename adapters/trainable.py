@@ -19,7 +19,7 @@ from torch import nn
 TRAINABLE = ("memory", "tables", "memory+lora", "all")
 
 
-def check_trainable(word: str) -> str:
+def _check_trainable(word: str) -> str:
     """Raises ValueError for a word that is no mode."""
     if word not in TRAINABLE:
         raise ValueError(f"trainable={word!r} must be one of {', '.join(map(repr, TRAINABLE))}.")
@@ -37,7 +37,7 @@ def apply_trainable(model, word: str, adapters_must_be_there: bool = True) -> No
     Raises:
         `ValueError`: for another word, or for "memory+lora" without an adapter.
     """
-    check_trainable(word)
+    _check_trainable(word)
     adapters = list(adapter_parameters(model)) if word in ("memory+lora", "all") else []
     if word == "memory+lora" and adapters_must_be_there and not adapters:
         raise ValueError(

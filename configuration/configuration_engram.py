@@ -30,7 +30,7 @@ REMEDY = (
 )
 
 
-def warn_of_other_transformers(version: str) -> None:
+def _warn_of_other_transformers(version: str) -> None:
     """Says so where this code, which a checkpoint may carry anywhere, meets a Transformers that is out of range.
 
     Args:
@@ -57,7 +57,7 @@ def saying_what_to_install():
         ) from error
 
 
-warn_of_other_transformers(transformers_version)
+_warn_of_other_transformers(transformers_version)
 
 with saying_what_to_install():
     from huggingface_hub.dataclasses import strict
@@ -213,11 +213,11 @@ class EngramConfig(PreTrainedConfig):
         if self.engram_reset_token_ids is not None:
             self.engram_reset_token_ids = list(self.engram_reset_token_ids)
         if self.engram_hc_mult is None:
-            self.engram_hc_mult = backbone_streams(text)
+            self.engram_hc_mult = _backbone_streams(text)
         if self.engram_compressed_vocab_size is None:
             self.engram_compressed_vocab_size = text.vocab_size
         if self.engram_pad_token_id is None:
-            self.engram_pad_token_id = default_pad_token_id(text)
+            self.engram_pad_token_id = _default_pad_token_id(text)
         # Checked here too: an error from `validate_architecture` alone reaches the user as StrictDataclassError, which
         # is no ValueError (huggingface_hub 2.4).
         self.check_engram()
@@ -233,11 +233,11 @@ class EngramConfig(PreTrainedConfig):
         Raises:
             `ValueError`: with the value, what is needed and what to do.
         """
-        refuse_unknown_names(vars(self))
-        check_layers(self)
-        check_sizes(self)
-        check_tokens(self)
-        check_streams(self)
+        _refuse_unknown_names(vars(self))
+        _check_layers(self)
+        _check_sizes(self)
+        _check_tokens(self)
+        _check_streams(self)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -249,7 +249,7 @@ class EngramConfig(PreTrainedConfig):
         Raises:
             `ValueError`: if the file is a donor's, or an adapter of another package that also says "engram".
         """
-        refuse_foreign_config(config_dict)
+        _refuse_foreign_config(config_dict)
         config_dict = {OLD_NAMES.get(name, name): value for name, value in config_dict.items()}
         return super().from_dict(config_dict, **kwargs)
 
@@ -257,7 +257,7 @@ class EngramConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         # Before Transformers warns that it is about to read another model's fields as ours.
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        refuse_foreign_config(config_dict)
+        _refuse_foreign_config(config_dict)
         return config_dict, kwargs
 
     # Derived sizes, in one place because shapes on disk depend on them.
@@ -280,27 +280,27 @@ class EngramConfig(PreTrainedConfig):
         return len(self.engram_orders) * self.engram_n_heads * self.engram_head_dim
 
 
-def refuse_unknown_names(names: dict[str, Any]) -> None:
+def _refuse_unknown_names(names: dict[str, Any]) -> None:
     """Raises ValueError for a name that starts with `engram_` and is no field; `@strict` alone keeps it silently."""
     known = [field.name for field in fields(EngramConfig)]
     for name in names:
         if name.startswith("engram_") and name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known names: {', '.join(sorted(known_engram(known)))}."
+            hint = f"did you mean `{near[0]}`?" if near else f"known names: {', '.join(sorted(_known_engram(known)))}."
             raise ValueError(f"EngramConfig has no field `{name}` (value {names[name]!r}): {hint}")
 
 
-def known_engram(known: list[str]) -> list[str]:
+def _known_engram(known: list[str]) -> list[str]:
     """The `engram_*` names among `known`."""
     return [name for name in known if name.startswith("engram_")]
 
 
-def backbone_streams(text_config: PreTrainedConfig) -> int:
+def _backbone_streams(text_config: PreTrainedConfig) -> int:
     """Residual streams that the backbone carries between its layers (1 for everything but hyper-connections)."""
     return int(getattr(text_config, "hc_mult", None) or 1)
 
 
-def default_pad_token_id(text_config: PreTrainedConfig) -> int:
+def _default_pad_token_id(text_config: PreTrainedConfig) -> int:
     """The id that stands for "nothing" in an n-gram when the user names none: pad, else end, else begin, else 0."""
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         value = getattr(text_config, name, None)
@@ -310,7 +310,7 @@ def default_pad_token_id(text_config: PreTrainedConfig) -> int:
     return 0
 
 
-def refuse_foreign_config(config_dict: dict[str, Any]) -> None:
+def _refuse_foreign_config(config_dict: dict[str, Any]) -> None:
     """Raises ValueError for another model's `config.json`, with what to do."""
     found = config_dict.get("model_type")
     if found != EngramConfig.model_type:
@@ -338,7 +338,7 @@ def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> st
     )
 
 
-def check_layers(config: EngramConfig) -> None:
+def _check_layers(config: EngramConfig) -> None:
     """Layer ids must exist in the backbone and be named once."""
     ids, depth = config.engram_layer_ids, config.text_config.num_hidden_layers
     if not ids:
@@ -353,7 +353,7 @@ def check_layers(config: EngramConfig) -> None:
         )
 
 
-def check_sizes(config: EngramConfig) -> None:
+def _check_sizes(config: EngramConfig) -> None:
     """Every size must be one that a table can have."""
     for name, least in (
         ("engram_max_ngram_size", 2),
@@ -403,7 +403,7 @@ def refuse_parts(text_config: PreTrainedConfig) -> None:
         )
 
 
-def check_tokens(config: EngramConfig) -> None:
+def _check_tokens(config: EngramConfig) -> None:
     """Token ids that the configuration names must be in the vocabulary."""
     vocabulary = config.text_config.vocab_size
     if not 0 <= config.engram_pad_token_id < vocabulary:
@@ -424,7 +424,7 @@ def check_tokens(config: EngramConfig) -> None:
         )
 
 
-def check_streams(config: EngramConfig) -> None:
+def _check_streams(config: EngramConfig) -> None:
     """The memory adds to the residual stream, so it must know the stream's shape."""
     for name, reason in FOREIGN_STREAMS.items():
         if getattr(config.text_config, name, None):
@@ -432,7 +432,7 @@ def check_streams(config: EngramConfig) -> None:
                 f"the backbone {config.text_config.model_type} has {name}={getattr(config.text_config, name)}: "
                 f"{reason}. Engram needs streams of batch x length x hidden, or batch x length x hc_mult x hidden."
             )
-    streams = backbone_streams(config.text_config)
+    streams = _backbone_streams(config.text_config)
     if config.engram_hc_mult != streams:
         raise ValueError(
             f"engram_hc_mult={config.engram_hc_mult}, but the backbone ({config.text_config.model_type}) carries "

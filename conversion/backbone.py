@@ -51,7 +51,7 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
         with suppress(OSError):  # adapters and GGUF files have none; from_pretrained says what else is missing
             refuse_own_code(PreTrainedConfig.get_config_dict(source, **found)[0].get("model_type"))
         donor, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-        refuse_incomplete_donor(source, info)
+        _refuse_incomplete_donor(source, info)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **found)
     if isinstance(tokenizer, str):
@@ -80,7 +80,7 @@ def refuse_own_code(model_type: str | None, model_class: type = PreTrainedModel)
         )
 
 
-def refuse_incomplete_donor(source: str, info: dict) -> None:
+def _refuse_incomplete_donor(source: str, info: dict) -> None:
     """Raises ValueError if a donor's files leave weights unset, hold unknown ones, or ones of other shapes."""
     problems = [
         f"{len(info[kind])} {label} ({', '.join(sorted(map(str, info[kind]))[:3])}, ...)"
@@ -98,7 +98,7 @@ def refuse_incomplete_donor(source: str, info: dict) -> None:
         )
 
 
-def default_layer_ids(depth: int) -> list[int]:
+def _default_layer_ids(depth: int) -> list[int]:
     """The paper's choice at any depth: the second decoder layer and the one in the middle, counted from 0."""
     return sorted({min(1, depth - 1), max(0, depth // 2 - 1)})
 
@@ -131,7 +131,7 @@ def recipe(
         donor_config (`PreTrainedConfig`): the donor's; copied.
         tokenizer (`PreTrainedTokenizerBase`): the donor's.
         make (callable): makes a model of the donor's configuration, to count its parameters.
-        engram_layer_ids (`list[int]`, *optional*): layers that read; `default_layer_ids` if None.
+        engram_layer_ids (`list[int]`, *optional*): layers that read; `_default_layer_ids` if None.
         fields: other fields of [`EngramConfig`].
     """
     refuse_parts(donor_config)
@@ -143,7 +143,7 @@ def recipe(
     rows = fields.pop("engram_vocab_size", None)
     config = EngramConfig(
         text_config=text_config,
-        engram_layer_ids=engram_layer_ids or default_layer_ids(text_config.num_hidden_layers),
+        engram_layer_ids=engram_layer_ids or _default_layer_ids(text_config.num_hidden_layers),
         engram_compressed_vocab_size=int(token_map.max()) + 1,
         engram_token_map_sha256=token_map_sha256(token_map),
         dtype=text_config.dtype,

@@ -104,10 +104,10 @@ def graft(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
     folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
-    donor_config = read_donor_config(folder)
+    donor_config = _read_donor_config(folder)
     hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
     tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
-    donor_config.dtype = donor_config.dtype or stored_dtype(folder)
+    donor_config.dtype = donor_config.dtype or _stored_dtype(folder)
     made = recipe(
         donor_config, tok, AutoModelForCausalLM.from_config, engram_layer_ids=engram_layer_ids, **engram_fields
     )
@@ -116,7 +116,7 @@ def graft(
     say_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
-        config.engram_table_parts = parts_for(config, shard_bytes)
+        config.engram_table_parts = _parts_for(config, shard_bytes)
     with torch.device("meta"):
         empty = EngramForCausalLM(config)
     config.engram_hash_sha256 = derive_constants(config, token_map).sha256()
@@ -125,18 +125,18 @@ def graft(
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.grafting-", dir=out.parent))
     draft.chmod(0o755)
     try:
-        write_description(draft, empty, config, tok, folder)
-        reused = reuse_donor_files(draft, folder)
-        write_weights(draft, empty, config, token_map, shard_bytes)
-        problem = dry_load(draft) if reused else "the donor has no safetensors files"
+        _write_description(draft, empty, config, tok, folder)
+        reused = _reuse_donor_files(draft, folder)
+        _write_weights(draft, empty, config, token_map, shard_bytes)
+        problem = _dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
-            rewrite_donor_files(draft, folder, tok)
-            write_weights(draft, empty, config, token_map, shard_bytes)
-            problem_left = dry_load(draft)
+            _rewrite_donor_files(draft, folder, tok)
+            _write_weights(draft, empty, config, token_map, shard_bytes)
+            problem_left = _dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
         source = {"donor": os.fspath(donor), "subfolder": subfolder, "revision": commit_of(folder)}
-        write_receipt(draft, source, config, engram_fields, "rewritten: " + problem if problem else "reused")
+        _write_receipt(draft, source, config, engram_fields, "rewritten: " + problem if problem else "reused")
         if out.exists():
             out.rmdir()
         os.replace(draft, out)
@@ -191,7 +191,7 @@ def _indexed_files(index: Path) -> list[str]:
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
-def read_donor_config(folder: Path):
+def _read_donor_config(folder: Path):
     """The donor's configuration; refuses models that have a memory already, and other packages' adapters."""
     path = folder / "config.json"
     if not path.is_file():
@@ -213,7 +213,7 @@ def read_donor_config(folder: Path):
     return AutoConfig.from_pretrained(folder)
 
 
-def donor_weight_files(folder: Path) -> list[Path]:
+def _donor_weight_files(folder: Path) -> list[Path]:
     """The donor's safetensors files as Transformers would choose them: a lone one goes before an index."""
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
@@ -222,16 +222,16 @@ def donor_weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def stored_dtype(folder: Path) -> torch.dtype | None:
+def _stored_dtype(folder: Path) -> torch.dtype | None:
     """Type of the donor's first floating-point tensor, for configurations that do not say it."""
-    for path in donor_weight_files(folder):
+    for path in _donor_weight_files(folder):
         for entry in read_header(path).values():
             if entry.dtype in FLOAT_DTYPES:
                 return FLOAT_DTYPES[entry.dtype]
     return None
 
 
-def parts_for(config: EngramConfig, shard_bytes: int) -> int:
+def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
     """Least number of parts with which every part of a table fits into a memory file."""
     most = shard_bytes // (config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize)
     rows = max(max(rows) for rows in derive_constants(config, None).order_rows())
@@ -243,7 +243,7 @@ def parts_for(config: EngramConfig, shard_bytes: int) -> int:
     return parts
 
 
-def write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfig, tok, folder: Path) -> None:
+def _write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfig, tok, folder: Path) -> None:
     """Writes everything that is no weight: configuration, code, tokenizer, generation settings."""
     config.architectures = [type(empty).__name__]
     config.auto_map = dict(AUTO_MAP)
@@ -259,16 +259,16 @@ def write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfi
     generation.save_pretrained(draft)
 
 
-def reuse_donor_files(draft: Path, folder: Path) -> bool:
+def _reuse_donor_files(draft: Path, folder: Path) -> bool:
     """Copies the donor's weight files under the checkpoint's names; False if it has no safetensors."""
-    files = donor_weight_files(folder)
+    files = _donor_weight_files(folder)
     for number, path in enumerate(files, start=1):
         read_header(path)
         copy_by_reference(path, draft / shard_name(MODEL_STEM, number, len(files) + 1))
     return bool(files)
 
 
-def rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
+def _rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
     """Loads the donor strictly and saves it in the form that Transformers gives it today, file by file."""
     for path in [*draft.glob("*.safetensors"), draft / INDEX_NAME]:
         path.unlink(missing_ok=True)
@@ -281,25 +281,25 @@ def rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
             os.replace(path, draft / shard_name(MODEL_STEM, number, len(files) + 1))
 
 
-def write_weights(
+def _write_weights(
     draft: Path, empty: EngramForCausalLM, config: EngramConfig, token_map: torch.Tensor, shard_bytes: int
 ) -> None:
     """Writes what the memory has beside its tables next to the donor's files, its tables, and the indexes."""
     donor_files = sorted(draft.glob(f"{MODEL_STEM}-*.safetensors"))
     dense = draft / shard_name(MODEL_STEM, len(donor_files) + 1, len(donor_files) + 1)
     if not any(path.name == dense.name for path in donor_files):
-        write_shard(dense, fresh_layers(empty, config) | fresh_hashing(config, token_map))
+        write_shard(dense, _fresh_layers(empty, config) | _fresh_hashing(config, token_map))
     names = [(name, path.name) for path in (*donor_files, dense) for name in read_header(path)]
     weight_map = dict(names)
     if len(weight_map) != len(names):
         raise EngramFormatError(f"the donor's files hold a tensor twice ({len(names) - len(weight_map)} repeats).")
-    tables = fresh_tables(empty)
+    tables = _fresh_tables(empty)
     weight_map |= write_shards(draft, MEMORY_STEM, tables, shard_bytes)
     total = sum(entry.end - entry.begin for path in draft.glob("*.safetensors") for entry in read_header(path).values())
     write_index(draft, weight_map, total, tables)
 
 
-def fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, torch.Tensor]:
+def _fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, torch.Tensor]:
     """Initial dense weights of the memory, the same for the same seed."""
     layers = empty.memory.layers.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -309,13 +309,13 @@ def fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, to
     return {f"{MEMORY_PREFIX}layers.{name}": tensor.to(config.dtype) for name, tensor in layers.state_dict().items()}
 
 
-def fresh_hashing(config: EngramConfig, token_map: torch.Tensor) -> dict[str, torch.Tensor]:
+def _fresh_hashing(config: EngramConfig, token_map: torch.Tensor) -> dict[str, torch.Tensor]:
     """Token map and hash constants."""
     constants = derive_constants(config, token_map).named() | {"token_map": token_map}
     return {f"{MEMORY_PREFIX}hashing.{name}": tensor for name, tensor in constants.items()}
 
 
-def fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
+def _fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
     """Tables of zeros."""
     return {
         MEMORY_PREFIX + name: ZeroTensor(tuple(tensor.shape), tensor.dtype)
@@ -324,7 +324,7 @@ def fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
     }
 
 
-def dry_load(draft: Path) -> str | None:
+def _dry_load(draft: Path) -> str | None:
     """Loads a finished graft, its tables left in their files; what is wrong with it, or None."""
     try:
         _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)
@@ -336,7 +336,7 @@ def dry_load(draft: Path) -> str | None:
     )
 
 
-def write_receipt(draft: Path, source: dict, config: EngramConfig, fields: dict, donor_files: str) -> None:
+def _write_receipt(draft: Path, source: dict, config: EngramConfig, fields: dict, donor_files: str) -> None:
     """Writes how the graft was made, so that it can be made again."""
     receipt = {
         **{name: value for name, value in source.items() if value},

@@ -139,21 +139,21 @@ def check_generation(
     ```"""
     if not isinstance(model, EngramForCausalLM):
         raise TypeError(f"check_generation takes an EngramForCausalLM, got {type(model).__name__}.")
-    chosen = chosen_ways(ways)
+    chosen = _chosen_ways(ways)
     prompts = [prompt.to(model.device) for prompt in make_prompts(model, tokenizer)]
     with ExitStack() as stack:
-        stack.enter_context(as_it_was(model))
-        memory = adds_something(model, prompts)
+        stack.enter_context(_as_it_was(model))
+        memory = _adds_something(model, prompts)
         if not memory:
-            stack.enter_context(stand_in_memory(model))
+            stack.enter_context(_stand_in_memory(model))
         subject, control = (
             Subject(lm, prompts, new_tokens, pad_id(model), lm is model, model.backbone)
             for lm in (model, model.backbone)
         )
-        return GenerationReport([run_way(way, subject, control) for way in chosen], stood_in=not memory)
+        return GenerationReport([_run_way(way, subject, control) for way in chosen], stood_in=not memory)
 
 
-def chosen_ways(names: Iterable[str] | None) -> list[Way]:
+def _chosen_ways(names: Iterable[str] | None) -> list[Way]:
     """Ways by their names."""
     if names is None:
         return WAYS
@@ -164,7 +164,7 @@ def chosen_ways(names: Iterable[str] | None) -> list[Way]:
     return [known[name] for name in names]
 
 
-def run_way(way: Way, subject: Subject, control: Subject) -> WayResult:
+def _run_way(way: Way, subject: Subject, control: Subject) -> WayResult:
     """Runs one way on the model and, where that is not exact, on its plain backbone."""
     if way.device is not None and subject.model.device.type != way.device:
         return WayResult(way.name, "not run", detail=f"the model is not on a {way.device} device")
@@ -233,11 +233,11 @@ def compare(way: Way, subject: Subject) -> Comparison:
     tokens_equal = None
     if way.expect is not None:
         triples = zip(readings, way.expect(subject), at_once, strict=True)
-        tokens_equal = all(same_choice(ours, theirs, logits, subject) for ours, theirs, logits in triples)
+        tokens_equal = all(_same_choice(ours, theirs, logits, subject) for ours, theirs, logits in triples)
     return Comparison(max(differences), status, tokens_equal)
 
 
-def same_choice(ours: Reading, theirs: Reading, logits: torch.Tensor, subject: Subject) -> bool:
+def _same_choice(ours: Reading, theirs: Reading, logits: torch.Tensor, subject: Subject) -> bool:
     """Whether two texts are equal, or part where rounding decides between two tokens."""
     differ = torch.nonzero(ours.text != theirs.text).flatten()
     if len(differ) == 0:
@@ -263,7 +263,7 @@ def pad_id(model: EngramForCausalLM) -> int:
     return model.config.engram_pad_token_id if pad is None or pad < 0 else pad
 
 
-def adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> bool:
+def _adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> bool:
     """Whether the memory changes any logit, and its convolution, if it has one, sees anything."""
     if any(layer.taps and not bool(layer.conv.any()) for layer in model.memory.layers.values()):
         return False
@@ -272,7 +272,7 @@ def adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> boo
 
 
 @contextmanager
-def as_it_was(model: PreTrainedModel):
+def _as_it_was(model: PreTrainedModel):
     """Evaluation mode while the block runs; mode, generation settings and verbosity are put back."""
     settings = [(lm, copy.deepcopy(lm.generation_config)) for lm in (model, model.backbone)]
     training, verbosity = model.training, logging.get_verbosity()
@@ -298,7 +298,7 @@ class RandomRows:
 
 
 @contextmanager
-def stand_in_memory(model: EngramForCausalLM):
+def _stand_in_memory(model: EngramForCausalLM):
     """Random rows and a random convolution while the block runs; no table is written to."""
     generator = torch.Generator().manual_seed(SEED)
     hooks = [table.register_forward_hook(RandomRows()) for table in model.memory.tables.values()]

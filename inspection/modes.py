@@ -68,7 +68,7 @@ class Subject:
     @cached_property
     def greedy(self) -> list[Reading]:
         """Greedy decoding of each prompt alone and without a cache."""
-        return one_by_one(use_cache=False)(self)
+        return _one_by_one(use_cache=False)(self)
 
     def new_cache(self) -> DynamicCache:
         """An empty cache with this backbone's kinds of layers."""
@@ -171,7 +171,7 @@ class Way:
     device: str | None = None
 
 
-def one_by_one(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options):
+def _one_by_one(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options):
     """Generates from each prompt alone; from all of the subject's if `prompts` is None."""
 
     def run(s: Subject) -> list[Reading]:
@@ -181,7 +181,7 @@ def one_by_one(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, *
     return run
 
 
-def first_tokens(s: Subject) -> list[torch.Tensor]:
+def _first_tokens(s: Subject) -> list[torch.Tensor]:
     return [prompt[:1] for prompt in s.prompts]
 
 
@@ -190,7 +190,7 @@ def repeated(s: Subject) -> list[torch.Tensor]:
     return [prompt.repeat(2) for prompt in s.prompts]
 
 
-def padded_right(s: Subject) -> list[Reading]:
+def _padded_right(s: Subject) -> list[Reading]:
     ids = pad_sequence(s.prompts, batch_first=True, padding_value=s.pad_token_id)
     mask = pad_sequence([torch.ones_like(p) for p in s.prompts], batch_first=True)
     logits = s.read(ids, attention_mask=mask)
@@ -232,10 +232,10 @@ def continued(s: Subject) -> list[Reading]:
     return readings
 
 
-def continued_without_cache(s: Subject) -> list[Reading]:
+def _continued_without_cache(s: Subject) -> list[Reading]:
     pairs = zip(s.greedy, s.prompts[1:] + s.prompts[:1], strict=True)
     longer = [torch.cat([reading.text, other[-3:]]) for reading, other in pairs]
-    return one_by_one(lambda _: longer, use_cache=False)(s)
+    return _one_by_one(lambda _: longer, use_cache=False)(s)
 
 
 def interleaved(s: Subject) -> list[Reading]:
@@ -260,7 +260,7 @@ def cropped(s: Subject) -> list[Reading]:
     return s.read_on(rows, cache, middle)
 
 
-def changed_batch(change: Callable[[DynamicCache], None], kept: list[int], start: list[int] | None = None):
+def _changed_batch(change: Callable[[DynamicCache], None], kept: list[int], start: list[int] | None = None):
     """Reads the beginnings of some texts, changes the cache's batch, and reads on.
 
     Args:
@@ -291,7 +291,7 @@ def copied(s: Subject) -> list[Reading]:
     return [reading for text in texts for reading in s.read_on(text[None], copy.deepcopy(cache), middle)]
 
 
-def embedded(s: Subject) -> list[Reading]:
+def _embedded(s: Subject) -> list[Reading]:
     """Generates from embeddings; the memory gets the ids beside them."""
     readings = []
     for prompt in s.prompts:
@@ -303,10 +303,10 @@ def embedded(s: Subject) -> list[Reading]:
 
 def assisted(by_itself: bool, **options):
     """Every prompt drafted for by the model itself, or by another one."""
-    return lambda s: one_by_one(assistant_model=s.model if by_itself else s.assistant, **options)(s)
+    return lambda s: _one_by_one(assistant_model=s.model if by_itself else s.assistant, **options)(s)
 
 
-def with_compiled_layers(s: Subject) -> list[Reading]:
+def _with_compiled_layers(s: Subject) -> list[Reading]:
     """Reads with every decoder layer compiled by itself, as `accelerate.utils.compile_regions` does."""
     backbone = s.model.backbone if s.has_memory else s.model
     layers = find_decoder_layers(backbone, backbone.config.get_text_config(decoder=True).num_hidden_layers)
@@ -320,14 +320,14 @@ def with_compiled_layers(s: Subject) -> list[Reading]:
             undo_compile(layer)
 
 
-def in_threads(s: Subject) -> list[Reading]:
+def _in_threads(s: Subject) -> list[Reading]:
     """Reads all prompts at the same time, each in a thread."""
     with ThreadPoolExecutor(len(s.prompts)) as threads:
         logits = list(threads.map(lambda prompt: s.read(prompt[None])[0], s.prompts))
     return [Reading(prompt, read, 0) for prompt, read in zip(s.prompts, logits, strict=True)]
 
 
-def nested(s: Subject) -> list[Reading]:
+def _nested(s: Subject) -> list[Reading]:
     """Reads another prompt in the middle of reading one."""
     backbone = s.model.backbone if s.has_memory else s.model
     layers = find_decoder_layers(backbone, backbone.config.get_text_config(decoder=True).num_hidden_layers)
@@ -348,14 +348,14 @@ def replicated(s: Subject) -> list[Reading]:
     raise AssertionError("a replica of nn.DataParallel was not declined")
 
 
-def batched_continuously(s: Subject) -> list[Reading]:
+def _batched_continuously(s: Subject) -> list[Reading]:
     s.model.init_continuous_batching()
     raise AssertionError("continuous batching was not declined")
 
 
 def same(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options) -> dict:
     """Chooses tokens in some manner, and expects what the same manner gives without a cache."""
-    return {"run": one_by_one(prompts, **options), "expect": one_by_one(prompts, use_cache=False, **options)}
+    return {"run": _one_by_one(prompts, **options), "expect": _one_by_one(prompts, use_cache=False, **options)}
 
 
 def greedy(run: Callable[[Subject], list[Reading]]) -> dict:
@@ -367,47 +367,47 @@ SAMPLING = {"do_sample": True, "top_k": 20, "temperature": 1.0}
 
 WAYS = [
     Way("greedy", **same()),
-    Way("one-token prompt", **same(first_tokens)),
+    Way("one-token prompt", **same(_first_tokens)),
     Way("sampling", **same(**SAMPLING)),
     Way("beams", **same(num_beams=4)),
     Way("beam sampling", **same(num_beams=4, **SAMPLING)),
     Way("num_return_sequences", **same(num_return_sequences=3, **SAMPLING)),
     Way("left padding", **greedy(lambda s: s.write(s.prompts))),
-    Way("left padding, beams", lambda s: s.write(s.prompts, num_beams=4), one_by_one(num_beams=4, use_cache=False)),
-    Way("right padding", padded_right),
+    Way("left padding, beams", lambda s: s.write(s.prompts, num_beams=4), _one_by_one(num_beams=4, use_cache=False)),
+    Way("right padding", _padded_right),
     Way("packed documents", packed),
-    Way("static cache", **greedy(one_by_one(cache_implementation="static"))),
+    Way("static cache", **greedy(_one_by_one(cache_implementation="static"))),
     Way("static cache, left padding", **greedy(lambda s: s.write(s.prompts, cache_implementation="static"))),
-    Way("offloaded cache", **greedy(one_by_one(cache_implementation="offloaded")), device="cuda"),
+    Way("offloaded cache", **greedy(_one_by_one(cache_implementation="offloaded")), device="cuda"),
     Way("DynamicCache() of the user", in_chunks(lambda s: DynamicCache())),
     Way("chunks", in_chunks()),
-    Way("prefill_chunk_size", **greedy(one_by_one(prefill_chunk_size=3))),
+    Way("prefill_chunk_size", **greedy(_one_by_one(prefill_chunk_size=3))),
     Way("assisted by itself", **greedy(assisted(by_itself=True))),
     Way("assisted by another", **greedy(assisted(by_itself=False))),
-    Way("prompt lookup", one_by_one(repeated, prompt_lookup_num_tokens=3), one_by_one(repeated, use_cache=False)),
+    Way("prompt lookup", _one_by_one(repeated, prompt_lookup_num_tokens=3), _one_by_one(repeated, use_cache=False)),
     Way("assisted, static cache", **greedy(assisted(by_itself=True, cache_implementation="static"))),
     Way(
         "prompt lookup, static cache",
-        one_by_one(repeated, prompt_lookup_num_tokens=3, cache_implementation="static"),
-        one_by_one(repeated, use_cache=False),
+        _one_by_one(repeated, prompt_lookup_num_tokens=3, cache_implementation="static"),
+        _one_by_one(repeated, use_cache=False),
     ),
-    Way("continued cache", continued, continued_without_cache),
+    Way("continued cache", continued, _continued_without_cache),
     Way("copied cache", copied),
     Way("interleaved requests", interleaved),
     Way("cache.crop", cropped),
     Way(
         "cache.reorder_cache",
-        changed_batch(lambda c: c.reorder_cache(torch.tensor([2, 0, 0], device="cpu")), [2, 0, 0]),
+        _changed_batch(lambda c: c.reorder_cache(torch.tensor([2, 0, 0], device="cpu")), [2, 0, 0]),
     ),
-    Way("cache.batch_repeat_interleave", changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
+    Way("cache.batch_repeat_interleave", _changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
     Way(
         "cache.batch_select_indices",
-        changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0], device="cpu")), [2, 0]),
+        _changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0], device="cpu")), [2, 0]),
     ),
-    Way("inputs_embeds", **greedy(embedded)),
-    Way("compiled layers", with_compiled_layers),
-    Way("threads", in_threads),
-    Way("a pass inside a pass", nested),
+    Way("inputs_embeds", **greedy(_embedded)),
+    Way("compiled layers", _with_compiled_layers),
+    Way("threads", _in_threads),
+    Way("a pass inside a pass", _nested),
     Way("nn.DataParallel", replicated, refused=RuntimeError),
-    Way("continuous batching", batched_continuously, refused=NotImplementedError),
+    Way("continuous batching", _batched_continuously, refused=NotImplementedError),
 ]

@@ -73,11 +73,11 @@ def verify_checkpoint(
         raise FileNotFoundError(f"'{folder}' has no config.json: name the folder of an Engram checkpoint.")
     config = EngramConfig.from_pretrained(folder)
     findings = [
-        look("files", lambda: files_section(folder, config)),
-        look("constants", lambda: constants_section(folder, config)),
-        look("tokenizer", lambda: tokenizer_section(folder, config, tokenizer)),
+        look("files", lambda: _files_section(folder, config)),
+        look("constants", lambda: _constants_section(folder, config)),
+        look("tokenizer", lambda: _tokenizer_section(folder, config, tokenizer)),
     ]
-    return [*findings, generation_section(folder, tokenizer)] if generation else findings
+    return [*findings, _generation_section(folder, tokenizer)] if generation else findings
 
 
 def look(section: str, check: Callable[[], str]) -> Finding:
@@ -88,7 +88,7 @@ def look(section: str, check: Callable[[], str]) -> Finding:
         return Finding(section, False, str(error))
 
 
-def files_section(folder: Path, config: EngramConfig) -> str:
+def _files_section(folder: Path, config: EngramConfig) -> str:
     """Headers and lengths of all files, shapes of the memory's tensors."""
     expected = expected_shards(config)
     check_folder(folder, expected)
@@ -97,9 +97,9 @@ def files_section(folder: Path, config: EngramConfig) -> str:
     return f"{len(files)} files, {size:,} bytes, {len(expected)} memory tensors in the right shapes"
 
 
-def constants_section(folder: Path, config: EngramConfig) -> str:
+def _constants_section(folder: Path, config: EngramConfig) -> str:
     """Digests and laws of the stored constants, and whether deriving them gives the same."""
-    hashing = stored_hashing(folder, config)
+    hashing = _stored_hashing(folder, config)
     hashing.check(config)
     derived = derive_constants(config, hashing.token_map).named()
     for name, stored in hashing.constants.named().items():
@@ -113,15 +113,15 @@ def constants_section(folder: Path, config: EngramConfig) -> str:
     return f"{heads} heads, {int(hashing.primes.sum()):,} rows; digests match, constants derive again"
 
 
-def tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path | None) -> str:
+def _tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path | None) -> str:
     """Whether the tokenizer gives the stored token map."""
-    token_map = read_tensors(folder, ["token_map"])["token_map"]
+    token_map = _read_tensors(folder, ["token_map"])["token_map"]
     check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder), config.engram_compressed_vocab_size)
     dead = int((token_map == DEAD).sum())
     return f"{len(token_map)} ids in {int(token_map.max()) + 1} classes, {dead} without a tokenizer entry"
 
 
-def generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
+def _generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
     """Whether the model generates exactly in every way."""
     try:
         model = EngramForCausalLM.from_pretrained(folder)
@@ -132,15 +132,15 @@ def generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
     return Finding("generation", report.ok, report.summary() + (f": {named}" if named else ""), report)
 
 
-def stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:
+def _stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:
     """The hasher that a checkpoint stores."""
     names = ["multipliers", "primes", "offsets", "pad_class", "token_map"]
-    tensors = read_tensors(folder, names)
+    tensors = _read_tensors(folder, names)
     token_map = tensors.pop("token_map")
     return NgramHasher(config.engram_layer_ids, token_map, HashConstants(**tensors))
 
 
-def read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """Reads hashing tensors by their short names."""
     weight_map = read_index(folder)
     tensors = {}

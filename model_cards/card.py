@@ -51,7 +51,7 @@ def write_model_card(
         "name": name or checkpoint.name,
         "base_model": base_model,
         "base_link": f"https://huggingface.co/{base_model}" if on_hub else "#memory",
-        "memory": memory_table(config),
+        "memory": _memory_table(config),
         "results": results or NOT_MEASURED,
         "text": text,
     }
@@ -63,7 +63,7 @@ def write_model_card(
     return path
 
 
-def memory_table(config: EngramConfig) -> str:
+def _memory_table(config: EngramConfig) -> str:
     """The memory's sizes as a Markdown table."""
     tables = {name: shape for name, (shape, _) in expected_shards(config).items() if name.startswith("memory.tables.")}
     rows = sum(shape[0] for shape in tables.values())

@@ -224,7 +224,7 @@ def engram_cache_layer(
         raise TypeError(f"cache must be a transformers Cache, got {type(cache).__name__}: use DynamicCache().")
     for layer in reversed(cache.layers):
         if isinstance(layer, EngramCacheLayer):
-            refuse_gap(cache, layer)
+            _refuse_gap(cache, layer)
             return layer
     if seen := seen_tokens(cache):
         raise ValueError(
@@ -249,7 +249,7 @@ def with_front(state: torch.Tensor, places: int) -> torch.Tensor:
     return torch.cat([state.new_zeros(len(state), missing, *state.shape[2:]), state], dim=1)
 
 
-def refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:
+def _refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:
     """Raises ValueError if the backbone's layers hold other tokens than the memory's, as far as counting is free."""
     if layer.seen is None or torch.compiler.is_compiling():
         return

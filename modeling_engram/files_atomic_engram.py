@@ -81,7 +81,7 @@ def checkpoint_in(folder: Path) -> str | None:
     said, has_index, has_delta = (
         named_delta(folder / CONFIG_NAME),
         (folder / INDEX_NAME).is_file(),
-        has_own_delta(folder),
+        _has_own_delta(folder),
     )
     if said and delta_file(folder) is None:
         raise FileNotFoundError(
@@ -114,12 +114,12 @@ def delta_file(folder: Path) -> Path | None:
     return next((folder / name for name in (DELTA_NAME, OLD_DELTA_NAME) if (folder / name).is_file()), None)
 
 
-def has_own_delta(folder: Path) -> bool:
+def _has_own_delta(folder: Path) -> bool:
     """Whether a folder has a delta that is not an adapter's."""
     return delta_file(folder) is not None and not named_delta(folder / ADAPTER_NAME)
 
 
-def is_own(name: str) -> bool:
+def _is_own(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is read as a part of it."""
     return name in (DELTA_NAME, OLD_DELTA_NAME, *ADAPTER_FILES) or WEIGHT_FILE.fullmatch(name) is not None
 
@@ -130,7 +130,7 @@ def remove_checkpoint(folder: Path) -> None:
         for name in (CONFIG_NAME, *INDEX_NAMES):
             (folder / name).unlink(missing_ok=True)
         for path in folder.iterdir():
-            if is_own(path.name):
+            if _is_own(path.name):
                 path.unlink()
 
 
@@ -174,11 +174,11 @@ def finish_saves(folder: Path) -> None:
         return
     with suppress(OSError), locked(folder, wait=False):
         for marker in drafts:
-            if is_begun(marker, folder) and marker.exists():
+            if _is_begun(marker, folder) and marker.exists():
                 settle(marker.parent, folder)
 
 
-def is_begun(marker: Path, folder: Path) -> bool:
+def _is_begun(marker: Path, folder: Path) -> bool:
     """Whether files of a complete draft may have been moved already, so that the old checkpoint is not whole."""
     return not (marker.parent / CONFIG_NAME).exists() or not (folder / CONFIG_NAME).exists()
 
@@ -195,7 +195,7 @@ def read_undisturbed(folder: Path, read: Callable):
     """
     problem = None
     for _ in range(TRIES):
-        before = wait_for_moves(folder)
+        before = _wait_for_moves(folder)
         try:
             found = read()
         except Exception as error:
@@ -212,13 +212,13 @@ def read_undisturbed(folder: Path, read: Callable):
     ) from problem
 
 
-def wait_for_moves(folder: Path) -> tuple | None:
+def _wait_for_moves(folder: Path) -> tuple | None:
     """Waits until no save is moving files, for some seconds; the `identity` of what is there then."""
     end = time.monotonic() + SECONDS_TO_WAIT
     while True:
         finish_saves(folder)
         seen = identity(folder)
-        moving = any(is_begun(marker, folder) for marker in folder.glob(f"{SAVING_PREFIX}*/{COMPLETE_NAME}"))
+        moving = any(_is_begun(marker, folder) for marker in folder.glob(f"{SAVING_PREFIX}*/{COMPLETE_NAME}"))
         if not moving or time.monotonic() > end:
             return seen
         time.sleep(0.01)
@@ -272,7 +272,7 @@ def discard(draft: Path) -> None:
 
 def mark_complete(draft: Path) -> None:
     """Flushes a draft to the disk, then says that it is whole."""
-    files = draft_files(draft)
+    files = _draft_files(draft)
     for path in files.values():
         flush(path)
     for place in {path.parent for path in files.values()} | {draft}:
@@ -290,7 +290,7 @@ def publish(draft: Path, folder: Path) -> None:
     The configuration goes first (see above), then the old indexes, without which a folder does not load; the new ones
     come last.
     """
-    left = draft_files(draft)
+    left = _draft_files(draft)
     if not left:
         return
     fresh = set(json.loads((draft / COMPLETE_NAME).read_text(encoding="utf-8"))["files"])
@@ -301,7 +301,7 @@ def publish(draft: Path, folder: Path) -> None:
         if name in left or name not in fresh:
             (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if is_own(path.name) and path.name not in fresh:
+        if _is_own(path.name) and path.name not in fresh:
             path.unlink()
             if path.name == ADAPTER_NAME:
                 logger.warning(f"removed an older adapter from '{folder}': it would be put on top of what is saved.")
@@ -313,7 +313,7 @@ def publish(draft: Path, folder: Path) -> None:
         flush(place)
 
 
-def draft_files(draft: Path) -> dict[str, Path]:
+def _draft_files(draft: Path) -> dict[str, Path]:
     """The files of a draft by their names in the checkpoint's folder."""
     files = (path for path in draft.rglob("*") if path.is_file() and path.parent.joinpath(COMPLETE_NAME) != path)
     return {path.relative_to(draft).as_posix(): path for path in files}

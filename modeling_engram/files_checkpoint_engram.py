@@ -116,10 +116,10 @@ class EngramCheckpointMixin:
         check_placement(engram_placement)
         path, folder = pretrained_model_name_or_path, None
         if kwargs.get("state_dict") is None:
-            folder = local_checkpoint(path, kwargs.get("subfolder", ""))
+            folder = _local_checkpoint(path, kwargs.get("subfolder", ""))
 
         def load():
-            delta = delta_in(path, folder, kwargs)
+            delta = _delta_in(path, folder, kwargs)
             if delta is not None:
                 package = full_package(f"'{path}' holds what training changed in another checkpoint, and loading it")
                 found = package.from_delta(cls, delta, *model_args, engram_placement=engram_placement, **kwargs)
@@ -158,7 +158,7 @@ class EngramCheckpointMixin:
                 "damaged, or larger than this machine's RAM and swap can map. Download it again, graft with smaller "
                 "files (max_memory_shard_size), or leave the memory on disk (engram_placement='disk')."
             ) from error
-        refuse_incomplete_checkpoint(pretrained_model_name_or_path, info)
+        _refuse_incomplete_checkpoint(pretrained_model_name_or_path, info)
         if model.memory.hashing.token_map.device.type != "meta":
             model.memory.hashing.check(model.config)
         model.checkpoint_tables = files.tables(placement)
@@ -296,7 +296,7 @@ class CheckpointFiles:
     def __init__(self, config_class, path, kwargs: dict):
         self.path, self.kwargs = path, kwargs
         self.hub = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        self.folder = local_checkpoint(path, kwargs.get("subfolder", ""))
+        self.folder = _local_checkpoint(path, kwargs.get("subfolder", ""))
         given = kwargs.get("config")
         self.config = given if isinstance(given, PreTrainedConfig) else None
         is_adapter = path is not None and self.folder is None and Path(path).is_dir()
@@ -436,7 +436,7 @@ def commit_of(folder: Path) -> str | None:
     return found and found[1]
 
 
-def delta_in(path, folder: Path | None, kwargs: dict) -> Path | None:
+def _delta_in(path, folder: Path | None, kwargs: dict) -> Path | None:
     """The delta that a checkpoint's configuration says its weights are; None if they are whole, or elsewhere.
 
     Args:
@@ -460,7 +460,7 @@ def delta_in(path, folder: Path | None, kwargs: dict) -> Path | None:
     return Path(found or cached_file(path, OLD_DELTA_NAME, **hub))
 
 
-def local_checkpoint(path, subfolder: str) -> Path | None:
+def _local_checkpoint(path, subfolder: str) -> Path | None:
     """The folder of a local checkpoint; None for a Hub id, an adapter's folder or no path at all."""
     if path is None:
         return None
@@ -480,7 +480,7 @@ def expected_shards(config) -> dict[str, tuple[tuple[int, ...], str]]:
     }
 
 
-def refuse_incomplete_checkpoint(path, info: dict) -> None:
+def _refuse_incomplete_checkpoint(path, info: dict) -> None:
     """Raises EngramFormatError if loading left anything unset: Transformers alone would fill it with random values."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"] if MEMORY_PREFIX in str(key))

@@ -203,8 +203,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise ValueError(f"header length {length}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        entries = {name: tensor_entry(entry) for name, entry in header.items()}
-        check_layout(entries)
+        entries = {name: _tensor_entry(entry) for name, entry in header.items()}
+        _check_layout(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise EngramFormatError(
             f"'{path}' is no complete safetensors file ({error}): it is truncated or damaged. "
@@ -219,7 +219,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def check_layout(entries: Mapping[str, TensorEntry]) -> None:
+def _check_layout(entries: Mapping[str, TensorEntry]) -> None:
     """Raises ValueError unless tensors lie one behind the other, each as long as its shape says."""
     sizes = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
     begin = 0
@@ -250,7 +250,7 @@ def torch_dtype(name: str) -> torch.dtype:
     raise EngramFormatError(f"a memory shard holds rows of type {name}: known are {', '.join(DTYPE_NAMES.values())}.")
 
 
-def tensor_entry(entry: dict) -> TensorEntry:
+def _tensor_entry(entry: dict) -> TensorEntry:
     """Checks one tensor's line of a header."""
     begin, end = entry["data_offsets"]
     if not (type(begin) is int and type(end) is int and 0 <= begin <= end):

@@ -196,7 +196,7 @@ def check_constants(constants: HashConstants, config) -> None:
             f"{config.engram_compressed_vocab_size} classes: the file is damaged, restore it."
         )
     if config.engram_hash_scheme == "deepseek":
-        check_primes(primes, config.engram_vocab_sizes)
+        _check_primes(primes, config.engram_vocab_sizes)
     elif not bool((primes == 1).all()):
         raise EngramFormatError(
             "engram_hash_scheme='one_row' needs one row in every head: restore the file that holds them."
@@ -212,7 +212,7 @@ def check_constants(constants: HashConstants, config) -> None:
         )
 
 
-def check_primes(primes: torch.Tensor, vocab_sizes: list[int]) -> None:
+def _check_primes(primes: torch.Tensor, vocab_sizes: list[int]) -> None:
     """Head sizes `(layers, orders, heads)` must be prime, distinct, and at least their order's configured size."""
     flat = primes.flatten().tolist()
     for size in flat:

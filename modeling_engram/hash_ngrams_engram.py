@@ -132,12 +132,12 @@ class NgramHasher(nn.Module):
         n = self.context_length + 1
         if history is None:
             history = classes.new_full((batch, n - 1), DEAD)
-        shifted = shift_back(torch.cat([history, classes], dim=1), n, length)  # (N, batch, length)
+        shifted = _shift_back(torch.cat([history, classes], dim=1), n, length)  # (N, batch, length)
         blocked = shifted < 0  # (N, batch, length)
         for i in range(1, n):
             blocked[i] |= blocked[i - 1]  # something dead at or after this place (cummin takes four times as long)
         if segments is not None:
-            places = shift_back(segments, n, length)  # (N, batch, length)
+            places = _shift_back(segments, n, length)  # (N, batch, length)
             blocked = blocked | (places != places[0])
         return torch.where(blocked, self.pad_class, shifted)
 
@@ -295,7 +295,7 @@ def mix(products: torch.Tensor) -> torch.Tensor:
     return torch.stack(mixes, dim=1)
 
 
-def shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:
+def _shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:
     """The last `length` columns of `(batch, places - 1 or more + length)`, and the same 1, 2, ... columns earlier.
 
     Returns:

@@ -74,7 +74,7 @@ class TokenCompressor:
             [`TokenCompressor`] over all ids up to the tokenizer's highest; ids between that have no token are dead.
         """
         classes: dict[str, int] = {}
-        ids = token_ids(tokenizer)
+        ids = _token_ids(tokenizer)
         table = torch.full((max(ids, default=-1) + 1,), DEAD, dtype=torch.int64, device="cpu")
         for token_id in ids:
             table[token_id] = classes.setdefault(token_key(tokenizer, token_id), len(classes))
@@ -104,7 +104,7 @@ class TokenCompressor:
         return token_map
 
 
-def token_ids(tokenizer) -> list[int]:
+def _token_ids(tokenizer) -> list[int]:
     """The ids that have a token, ascending. Some tokenizers skip ids: their length is not the highest id plus 1."""
     return sorted({*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder})
 
@@ -157,15 +157,15 @@ def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int 
     ]  # (ids,) each
     different = torch.nonzero(maps[0] != maps[1]).flatten().tolist()
     if different:
-        ids = set(token_ids(tokenizer))
+        ids = set(_token_ids(tokenizer))
         shown = [f"{i} ({tokenizer.convert_ids_to_tokens(i)!r})" if i in ids else str(i) for i in different[:5]]
         raise ValueError(
             f"this tokenizer ({len(ids)} ids) gives another token map than the memory's in {len(different)} "
-            f"place(s); first ids that differ: {', '.join(shown)}. {what_to_do(stored, different, length)}"
+            f"place(s); first ids that differ: {', '.join(shown)}. {_what_to_do(stored, different, length)}"
         )
 
 
-def what_to_do(stored: torch.Tensor, different: list[int], length: int) -> str:
+def _what_to_do(stored: torch.Tensor, different: list[int], length: int) -> str:
     """What helps if a tokenizer differs from a token map at these ids, of which there are `length`."""
     live = torch.nonzero(stored != DEAD).flatten()
     if len(live) and different[0] > int(live[-1]):

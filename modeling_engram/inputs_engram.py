@@ -33,7 +33,7 @@ def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor
             "the memory is addressed by token ids, and inputs_embeds has none: pass engram_input_ids beside it, of "
             "shape (batch, length), with -1 where a position is no text."
         )
-    check_integers(ids, name)
+    _check_integers(ids, name)
     if ids.ndim != 2 or 0 in ids.shape:
         raise ValueError(f"{name} has shape {tuple(ids.shape)}: it must be (batch, length) with at least one token.")
     given = input_ids if input_ids is not None else inputs_embeds
@@ -42,7 +42,7 @@ def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor
     return ids if ids.dtype == torch.int64 else ids.long()
 
 
-def check_integers(values, name: str) -> None:
+def _check_integers(values, name: str) -> None:
     """Raises TypeError unless `values` is a tensor of integers."""
     integers = isinstance(values, torch.Tensor) and not (values.is_floating_point() or values.is_complex())
     if not integers or values.dtype == torch.bool:
@@ -162,34 +162,34 @@ def document_ends(
         return None
     positions = position_ids.to(ids.device).expand(len(ids), -1)  # (batch, length)
     steps = positions.diff(dim=1)  # (batch, length - 1)
-    packed = cache is None and not is_flat(attention_mask)
+    packed = cache is None and not _is_flat(attention_mask)
     if looks:
-        refuse_beginnings(positions, steps, alive, packed, cache)
+        _refuse_beginnings(positions, steps, alive, packed, cache)
     if torch.compiler.is_compiling():
-        return ends_where(steps != 1) if packed else None
+        return _ends_where(steps != 1) if packed else None
     if packed:
-        return ends_where(steps != 1) if bool((steps != 1).any()) else None
+        return _ends_where(steps != 1) if bool((steps != 1).any()) else None
     if looks:
-        refuse_restarts(positions, alive, attention_mask, cache)
+        _refuse_restarts(positions, alive, attention_mask, cache)
     return None
 
 
 def _ends_of_segments(segments, ids, name: str) -> torch.Tensor:
     """Flags `(batch, length)` from the document of each token."""
-    check_integers(segments, name)
+    _check_integers(segments, name)
     if segments.shape != ids.shape:
         raise ValueError(f"{name} has shape {tuple(segments.shape)}, the ids have {tuple(ids.shape)}.")
-    return ends_where(segments.to(ids.device).diff(dim=1) != 0)
+    return _ends_where(segments.to(ids.device).diff(dim=1) != 0)
 
 
 def _ends_of_lengths(cu_seq_lens, ids) -> torch.Tensor:
     """Flags `(batch, length)` from the places where documents begin, `(documents + 1,)`."""
-    check_integers(cu_seq_lens, "cu_seq_lens_q")
+    _check_integers(cu_seq_lens, "cu_seq_lens_q")
     if cu_seq_lens.ndim != 1 or len(cu_seq_lens) < 2:
         raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)}: it must be (documents + 1,).")
     places = torch.arange(ids.numel(), device=ids.device)  # (batch * length,)
     last = torch.isin(places, cu_seq_lens[1:].to(ids.device) - 1)  # (batch * length,)
-    return ends_where(last.view(ids.shape)[:, :-1])  # (batch, length)
+    return _ends_where(last.view(ids.shape)[:, :-1])  # (batch, length)
 
 
 def _checked_borders(told, name: str, position_ids, cache: Cache | None, looks: bool) -> torch.Tensor | None:
@@ -210,17 +210,17 @@ def _checked_borders(told, name: str, position_ids, cache: Cache | None, looks: 
     return told
 
 
-def is_flat(attention_mask) -> bool:
+def _is_flat(attention_mask) -> bool:
     """Whether a mask is of shape (batch, length): it names pads, and hides documents from the backbone."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
-def ends_where(borders: torch.Tensor) -> torch.Tensor:
+def _ends_where(borders: torch.Tensor) -> torch.Tensor:
     """Flags `(batch, length)` from borders `(batch, length - 1)` between neighbours."""
     return F.pad(borders, (0, 1))  # (batch, length)
 
 
-def refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | None) -> None:
+def _refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | None) -> None:
     """Raises ValueError if a text begins at a position above 0, so that the tokens before it are missing.
 
     That is how serving engines call a model: one row with the next token of many requests, and a cache that only they
@@ -243,13 +243,13 @@ def refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | None
         )
 
 
-def refuse_restarts(positions, alive, attention_mask, cache: Cache | None) -> None:
+def _refuse_restarts(positions, alive, attention_mask, cache: Cache | None) -> None:
     """Raises ValueError if positions of text do not rise where the backbone would read on across the restart."""
     alive = torch.ones_like(positions, dtype=torch.bool) if alive is None else alive  # (batch, length)
     restarts = (positions.diff(dim=1) < 1) & alive[:, 1:] & alive[:, :-1]  # (batch, length - 1)
     again = alive[:, 0] & (positions[:, 0] == 0)  # (batch,): position 0 once more, after text in the cache
     past = seen_positions(cache)
-    if not past or (attention_mask is not None and not is_flat(attention_mask)):
+    if not past or (attention_mask is not None and not _is_flat(attention_mask)):
         again = torch.zeros_like(again)
     elif attention_mask is not None:
         again = again & (attention_mask[:, :past] != 0).any(1).to(again.device)

@@ -110,7 +110,7 @@ class EngramLayer(GradientCheckpointingLayer):
         """Gate of every token and stream, `(B, L, M, 1)`, from stream and keys of shape `(B, L, M, D)` in float32."""
         weight = self.query_norm.float() * self.key_norm.float()  # (M, D)
         score = (stream * keys * weight).sum(-1, keepdim=True) / math.sqrt(self.hidden_size)  # (B, L, M, 1)
-        score = score * rms_scale(stream, self.norm_eps) * rms_scale(keys, self.norm_eps)
+        score = score * _rms_scale(stream, self.norm_eps) * _rms_scale(keys, self.norm_eps)
         if self.gate == "signed_sqrt":
             score = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
         return torch.sigmoid(score)
@@ -124,7 +124,7 @@ class EngramLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """SiLU of the causal depthwise convolution over normed gated values `(B, L, M, D)`, zero where not alive."""
         batch, length = gated.shape[:2]
-        normed = gated * rms_scale(gated, self.conv_norm_eps) * self.conv_norm.float()  # (B, L, M, D)
+        normed = gated * _rms_scale(gated, self.conv_norm_eps) * self.conv_norm.float()  # (B, L, M, D)
         inputs = normed.flatten(2)  # (B, L, M * D)
         if cache is not None and self.reach:
             inputs = cache.extend_convolution(inputs, 1 + self.place, self.reach)
@@ -141,6 +141,6 @@ class EngramLayer(GradientCheckpointingLayer):
         return added if alive is None else added * alive[:, :, None, None]
 
 
-def rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
+def _rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Factor that brings the last dimension of `x` to root mean square 1, with that dimension kept as 1."""
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

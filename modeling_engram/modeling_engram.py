@@ -47,7 +47,7 @@ class EngramModel(EngramPreTrainedModel):
         self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
     ):
         super().__init__(config, backbone, token_map, hold_tables)
-        drop_head(self.backbone)
+        _drop_head(self.backbone)
         self.post_init()
 
     @takes_old_cache_name
@@ -312,7 +312,7 @@ class WithoutHead:
         return getattr(self.__dict__["model"].backbone, name)
 
 
-def drop_head(backbone: PreTrainedModel) -> None:
+def _drop_head(backbone: PreTrainedModel) -> None:
     """Takes the language-model head off a backbone; the other names stay what they were."""
     head = backbone.get_output_embeddings()
     names = [name for name, module in backbone.named_modules() if module is head]

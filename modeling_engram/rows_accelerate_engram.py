@@ -131,7 +131,7 @@ def attach_rows_hook(module: nn.Module, hook: EngramRowsHook) -> None:
         module.forward = HookedForward(module)
 
 
-def held_hooks(module: nn.Module) -> list[ModelHook]:
+def _held_hooks(module: nn.Module) -> list[ModelHook]:
     """The hooks on a module; accelerate puts sequences into sequences."""
 
     def flat(hook) -> list[ModelHook]:
@@ -142,7 +142,7 @@ def held_hooks(module: nn.Module) -> list[ModelHook]:
 
 def rows_hook(module: nn.Module) -> EngramRowsHook | None:
     """Our hook on a module, if any."""
-    return next((hook for hook in held_hooks(module) if isinstance(hook, EngramRowsHook)), None)
+    return next((hook for hook in _held_hooks(module) if isinstance(hook, EngramRowsHook)), None)
 
 
 def detach_rows_hook(module: nn.Module) -> None:
@@ -150,7 +150,7 @@ def detach_rows_hook(module: nn.Module) -> None:
     ours = rows_hook(module)
     if ours is None:
         return
-    others = [hook for hook in held_hooks(module) if hook is not ours]
+    others = [hook for hook in _held_hooks(module) if hook is not ours]
     remove_hook_from_module(module)
     for hook in others:
         add_hook_to_module(module, hook, append=True)
@@ -166,36 +166,36 @@ def settle_table(table: EngramTable) -> None:
         return
     elsewhere = False
     for order in orders:
-        align = align_hooks(order)
+        align = _align_hooks(order)
         if order.is_resident and any(hook.offload for hook in align):
-            source = waiting_rows(order, next(hook for hook in align if hook.offload))
-            drop_align_hooks(order)
+            source = _waiting_rows(order, next(hook for hook in align if hook.offload))
+            _drop_align_hooks(order)
             attach_rows_hook(order, EngramRowsHook(source))
         elif align and not order.is_resident:
-            drop_align_hooks(order)
+            _drop_align_hooks(order)
             order.mend_parts()
         elsewhere = elsewhere or not order.is_resident
-    if elsewhere and align_hooks(table):  # it would carry the rows' numbers to the device and back
-        drop_align_hooks(table)
+    if elsewhere and _align_hooks(table):  # it would carry the rows' numbers to the device and back
+        _drop_align_hooks(table)
 
 
-def align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+def _align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
     """Accelerate's own hooks on a module."""
-    return [hook for hook in held_hooks(module) if isinstance(hook, AlignDevicesHook)]
+    return [hook for hook in _held_hooks(module) if isinstance(hook, AlignDevicesHook)]
 
 
 def computing_device(module: nn.Module) -> torch.device:
     """Where a module computes: where accelerate's hooks bring it, or where its first tensor is."""
-    hooks = [hook for inner in module.modules() for hook in align_hooks(inner)]
+    hooks = [hook for inner in module.modules() for hook in _align_hooks(inner)]
     device = next((hook.execution_device for hook in hooks if hook.execution_device is not None), None)
     if device is not None:
         return torch.empty(0, device=device).device  # accelerate says `0` for the first accelerator
     return next(module.parameters()).device
 
 
-def drop_align_hooks(module: nn.Module) -> None:
+def _drop_align_hooks(module: nn.Module) -> None:
     """Takes accelerate's own hooks off a module without moving anything; other hooks stay."""
-    kept = [hook for hook in held_hooks(module) if not isinstance(hook, AlignDevicesHook)]
+    kept = [hook for hook in _held_hooks(module) if not isinstance(hook, AlignDevicesHook)]
     if kept:
         module._hf_hook = kept[0] if len(kept) == 1 else SequentialHook(*kept)
         return
@@ -203,7 +203,7 @@ def drop_align_hooks(module: nn.Module) -> None:
     remove_hook_from_module(module)
 
 
-def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
+def _waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
     """Where accelerate keeps the rows of an order between passes.
 
     Raises:
@@ -218,7 +218,7 @@ def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
         return HostRows([state[prefix + name] for name in names])
     try:
         opened: dict[Path, ShardFile] = {}  # many parts are in one file
-        parts = [offloaded_part(dataset, index[prefix + name], prefix + name, order, opened) for name in names]
+        parts = [_offloaded_part(dataset, index[prefix + name], prefix + name, order, opened) for name in names]
         return RowOverlay(FileRows(parts))
     except (KeyError, AttributeError) as error:
         raise RuntimeError(
@@ -227,7 +227,7 @@ def waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
         ) from error
 
 
-def offloaded_part(dataset, entry: dict, name: str, order: OrderRows, opened: dict[Path, ShardFile]) -> FilePart:
+def _offloaded_part(dataset, entry: dict, name: str, order: OrderRows, opened: dict[Path, ShardFile]) -> FilePart:
     """A part in accelerate's offload folder, or in the safetensors file that its index names."""
     if "safetensors_file" in entry:
         path = Path(entry["safetensors_file"])

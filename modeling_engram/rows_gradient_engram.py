@@ -74,18 +74,18 @@ class RowGradient(torch.Tensor):
         return False
 
 
-def on_values(func, gradient: RowGradient, *args, **kwargs):
+def _on_values(func, gradient: RowGradient, *args, **kwargs):
     """A measure of the values, such as their norm."""
     return func(gradient.row_values, *args, **kwargs)
 
 
-def in_place(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
+def _in_place(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
     """Scales the values."""
     func(gradient.row_values, *args, **kwargs)
     return gradient
 
 
-def same_rows(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
+def _same_rows(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
     """Another handle on the same values."""
     return RowGradient(gradient, gradient.rows, gradient.row_values)
 
@@ -112,13 +112,13 @@ def _wait_for_accelerators() -> None:
 
 
 ON_VALUES = {
-    aten.linalg_vector_norm.default: on_values,
-    aten.isfinite.default: on_values,
-    aten.mul_.Tensor: in_place,
-    aten.mul_.Scalar: in_place,
-    aten.div_.Tensor: in_place,
-    aten.zero_.default: in_place,
-    aten.detach.default: same_rows,
+    aten.linalg_vector_norm.default: _on_values,
+    aten.isfinite.default: _on_values,
+    aten.mul_.Tensor: _in_place,
+    aten.mul_.Scalar: _in_place,
+    aten.div_.Tensor: _in_place,
+    aten.zero_.default: _in_place,
+    aten.detach.default: _same_rows,
     UNSCALE: unscaled,
 }
 

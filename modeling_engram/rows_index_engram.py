@@ -43,10 +43,10 @@ class RowIndex:
 
     def find(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots of rows `(rows,)` in any order, and which of them are known; an unknown row's slot means nothing."""
-        slots, known = look_up(self.settled, rows)
+        slots, known = _look_up(self.settled, rows)
         if len(self.recent):
             unknown = (~known).nonzero().squeeze(1)  # (unknown,)
-            slots[unknown], known[unknown] = look_up(self.recent, rows[unknown])
+            slots[unknown], known[unknown] = _look_up(self.recent, rows[unknown])
         return slots, known
 
     def slots(self, rows: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class RowIndex:
         return merge(self.settled, self.recent)
 
 
-def look_up(known: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _look_up(known: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots of rows in one list, and which of them it has."""
     if not len(known):
         return torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)

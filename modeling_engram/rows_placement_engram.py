@@ -204,7 +204,7 @@ def place_tables(
     # Everything that can fail comes before the first change.
     ready, mappings = [], {}
     for prefix, order in named_orders(tables):
-        store = store_at(placement, prefix, order, checkpoint, elsewhere, mappings)
+        store = _store_at(placement, prefix, order, checkpoint, elsewhere, mappings)
         layer = prefix.removeprefix(TABLES_PREFIX).split(".")[0]
         ready.append((order, store, EngramRowsHook(store, **settings), devices[layer]))
     for order, store, hook, device in ready:
@@ -225,7 +225,7 @@ def held_rows(order: OrderRows) -> RowStore | None:
     return HostRows(order.tensors()) if order.is_resident else order.store
 
 
-def store_at(
+def _store_at(
     placement: str,
     prefix: str,
     order: OrderRows,

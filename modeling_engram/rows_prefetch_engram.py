@@ -112,7 +112,7 @@ def fetch_ahead(fetches: list[RowFetch]) -> None:
     waiting = [fetch for fetch, there in zip(fetches, read, strict=True) if not there]
     if not waiting:
         return
-    thread = threading.Thread(target=run_all, args=(waiting,), name="engram-fetch", daemon=True)
+    thread = threading.Thread(target=_run_all, args=(waiting,), name="engram-fetch", daemon=True)
     for fetch in waiting:
         fetch.thread = thread
     try:
@@ -122,7 +122,7 @@ def fetch_ahead(fetches: list[RowFetch]) -> None:
             fetch.thread = None
 
 
-def run_all(fetches: list[RowFetch]) -> None:
+def _run_all(fetches: list[RowFetch]) -> None:
     """What the thread does."""
     while fetches:
         fetch = fetches.pop(0)  # whoever waits for a fetch holds it; the thread does not keep what nobody wants
@@ -130,7 +130,7 @@ def run_all(fetches: list[RowFetch]) -> None:
             fetch.run()
 
 
-def numbers_of(places: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+def _numbers_of(places: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
     """What says to a device which of the rows each read is, in few bytes.
 
     Args:
@@ -162,7 +162,7 @@ def deliver(fetches: list[RowFetch]) -> None:
     for device in dict.fromkeys(fetch.device for fetch in fetches):
         group = [fetch for fetch in fetches if fetch.device == device]
         if device.type != "cpu":
-            held = [[one.brought.values, *numbers_of(one.brought.places, one.brought.values)] for one in group]
+            held = [[one.brought.values, *_numbers_of(one.brought.places, one.brought.values)] for one in group]
             sent, copied = send([tensor for tensors in held for tensor in tensors], device)
             sent = iter(sent)
             for fetch, tensors in zip(group, held, strict=True):
@@ -182,7 +182,7 @@ class SideCopy:
 
     def __init__(self, packed: torch.Tensor, device: torch.device):
         self.streams, self.device = getattr(torch, device.type), device
-        self.event, stream = self.streams.Event(), side_stream(device)
+        self.event, stream = self.streams.Event(), _side_stream(device)
         with self.streams.stream(stream):
             self.sent = packed.to(device, non_blocking=True)
             self.event.record(stream)
@@ -196,7 +196,7 @@ class SideCopy:
 
 
 @functools.cache
-def side_stream(device: torch.device):
+def _side_stream(device: torch.device):
     """The one stream on which rows go to a device: a caching allocator reuses memory within a stream alone."""
     return getattr(torch, device.type).Stream(device=device)
 
@@ -210,7 +210,7 @@ def send(tensors: list[torch.Tensor], device: torch.device) -> tuple[list[torch.
         device = torch.device(device.type, streams.current_device())
     # The widest types first: then each tensor begins at a multiple of its items' size, with nothing in between.
     order = sorted(range(len(tensors)), key=lambda place: -tensors[place].itemsize)
-    packed, slots, begin = pinned_bytes(sum(tensor.nbytes for tensor in tensors)), {}, 0
+    packed, slots, begin = _pinned_bytes(sum(tensor.nbytes for tensor in tensors)), {}, 0
     for place in order:
         tensor = tensors[place]
         slots[place] = slice(begin, begin + tensor.nbytes)
@@ -221,7 +221,7 @@ def send(tensors: list[torch.Tensor], device: torch.device) -> tuple[list[torch.
     return [sent.view(tensor.shape) for sent, tensor in zip(there, tensors, strict=True)], copy
 
 
-def pinned_bytes(size: int) -> torch.Tensor:
+def _pinned_bytes(size: int) -> torch.Tensor:
     """Room `(size,)` in memory that a device can read by itself; in any memory where there is none to be had."""
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

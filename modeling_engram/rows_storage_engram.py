@@ -136,7 +136,7 @@ class ShardFile:
         return self
 
     def __reduce__(self):
-        return reopen, (self.path, self.identity)
+        return _reopen, (self.path, self.identity)
 
     def __del__(self):
         descriptor = self.__dict__.pop("descriptor", None)
@@ -144,7 +144,7 @@ class ShardFile:
             os.close(descriptor)
 
 
-def reopen(path: Path, identity: tuple[int, int]) -> ShardFile:
+def _reopen(path: Path, identity: tuple[int, int]) -> ShardFile:
     """A file that was pickled, if it still is what it was."""
     file = ShardFile(path)
     file.identity = identity
@@ -441,7 +441,7 @@ class Runs:
 
     def begin(self) -> bool:
         """Reads what is in the page cache, and tells the kernel what else will be read; whether that was all."""
-        file, self.buffer = self.part.file, as_bytes(self.scratch)
+        file, self.buffer = self.part.file, _as_bytes(self.scratch)
         missed = []
         for slot, length, offset in self.runs:
             if not file.read_resident(self.buffer[slot : slot + length], offset):
@@ -502,6 +502,6 @@ def is_mapped(tensor: torch.Tensor) -> bool:
     return mapping is not None and mapping[0] != 0
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, to be written into."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

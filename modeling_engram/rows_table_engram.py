@@ -74,7 +74,7 @@ def gather_rows(rows: torch.Tensor, part_height: int, parts: list[torch.Tensor],
 
 
 @gather_rows.register_fake
-def gathered_shape(rows, part_height, parts, anchor):
+def _gathered_shape(rows, part_height, parts, anchor):
     return parts[0].new_empty(*rows.shape, parts[0].shape[1])
 
 
@@ -84,7 +84,7 @@ def gathered_shape(rows, part_height, parts, anchor):
     schema="(Tensor rows, Tensor values, SymInt part_height, Tensor[] parts) -> Tensor",
     **NOT_CAPTURED,
 )
-def leave_row_gradients(
+def _leave_row_gradients(
     rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
 ) -> torch.Tensor:
     """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's, a zero."""
@@ -103,22 +103,22 @@ def leave_row_gradients(
     return torch.zeros(1, device="cpu")
 
 
-@leave_row_gradients.register_fake
-def anchor_shape(rows, values, part_height, parts):
+@_leave_row_gradients.register_fake
+def _anchor_shape(rows, values, part_height, parts):
     return torch.zeros(1, device="cpu")
 
 
-def keep_for_backward(ctx, inputs, output) -> None:
+def _keep_for_backward(ctx, inputs, output) -> None:
     rows, ctx.part_height, ctx.parts, _ = inputs
     ctx.save_for_backward(rows)
 
 
-def gather_backward(ctx, values: torch.Tensor):
+def _gather_backward(ctx, values: torch.Tensor):
     (rows,) = ctx.saved_tensors
-    return None, None, [None] * len(ctx.parts), leave_row_gradients(rows, values, ctx.part_height, ctx.parts)
+    return None, None, [None] * len(ctx.parts), _leave_row_gradients(rows, values, ctx.part_height, ctx.parts)
 
 
-gather_rows.register_autograd(gather_backward, setup_context=keep_for_backward)
+gather_rows.register_autograd(_gather_backward, setup_context=_keep_for_backward)
 
 
 def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
@@ -198,7 +198,7 @@ class GatherBrought(torch.autograd.Function):
         # Summed where they are made: only unique rows' gradients go back to the host.
         unique, summed = sum_rows(places.flatten(), gradients.reshape(-1, gradients.shape[-1]))
         host = ctx.rows.device
-        leave_row_gradients(ctx.rows[unique.to(host)], summed.to(host), ctx.part_height, ctx.parts)
+        _leave_row_gradients(ctx.rows[unique.to(host)], summed.to(host), ctx.part_height, ctx.parts)
         return torch.zeros(1, device="cpu"), None, None, None, None, None
 
 

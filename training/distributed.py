@@ -56,29 +56,29 @@ def sync_row_gradients(trained, group=None) -> None:
     >>> optimizer.step()
     ```"""
     parts = [part for part in table_parts(trained) if part.requires_grad and not isinstance(part, RankPart)]
-    check_whole(parts)
+    _check_whole(parts)
     if ranks_of(group) == 1:
-        mark_exchanged(parts)
+        _mark_exchanged(parts)
         return
     device = wire_device(parts, group)
-    check_same_parts(parts, device, group)
+    _check_same_parts(parts, device, group)
     if not parts:
         return
     held = [row_gradient(part) for part in parts]
     counts = torch.tensor([0 if gradient is None else len(gradient.rows) for gradient in held], device=device)
     counts = torch.stack(gather(counts, group)).tolist()  # [ranks][parts]
-    rows, values = gather_rows_of_ranks(parts, held, counts, device, group)
+    rows, values = _gather_rows_of_ranks(parts, held, counts, device, group)
     for number, part in enumerate(parts):
         if any(lengths[number] for lengths in counts):
-            combined = mean_of_ranks([(own[number], of[number]) for own, of in zip(rows, values, strict=True)])
+            combined = _mean_of_ranks([(own[number], of[number]) for own, of in zip(rows, values, strict=True)])
             part.grad = RowGradient(part, *(tensor.to(part.device) for tensor in combined))
         elif held[number] is not None:
             part.grad = None  # as on the ranks that read nothing
     check_same_rows(parts, device, group)
-    mark_exchanged(parts)
+    _mark_exchanged(parts)
 
 
-def mark_exchanged(parts: list[torch.Tensor]) -> None:
+def _mark_exchanged(parts: list[torch.Tensor]) -> None:
     for part in with_row_gradients(parts):
         part.grad.exchanged = True
 
@@ -149,7 +149,7 @@ def gather(own: torch.Tensor, group) -> list[torch.Tensor]:
     return gathered
 
 
-def gather_rows_of_ranks(parts, held, counts, device, group) -> tuple[list, list]:
+def _gather_rows_of_ranks(parts, held, counts, device, group) -> tuple[list, list]:
     """Rows and values by rank and part, `[ranks][parts]`: `(touched,)` and `(touched, width)`."""
     widths = [part.table_shape[1] for part in parts]
     given = [gradient for gradient in held if gradient is not None]
@@ -173,7 +173,7 @@ def padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, length - len(tensor)))
 
 
-def mean_of_ranks(given: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _mean_of_ranks(given: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Unique rows of all ranks, ascending, and the sum of their values divided by the number of ranks.
 
     Args:
@@ -188,14 +188,14 @@ def mean_of_ranks(given: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch
     return unique, total.div_(len(given))
 
 
-def is_sharded(tensor: torch.Tensor | None) -> bool:
+def _is_sharded(tensor: torch.Tensor | None) -> bool:
     """Whether a tensor is one of FSDP's or of tensor parallelism, of which this rank holds a piece."""
     return hasattr(tensor, "full_tensor")
 
 
-def check_whole(parts: list[torch.Tensor]) -> None:
+def _check_whole(parts: list[torch.Tensor]) -> None:
     """Raises TypeError for parts that FSDP has cut up."""
-    if any(is_sharded(part) for part in parts):
+    if any(_is_sharded(part) for part in parts):
         raise TypeError(
             "FSDP has sharded the memory's tables, and row gradients do not reach them: leave them out "
             "(engram_transformers.training.shard_backbone(model), or fully_shard(..., ignored_params="
@@ -203,7 +203,7 @@ def check_whole(parts: list[torch.Tensor]) -> None:
         )
 
 
-def check_same_parts(parts: list[torch.Tensor], device: torch.device, group) -> None:
+def _check_same_parts(parts: list[torch.Tensor], device: torch.device, group) -> None:
     """Raises ValueError, on every rank, if the ranks do not train the same parts."""
     shapes = repr([(*part.table_shape, str(part.dtype)) for part in parts])
     own = torch.tensor([len(parts), zlib.crc32(shapes.encode())], device=device)
@@ -254,7 +254,7 @@ def clip_grad_norm_(trained, max_norm: float) -> torch.Tensor:
         parameters = list(trained.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    norms = [norm.full_tensor() if is_sharded(norm) else norm for norm in norms]
+    norms = [norm.full_tensor() if _is_sharded(norm) else norm for norm in norms]
     total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros((), device="cpu")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own 1e-6
     for gradient in gradients:
@@ -282,5 +282,5 @@ def shard_backbone(model, mesh=None, **settings):
     for layer in find_decoder_layers(model.backbone, depth):
         fully_shard(layer, mesh=mesh, **settings)
     fully_shard(model, mesh=mesh, ignored_params=tables, **settings)
-    check_whole(list(tables))
+    _check_whole(list(tables))
     return model

@@ -209,8 +209,8 @@ class EngramOptimizer(AdamW):
             _check_parts(param_group["params"])
             for name, default in (("table_optimizer", "adam"), ("table_state_dtype", "float32"), ("l2_sp", 0.0)):
                 param_group.setdefault(name, default)
-            check_choice("table_optimizer", param_group["table_optimizer"], RULES)
-            check_choice("table_state_dtype", param_group["table_state_dtype"], STATE_TYPES)
+            _check_choice("table_optimizer", param_group["table_optimizer"], RULES)
+            _check_choice("table_state_dtype", param_group["table_state_dtype"], STATE_TYPES)
             if not 0 <= param_group["l2_sp"] < float("inf"):
                 raise ValueError(f"l2_sp={param_group['l2_sp']} must be 0 (off) or positive: a pull per unit of lr.")
         super().add_param_group(param_group)
@@ -343,15 +343,15 @@ def create_optimizer(
     >>> optimizer = create_optimizer(model, lr=2e-3)
     ```"""
     table_state_dtype = str(table_state_dtype).removeprefix("torch.")
-    check_choice("table_optimizer", table_optimizer, RULES)
-    check_choice("table_state_dtype", table_state_dtype, STATE_TYPES)
+    _check_choice("table_optimizer", table_optimizer, RULES)
+    _check_choice("table_state_dtype", table_state_dtype, STATE_TYPES)
     if not 0 <= table_lr_multiplier < float("inf"):
         raise ValueError(
             f"table_lr_multiplier={table_lr_multiplier} must be 0 or positive: tables learn at lr times it."
         )
     refuse_copied_code(model)
     refuse_deepspeed()
-    choose_what_learns(model)
+    _choose_what_learns(model)
     memory = getattr(model, "memory", None)
     if memory is not None:
         memory.settle()
@@ -380,7 +380,7 @@ def create_optimizer(
     return optimizer
 
 
-def choose_what_learns(model) -> None:
+def _choose_what_learns(model) -> None:
     """Lets the memory alone learn where nobody has chosen: never silently everything."""
     config = getattr(model, "config", None)
     if getattr(config, "engram_trainable", None) or not hasattr(model, "set_trainable"):
@@ -416,7 +416,7 @@ def _check_parts(params) -> None:
             )
 
 
-def check_choice(name: str, value, choices) -> None:
+def _check_choice(name: str, value, choices) -> None:
     """Raises ValueError if a setting is none of its words."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")

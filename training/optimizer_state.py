@@ -19,7 +19,7 @@ def check_state(optimizer, state_dict: dict) -> None:
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
         raise ValueError('this is no optimizer state: needed is a dict with "state" and "param_groups".')
     mine, saved = optimizer.param_groups, state_dict["param_groups"]
-    if [outline(group) for group in mine] != [outline(group) for group in saved]:
+    if [_outline(group) for group in mine] != [_outline(group) for group in saved]:
         raise ValueError(
             f"the optimizer state is for parameter groups {told(saved)}, this optimizer has {told(mine)}: it was saved "
             "with another choice of what is trained, or another model. Choose as then (model.set_trainable), or go on "
@@ -27,7 +27,7 @@ def check_state(optimizer, state_dict: dict) -> None:
         )
     for own, other in zip(mine, saved, strict=True):
         if own.get("rows"):
-            check_rule(own, other)
+            _check_rule(own, other)
     numbered = dict(optimizer.numbered())
     tables = {p for group in optimizer.row_groups() for p in group["params"]}
     strange = [index for index in state_dict["state"] if index not in numbered]
@@ -38,7 +38,7 @@ def check_state(optimizer, state_dict: dict) -> None:
         )
     for index, state in state_dict["state"].items():
         if numbered[index] not in tables:
-            check_dense(optimizer.called(numbered[index]), numbered[index], state)
+            _check_dense(optimizer.called(numbered[index]), numbered[index], state)
     if "engram" not in state_dict and any(numbered[index] in tables for index in state_dict["state"]):
         raise ValueError(
             'the optimizer state has rows and no "engram" (random numbers, skipped steps): it was made by an older '
@@ -46,7 +46,7 @@ def check_state(optimizer, state_dict: dict) -> None:
         )
 
 
-def outline(group: dict) -> tuple:
+def _outline(group: dict) -> tuple:
     """What must be equal in a group: its name, whether it holds tables, and how many parameters."""
     return group.get("name"), bool(group.get("rows")), len(group["params"])
 
@@ -56,7 +56,7 @@ def told(groups: list[dict]) -> str:
     return ", ".join(f"{group.get('name', 'without name')} ({len(group['params'])})" for group in groups)
 
 
-def check_rule(own: dict, other: dict) -> None:
+def _check_rule(own: dict, other: dict) -> None:
     """Raises ValueError if tables were trained by another rule."""
     for name in ("table_optimizer", "table_state_dtype", "l2_sp"):
         missing = name not in other
@@ -72,7 +72,7 @@ def check_rule(own: dict, other: dict) -> None:
             )
 
 
-def check_dense(called: str, parameter, state: dict) -> None:
+def _check_dense(called: str, parameter, state: dict) -> None:
     """Raises ValueError if a dense state is not AdamW's for this parameter."""
     if set(state) != DENSE:
         raise ValueError(

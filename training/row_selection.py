@@ -213,7 +213,7 @@ def select_rows(
     memory, config = model.memory, model.config
     tables = [memory.tables[str(layer)].orders() for layer in memory.layer_ids]
     counted = [[RowCounts() for _ in orders] for orders in tables]
-    for rows in read_rows(model, texts, tokenizer, "texts"):
+    for rows in _read_rows(model, texts, tokenizer, "texts"):
         for layer, own in zip(counted, rows, strict=True):
             for order, counts in enumerate(layer):
                 counts.add(own[:, order].flatten())
@@ -222,7 +222,7 @@ def select_rows(
             counts.settle()
     general = [[torch.zeros_like(counts.rows) for counts in layer] for layer in counted]
     number = 0
-    for rows in read_rows(model, reference_texts, tokenizer, "reference_texts"):
+    for rows in _read_rows(model, reference_texts, tokenizer, "reference_texts"):
         number += 1
         for layer, frequencies, own in zip(counted, general, rows, strict=True):
             for order, counts in enumerate(layer):
@@ -274,13 +274,13 @@ def in_parts(prefix: str, order, counts: RowCounts, general, chosen) -> Iterator
 
 
 @torch.no_grad()
-def read_rows(model, entries: Iterable, tokenizer, name: str) -> Iterator[torch.Tensor]:
+def _read_rows(model, entries: Iterable, tokenizer, name: str) -> Iterator[torch.Tensor]:
     """Rows that a forward pass of each entry would read, `(layers, positions that are text, orders, heads)`."""
     if isinstance(entries, (str, Mapping)):
         raise TypeError(f"{name} is one {type(entries).__name__}: pass a list of texts.")
     memory, empty = model.memory, True
     for entry in entries:
-        given = as_inputs(entry, tokenizer, memory.hashing.token_map.device)
+        given = _as_inputs(entry, tokenizer, memory.hashing.token_map.device)
         if not given["input_ids"].numel():
             continue
         empty = False
@@ -299,7 +299,7 @@ def read_rows(model, entries: Iterable, tokenizer, name: str) -> Iterator[torch.
         raise ValueError(f"{name} holds no text: rows are chosen by what reads them.")
 
 
-def as_inputs(entry, tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
+def _as_inputs(entry, tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
     """Arguments of a forward pass from a string, token ids or a batch, each `(batch, length)`."""
     if isinstance(entry, str):
         if tokenizer is None:

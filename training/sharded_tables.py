@@ -46,23 +46,23 @@ class RankRowGradient(RowGradient):
         if not isinstance(gradient, RankRowGradient):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if func is aten.linalg_vector_norm.default:
-            return norm_of_ranks(func(gradient.row_values, *args[1:], **(kwargs or {})), args[1:], gradient.group)
+            return _norm_of_ranks(func(gradient.row_values, *args[1:], **(kwargs or {})), args[1:], gradient.group)
         if func is aten.isfinite.default:
             finite = gradient.row_values.isfinite().all().float()
             return torch.stack(gather(finite, gradient.group)).min().bool()
         if func is aten.detach.default:
-            return rank_gradient(gradient, gradient.rows, gradient.row_values, gradient.group)
+            return _rank_gradient(gradient, gradient.rows, gradient.row_values, gradient.group)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def norm_of_ranks(own: torch.Tensor, arguments: tuple, group) -> torch.Tensor:
+def _norm_of_ranks(own: torch.Tensor, arguments: tuple, group) -> torch.Tensor:
     """The norm of what all ranks have the norm `own` of."""
     order = float(arguments[0]) if arguments else 2.0
     norms = torch.stack(gather(own.reshape(()), group))  # (ranks,), so the same sum everywhere
     return norms.max() if math.isinf(order) else norms.pow(order).sum().pow(1 / order)
 
 
-def rank_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, group) -> RankRowGradient:
+def _rank_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, group) -> RankRowGradient:
     """A gradient that needs no exchange."""
     gradient = RankRowGradient(part, rows, values)
     gradient.group, gradient.exchanged = group, True
@@ -132,7 +132,7 @@ class RankRows(OrderRows):
         if held is not None:
             rows, summed = sum_rows(torch.cat([held.rows, rows]), torch.cat([held.row_values, summed]))
         # Also where nobody read a row of this rank's: every rank must take part when a norm is asked for.
-        self.part.grad = rank_gradient(self.part, rows, summed, self.group)
+        self.part.grad = _rank_gradient(self.part, rows, summed, self.group)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for number, whole in enumerate(self.tensors() if self.gathered is None else self.gathered):
@@ -263,11 +263,11 @@ def save_sharded(model, folder, group=None, **settings) -> None:
     """
     orders = [order for _, order in named_orders(model.memory.tables) if isinstance(order, RankRows)]
     if dist.get_rank(group) != 0:
-        serve_rows(orders, group)
+        _serve_rows(orders, group)
         return
     problem = "it was stopped"
     try:
-        with laid_down(orders, Path(folder), group):
+        with _laid_down(orders, Path(folder), group):
             model.save_pretrained(folder, **settings)
         problem = None
     except Exception as error:
@@ -278,7 +278,7 @@ def save_sharded(model, folder, group=None, **settings) -> None:
 
 
 @contextmanager
-def laid_down(orders: list[RankRows], folder: Path, group):
+def _laid_down(orders: list[RankRows], folder: Path, group):
     """Lets the whole parts of orders be seen by a state dict while the block runs, in files that go with it."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rows-of-ranks-", dir=folder.parent) as draft:
@@ -289,7 +289,7 @@ def laid_down(orders: list[RankRows], folder: Path, group):
             for rank, (first, last) in enumerate(zip(order.bounds, order.bounds[1:], strict=False)):
                 for begin in range(first, last, BLOCK):
                     end = min(begin + BLOCK, last)
-                    whole[begin:end] = fetch_rows(order, number, rank, begin, end, group)
+                    whole[begin:end] = _fetch_rows(order, number, rank, begin, end, group)
             order.gathered = list(whole.split(order.heights))
         try:
             yield
@@ -298,17 +298,17 @@ def laid_down(orders: list[RankRows], folder: Path, group):
                 order.gathered = None
 
 
-def fetch_rows(order: RankRows, number: int, rank: int, begin: int, end: int, group) -> torch.Tensor:
+def _fetch_rows(order: RankRows, number: int, rank: int, begin: int, end: int, group) -> torch.Tensor:
     """Rows `begin` to `end` of an order, which `rank` holds, on rank 0: `(end - begin, width)`."""
     if rank == 0:
         return order.part[begin:end]
     say({"order": number, "rank": rank, "begin": begin, "end": end}, group)
     got = torch.empty(end - begin, order.width, dtype=order.dtype, device=wire_device([order.part], group))
-    dist.recv(got.view(torch.uint8), src=global_rank(rank, group), group=group)
+    dist.recv(got.view(torch.uint8), src=_global_rank(rank, group), group=group)
     return got
 
 
-def serve_rows(orders: list[RankRows], group) -> None:
+def _serve_rows(orders: list[RankRows], group) -> None:
     """Sends rows to rank 0 until it has all.
 
     Raises:
@@ -319,7 +319,7 @@ def serve_rows(orders: list[RankRows], group) -> None:
             order = orders[wish["order"]]
             rows = order.part.detach()[wish["begin"] - order.first : wish["end"] - order.first]
             rows = rows.to(wire_device([order.part], group)).contiguous()
-            dist.send(rows.view(torch.uint8), dst=global_rank(0, group), group=group)
+            dist.send(rows.view(torch.uint8), dst=_global_rank(0, group), group=group)
     if wish["problem"] is not None:
         raise RuntimeError(f"rank 0 could not save ({wish['problem']}): the folder holds what it held before.")
 
@@ -327,10 +327,10 @@ def serve_rows(orders: list[RankRows], group) -> None:
 def say(what: dict | None, group) -> dict:
     """What rank 0 says, to all ranks."""
     heard = [what]
-    dist.broadcast_object_list(heard, src=global_rank(0, group), group=group)
+    dist.broadcast_object_list(heard, src=_global_rank(0, group), group=group)
     return heard[0]
 
 
-def global_rank(rank: int, group) -> int:
+def _global_rank(rank: int, group) -> int:
     """The number among all processes of a group's rank."""
     return rank if group is None else dist.get_global_rank(group, rank)

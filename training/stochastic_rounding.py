@@ -22,7 +22,7 @@ def rounded(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     """
     if dtype == torch.float32:
         return values
-    chance = random_bits(values, generator)
+    chance = _random_bits(values, generator)
     if dtype == torch.bfloat16:
         # The upper half of a float32 is a bfloat16: adding 16 random bits below carries as often as it should.
         largest = torch.finfo(dtype).max
@@ -36,7 +36,7 @@ def rounded(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
     return (values / step).add_(up).floor_().mul_(step).clamp_(-largest, largest).to(dtype)
 
 
-def random_bits(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _random_bits(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """16 random bits for each value, as int32."""
     # 64 bits at once: drawing takes most of the time.
     drawn = torch.empty((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)

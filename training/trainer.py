@@ -92,7 +92,7 @@ class EngramTrainerMixin:
                 "EngramTrainer takes the model itself, and not model_init: a table is not made anew for each trial. "
                 "Make the model first and pass it as model=."
             )
-        check_model(model)
+        _check_model(model)
         refuse_deepspeed(args)
         # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
         quantised = getattr(model, "is_quantized", False) and trainable != "all"
@@ -107,8 +107,8 @@ class EngramTrainerMixin:
                 "engram_transformers.training.create_optimizer(model), or no optimizer."
             )
         if self.optimizer is None:
-            check_optimizer_arguments(self.args, self.optimizer_cls_and_kwargs)
-            warn_of_foreign_rate(self.args)
+            _check_optimizer_arguments(self.args, self.optimizer_cls_and_kwargs)
+            _warn_of_foreign_rate(self.args)
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's, or itself
         if isinstance(tokenizer, PreTrainedTokenizerBase) and self.engram.config.engram_token_map_sha256 is not None:
             self.engram.check_tokenizer(tokenizer)
@@ -120,8 +120,8 @@ class EngramTrainerMixin:
             logger.warning(f"training {what} alone (trainable={word!r}).")
         if word is not None:
             self.engram.set_trainable(word)
-        refuse_moving_reference(self)
-        refuse_other_reference(self, given=kwargs.get("ref_model") is not None)
+        _refuse_moving_reference(self)
+        _refuse_other_reference(self, given=kwargs.get("ref_model") is not None)
 
     @property
     def engram(self):
@@ -168,7 +168,7 @@ class EngramTrainerMixin:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"'{self.args.output_dir}' holds no whole checkpoint: train from the start.")
-        elif isinstance(resume_from_checkpoint, (str, os.PathLike)) and not is_whole(Path(resume_from_checkpoint)):
+        elif isinstance(resume_from_checkpoint, (str, os.PathLike)) and not _is_whole(Path(resume_from_checkpoint)):
             if not Path(resume_from_checkpoint).is_dir():
                 raise FileNotFoundError(
                     f"'{resume_from_checkpoint}' is no folder: name a checkpoint, or True for the last whole one."
@@ -184,7 +184,7 @@ class EngramTrainerMixin:
         sets_aside = self.args.should_save and not self.reads_from(folder)
         if self.args.should_save and not sets_aside:  # written last: until then the folder does not count as whole
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        with older_set_aside(folder) if sets_aside else nullcontext():
+        with _older_set_aside(folder) if sets_aside else nullcontext():
             self.accelerator.wait_for_everyone()  # other ranks write into the folder too
             super()._save_checkpoint(model, trial)
 
@@ -301,7 +301,7 @@ OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
-def check_optimizer_arguments(args: TrainingArguments, optimizer_class: tuple | None) -> None:
+def _check_optimizer_arguments(args: TrainingArguments, optimizer_class: tuple | None) -> None:
     """Raises ValueError for arguments that choose an optimizer, because the memory needs one that writes rows."""
     what = {
         f"optim={str(args.optim.value)!r}": args.optim not in ADAMW,
@@ -318,7 +318,7 @@ def check_optimizer_arguments(args: TrainingArguments, optimizer_class: tuple | 
         )
 
 
-def warn_of_foreign_rate(args: TrainingArguments) -> None:
+def _warn_of_foreign_rate(args: TrainingArguments) -> None:
     """Says it if the rate is the default of arguments that were not made for a memory."""
     default = next(own.default for own in fields(args) if own.name == "learning_rate")
     if args.learning_rate == default != LEARNING_RATE:
@@ -329,7 +329,7 @@ def warn_of_foreign_rate(args: TrainingArguments) -> None:
         )
 
 
-def check_model(model) -> None:
+def _check_model(model) -> None:
     """Raises TypeError for a model without memory, ValueError for one whose tables are not loaded."""
     held = inside(model) if isinstance(model, torch.nn.Module) else None
     if isinstance(model, (str, os.PathLike)):
@@ -353,7 +353,7 @@ def check_model(model) -> None:
         )
 
 
-def is_whole(folder: Path) -> bool:
+def _is_whole(folder: Path) -> bool:
     """Whether a Trainer checkpoint was written to its end."""
     try:
         return bool(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
@@ -373,20 +373,20 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if path.name.rpartition("-")[2].isdigit() and path.is_dir()
     }
     for _, path in sorted(numbered.items(), reverse=True):
-        if is_whole(path):
+        if _is_whole(path):
             return str(path)
         logger.warning(f"'{path}' was not written to its end and is passed over.")
     return None
 
 
 @contextmanager
-def older_set_aside(folder: Path):
+def _older_set_aside(folder: Path):
     """A checkpoint's folder is empty when the block begins; what was in it comes back if the block fails.
 
     A folder of the same name is an earlier run's. It goes when the new checkpoint is whole.
     """
     older = folder.with_name(f"_older-{folder.name}")  # Trainer uploads no names that begin so
-    if older.exists() and not is_whole(folder):  # left by a run that was killed while it wrote this checkpoint
+    if older.exists() and not _is_whole(folder):  # left by a run that was killed while it wrote this checkpoint
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
         shutil.rmtree(older, ignore_errors=True)
@@ -394,17 +394,17 @@ def older_set_aside(folder: Path):
     try:
         yield
     except BaseException:
-        if not is_whole(folder):
+        if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             if older.exists():
                 older.rename(folder)
         raise
     finally:
-        if is_whole(folder):
+        if _is_whole(folder):
             shutil.rmtree(older, ignore_errors=True)
 
 
-def refuse_moving_reference(trainer) -> None:
+def _refuse_moving_reference(trainer) -> None:
     """Refuses TRL's trainers of preferences where the reference would be trained with the model.
 
     With a PEFT model they take the model with its adapters switched off for the reference; a memory stays on in it.
@@ -426,7 +426,7 @@ def refuse_moving_reference(trainer) -> None:
         )
 
 
-def refuse_other_reference(trainer, given: bool) -> None:
+def _refuse_other_reference(trainer, given: bool) -> None:
     """Refuses a reference of TRL's trainers that is not what they take it for.
 
     Args:
