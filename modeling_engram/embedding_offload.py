@@ -31,8 +31,8 @@ def offload_embedding(module: nn.Embedding, placement: str = "cpu", checkpoint: 
         module (`nn.Embedding`): with its weight loaded; a subclass must take ids as its only argument.
         placement (`str`, *optional*, defaults to `"cpu"`): `"cpu"` (host memory) or `"disk"`.
         checkpoint (`str` or `os.PathLike`, *optional*):
-            For `"disk"`: a safetensors file with the same weight, or a folder of such files. The weight is found by its
-            values, which are read once for that.
+            For `"disk"`: a safetensors file with the same weight as one tensor, or a folder of such files. It is found
+            by its values, which are read once for that.
 
     Returns:
         `nn.Embedding`: the module. `accelerate.hooks.remove_hook_from_module(module)` puts the weight back, on the CPU.
@@ -95,10 +95,8 @@ class _EmbeddingHook(ModelHook):
         return self.forward_before.__func__(reader, brought.places)
 
     def table(self, module: nn.Module) -> torch.Tensor:
-        """The whole weight on the host, `(rows, width)`, in the type that the module has now."""
-        (table,) = self.store.tensors()
-        # A copy of what is mapped: it may be saved over the file that it is mapped from.
-        return (table.clone() if self.store.kind == "disk" else table).to(module.weight.dtype)
+        """The whole weight on the CPU, `(rows, width)`, in the type that the module has now."""
+        return self.store.tensors()[0].to(module.weight.dtype)
 
     def add_to_state_dict(self, module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
         state_dict[prefix + "weight"] = self.table(module)
@@ -116,13 +114,13 @@ def _check(module: nn.Module) -> None:
             f"{kind} (weight: {type(weight).__name__}) is not an nn.Embedding with an ordinary, whole weight and no "
             "max_norm: pass the embedding itself, before it is sharded or quantised."
         )
-    forward = getattr(module, "_old_forward", module.forward)
-    if not hasattr(forward, "__func__") or len(inspect.signature(forward).parameters) != 1:
-        raise TypeError(f"{kind}.forward must take ids and nothing else: offload an embedding that only reads rows.")
     if weight.is_meta:
         raise ValueError("the weight is not loaded (meta): load it, and keep it out of what accelerate offloads.")
     if weight.shape != (module.num_embeddings, module.embedding_dim):
         raise ValueError(f"the weight has the shape {tuple(weight.shape)}: it is offloaded already; {_UNDO}.")
+    forward = getattr(module, "_old_forward", module.forward)
+    if not hasattr(forward, "__func__") or len(inspect.signature(forward).parameters) != 1:
+        raise TypeError(f"{kind}.forward must take ids and nothing else: offload an embedding that only reads rows.")
     for other in gc.get_objects():  # a module does not know who else has its weight
         held = vars(other).get("_parameters", {}) if issubclass(type(other), nn.Module) and other is not module else {}
         if any(parameter is weight for parameter in held.values()):
@@ -140,8 +138,8 @@ def _rows_in_files(checkpoint: Path, weight: torch.Tensor) -> FileRows:
                 if all(_same(store, weight, rows) for rows in torch.arange(len(weight), device="cpu").split(4096)):
                     return store
     raise ValueError(
-        f"no tensor of {[str(path) for path in paths]} is the weight ({weight.dtype}, {tuple(weight.shape)}): give the "
-        "file that it was loaded from, and load the model with dtype='auto'."
+        f"no tensor of {[str(path) for path in paths]} is the weight ({weight.dtype}, {tuple(weight.shape)}): load the "
+        "model with dtype='auto'. If its files hold the weight in pieces, save it whole (safetensors.torch.save_file)."
     )
 
 
