@@ -1,4 +1,4 @@
-"""offload_embedding: a big embedding of any model in host memory or on disk, where a forward pass reads rows of it.
+"""Offloading of one big embedding: its weight stays in host memory or on disk, and a forward pass reads rows of it.
 
 For embeddings that are not a memory's: Gemma's `embed_tokens_per_layer`, Qwen4's `ngram_embedding`.
 Promises: outputs, state dict and saved files are those of the module without it; a gradient that reaches the embedding
@@ -24,7 +24,9 @@ from .shards_engram import DTYPE_NAMES, read_header
 _UNDO = "accelerate.hooks.remove_hook_from_module(module) puts the whole weight back"
 
 
-def offload_embedding(module: nn.Embedding, placement: str = "cpu", checkpoint: str | os.PathLike | None = None):
+def offload_embedding(
+    module: nn.Embedding, placement: str = "cpu", checkpoint: str | os.PathLike | None = None
+) -> nn.Embedding:
     """Leaves the weight of an embedding in host memory or on disk, and brings rows when they are read.
 
     Args:

@@ -255,9 +255,14 @@ class Positions(nn.Embedding):
         return super().forward(ids + offset)
 
 
-def tied() -> nn.Embedding:
-    tied.model = AutoModelForCausalLM.from_config(gemma3n())
-    return tied.model.get_input_embeddings()
+class Quantised(nn.Parameter):
+    """A weight that is not what it looks like."""
+
+
+def quantised() -> nn.Embedding:
+    embedding = nn.Embedding(5, 2)
+    embedding.weight = Quantised(embedding.weight.detach())
+    return embedding
 
 
 def patched() -> nn.Embedding:
@@ -274,7 +279,7 @@ REFUSED = {
     "other arguments": (TypeError, "Positions.forward must take ids", lambda: Positions(5, 2)),
     "another forward": (TypeError, "Embedding.forward must take ids", patched),
     "not loaded": (ValueError, "not loaded", lambda: nn.Embedding(5, 2, device="meta")),
-    "tied": (ValueError, "tied to a Linear", tied),
+    "quantised": (TypeError, "weight: Quantised", quantised),
     "twice": (ValueError, "offloaded already", lambda: offload_embedding(nn.Embedding(5, 2))),
 }
 
@@ -286,6 +291,15 @@ def test_what_cannot_be_offloaded_is_refused_and_left_alone(error, words, make):
     with pytest.raises(error, match=words):
         offload_embedding(module)
     assert set(vars(module)) == before
+
+
+def test_a_tied_weight_is_refused_and_an_equal_one_is_not():
+    model, name = made("gemma3n")
+    with pytest.raises(ValueError, match="tied to a Linear"):
+        offload_embedding(model.get_input_embeddings())
+    twin = copy.deepcopy(model)
+    named = dict(twin.named_parameters())  # who holds a weight without being a module does not matter
+    assert offload_embedding(twin.get_submodule(name)).weight is not named[f"{name}.weight"]
 
 
 def test_a_forward_that_was_replaced_by_a_method_is_run():
