@@ -29,7 +29,7 @@ OLD_NAME = "memory_pack.safetensors"  # of what training changed
 PLACES = ("device", "cpu", "disk")
 EXPECTED = load_file(FORMAT1 / "expected.safetensors")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")]
 
 
 @pytest.fixture
