@@ -16,9 +16,9 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from .fetch_engram import RowFetch
-from .rows_engram import FileRows, HostRows, RowStore, ShardFile, file_part
-from .shards_engram import DTYPE_NAMES, read_header
+from .files_safetensors_engram import DTYPE_NAMES, read_header
+from .rows_prefetch_engram import RowFetch
+from .rows_storage_engram import FileRows, HostRows, RowStore, ShardFile, file_part
 
 
 _UNDO = "accelerate.hooks.remove_hook_from_module(module) puts the whole weight back"

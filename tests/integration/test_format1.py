@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from engram_transformers import EngramTrainer, EngramTrainingArguments, load_memory_pack
+from engram_transformers import EngramTrainer, EngramTrainingArguments
 from engram_transformers.conversion import graft
 from engram_transformers.inspection import verify_checkpoint
 
@@ -94,7 +94,7 @@ def test_what_a_trainer_saved_brings_its_base_with_it(format1, place):
 @pytest.mark.parametrize("place", PLACES)
 def test_what_a_trainer_saved_is_loaded_into_its_base(format1, place):
     model = load(format1 / "float32", place)
-    load_memory_pack(model, FORMAT1 / "pack")  # as it was written: the folder that it names is not there
+    model.load_memory_delta(FORMAT1 / "pack")  # as it was written: the folder that it names is not there
     check(model, "pack")
 
 
