@@ -38,10 +38,8 @@ def test_a_long_subject_is_refused(tmp_path, length, code):
 
 
 def test_contributing_names_files_that_are_there():
-    named = re.findall(r"`([\w./]+/[\w.]*|[A-Z][\w]*\.md)`", CONTRIBUTING) + re.findall(
-        r"\]\(([\w./]+)\)", CONTRIBUTING
-    )
-    named += re.findall(r"\bdocs/\w+\.md", CONTRIBUTING)
+    patterns = (r"`([\w./]+/[\w.]*)`", r"\]\(([\w./]+)\)", r"\b(?:docs|tests)/[\w/]+\.\w+")
+    named = [name for pattern in patterns for name in re.findall(pattern, CONTRIBUTING)]
     assert {"tests/house/test_floors.py", "tests/fixtures/format1/", "docs/design.md"} <= set(named)
     assert [name for name in named if not (ROOT / name).exists()] == []
 
