@@ -57,7 +57,7 @@ def test_freezing_reaches_parts_from_everywhere(walk, place, saved):
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_conversions_leave_rows_where_and_what_they_are(place, saved, control, ids):
+def test_conversions_leave_rows_where_and_what_they_are(place, saved, control):
     model = loaded(saved, place)
     before = {name: id(part) for name, part in tables(model).items()}
     model.bfloat16().half().float().to("cpu", torch.float64).float()
@@ -65,9 +65,6 @@ def test_conversions_leave_rows_where_and_what_they_are(place, saved, control, i
     assert all(part.dtype == torch.float32 for part in tables(model).values())
     state, kept = control.state_dict(), model.state_dict()
     assert all(torch.equal(kept[name], state[name]) for name in tables(control))
-    dense = {name: tensor for name, tensor in state.items() if name not in tables(control)}
-    model.load_state_dict(dense, strict=False)  # 16 bits have rounded them
-    assert torch.equal(logits(model, ids), logits(control, ids))
 
 
 @pytest.mark.parametrize("place", PLACES)
