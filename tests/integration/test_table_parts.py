@@ -68,6 +68,16 @@ def test_conversions_leave_rows_where_and_what_they_are(place, saved, control):
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_empty_parts_stay_on_the_host_when_a_model_moves(place, device, saved):
+    model = loaded(saved, place)
+    model.memory.tables["1"].order2.requires_grad_(False)
+    model.to("counting")
+    assert {part.device.type for part in tables(model).values()} == {"counting" if place == "device" else "cpu"}
+    model.place_memory("cpu").place_memory("device")
+    assert [part.requires_grad for part in tables(model).values()] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "twin", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
