@@ -71,7 +71,10 @@ def test_conversions_leave_rows_where_and_what_they_are(place, saved, control):
 def test_empty_parts_stay_on_the_host_when_a_model_moves(place, device, saved):
     model = loaded(saved, place)
     model.memory.tables["1"].order2.requires_grad_(False)
+    before = {name: id(part) for name, part in tables(model).items()}
     model.to("counting")
+    if place != "device":
+        assert {name: id(part) for name, part in tables(model).items()} == before, "what an optimizer holds"
     assert {part.device.type for part in tables(model).values()} == {"counting" if place == "device" else "cpu"}
     model.place_memory("cpu").place_memory("device")
     assert [part.requires_grad for part in tables(model).values()] == [False, True, True, True]
