@@ -40,8 +40,6 @@ PRIVATE_NAMES = (
         "torch.nn.Module._parameters", "what a table holds, and taking rows out", _MODULE_DICTIONARY, "in place"
     ),
     PrivateName("torch.nn.Module._modules", "the tables in order", _MODULE_DICTIONARY, "in place"),
-    PrivateName("torch.nn.Module._buffers", "hash constants in a step of decoding", _MODULE_DICTIONARY, "in place"),
-    PrivateName("torch.nn.Module._forward_hooks", "whether a hook looks on", "none to list them", "in place"),
     PrivateName(
         "torch.nn.Module._forward_pre_hooks", "whether a memory is there already", "none to list them", "in place"
     ),
@@ -61,18 +59,6 @@ PRIVATE_NAMES = (
         "a replica without several GPUs",
         "nn.parallel.replicate wants GPUs",
     ),
-    PrivateName(
-        "torch.nn.modules.module._global_forward_pre_hooks", "hooks that run at every module", "none to list them"
-    ),
-    PrivateName("torch.nn.modules.module._global_forward_hooks", "hooks that run everywhere", "none to list them"),
-    PrivateName(
-        "torch.nn.modules.module._global_backward_pre_hooks", "whether a hook looks on at every module", "none"
-    ),
-    PrivateName(
-        "torch.nn.modules.module._global_backward_hooks", "hooks that run at every module", "none to list them"
-    ),
-    PrivateName("torch.autograd.forward_ad._current_level", "whether forward-mode gradients are asked for", "none"),
-    PrivateName("torch.Tensor._version", "whether a hash constant was written to", "none"),
     PrivateName(
         "torch.Tensor._make_wrapper_subclass",
         "a gradient of few rows with a table's shape",
@@ -176,20 +162,6 @@ PRIVATE_NAMES = (
         "DDP refuses a model of which it has nothing to train",
         _TRAINER_HOOK,
         "overridden",
-    ),
-    PrivateName(
-        "transformers.Trainer._clip_grad_norm",
-        "tables that are away are clipped with the rest",
-        _TRAINER_HOOK,
-        "overridden",
-        since="5.5",
-    ),
-    PrivateName(
-        "transformers.Trainer._get_grad_norm",
-        "the same for the norm that is logged",
-        _TRAINER_HOOK,
-        "overridden",
-        since="5.5",
     ),
     PrivateName(
         "transformers.Trainer._get_output_dir", "where a checkpoint goes in a search", _TRAINER_HOOK, "in place"
