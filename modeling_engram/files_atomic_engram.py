@@ -153,7 +153,7 @@ def whole_save(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for left in folder.glob(f"{SAVING_PREFIX}*"):
-            settle(left, folder)
+            finish_draft(left, folder)
         draft = Path(tempfile.mkdtemp(prefix=SAVING_PREFIX, dir=folder))
         try:
             yield draft
@@ -161,7 +161,7 @@ def whole_save(folder: Path) -> Iterator[Path]:
         except BaseException:
             discard(draft)
             raise
-        settle(draft, folder)
+        finish_draft(draft, folder)
 
 
 def finish_saves(folder: Path) -> None:
@@ -175,7 +175,7 @@ def finish_saves(folder: Path) -> None:
     with suppress(OSError), locked(folder, wait=False):
         for marker in drafts:
             if _is_begun(marker, folder) and marker.exists():
-                settle(marker.parent, folder)
+                finish_draft(marker.parent, folder)
 
 
 def _is_begun(marker: Path, folder: Path) -> bool:
@@ -256,7 +256,7 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def settle(draft: Path, folder: Path) -> None:
+def finish_draft(draft: Path, folder: Path) -> None:
     """Moves a draft that is complete into place, from wherever that stopped, and removes one that is not."""
     if (draft / COMPLETE_NAME).is_file():
         publish(draft, folder)
