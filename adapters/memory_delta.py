@@ -266,7 +266,7 @@ def _check_loaded(model) -> None:
 
 def named_parts(model) -> dict[str, TablePart]:
     """The parts of all tables by their state-dict names."""
-    model.memory.settle()
+    model.memory.take_back_tables()
     return dict(sorted(model.memory.named_parts().items()))
 
 

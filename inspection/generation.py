@@ -265,7 +265,7 @@ def pad_id(model: EngramForCausalLM) -> int:
 
 def _adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> bool:
     """Whether the memory changes any logit, and its convolution, if it has one, sees anything."""
-    if any(layer.taps and not bool(layer.conv.any()) for layer in model.memory.layers.values()):
+    if any(layer.kernel_size and not bool(layer.conv.any()) for layer in model.memory.layers.values()):
         return False
     ids = prompts[0][None]
     return float((model(ids).logits - model.backbone(ids).logits).abs().max()) > 100 * TOLERANCE

@@ -160,7 +160,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             initialization.zeros_(layer.key_value.bias)
         for norm in (layer.key_norm, layer.query_norm):
             initialization.ones_(norm)
-        if layer.taps:
+        if layer.kernel_size:
             initialization.ones_(layer.conv_norm)
             initialization.zeros_(layer.conv)
 
@@ -390,7 +390,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         tables = self.memory.tables
         devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
         check_placement(placement)
-        self.memory.settle()
+        self.memory.take_back_tables()
         files = self.checkpoint_tables if folder is None else self.tables_of(Path(folder))
         if placement == "auto":
             others = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith(TABLES_PREFIX))

@@ -156,7 +156,7 @@ def detach_rows_hook(module: nn.Module) -> None:
         add_hook_to_module(module, hook, append=True)
 
 
-def settle_table(table: EngramTable) -> None:
+def take_back_table(table: EngramTable) -> None:
     """Takes a table back from accelerate's hooks, which would bring it to the device as a whole.
 
     Called at the begin of a forward pass, when all dispatching is done.

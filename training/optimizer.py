@@ -354,7 +354,7 @@ def create_optimizer(
     _choose_what_learns(model)
     memory = getattr(model, "memory", None)
     if memory is not None:
-        memory.settle()
+        memory.take_back_tables()
         memory.named_parts()  # as they are from now on
     selection = getattr(memory, "row_selection", None)
     if selection is not None:  # parts are new objects after place_memory or a copy

@@ -223,7 +223,7 @@ def shard_tables(model, group=None):
     >>> optimizer = create_optimizer(shard_tables(model))
     >>> save_sharded(model, "trained")
     ```"""
-    model.memory.settle()
+    model.memory.take_back_tables()
     ready = []
     for prefix, order in named_orders(model.memory.tables):
         if isinstance(order, RankRows):
