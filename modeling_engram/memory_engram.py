@@ -62,7 +62,8 @@ class MemoryReads:
         return self.classes.device
 
     def vectors(self, layer_id: int) -> torch.Tensor:
-        """Returns a layer's memory vectors, `(batch, length, orders * heads * width)`; waits for a prefetch under way."""
+        """Returns a layer's memory vectors, `(batch, length, orders * heads * width)`; waits for its prefetch, if any.
+        """
         return self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
 
     def remember(self) -> None:
@@ -208,7 +209,7 @@ class EngramMemory(nn.Module):
         return ends
 
     def segments(self, ends: torch.Tensor, cache: EngramCacheLayer | None) -> torch.Tensor:
-        """Numbers the documents, `(batch, lookback + length)`, given flags `(batch, length)` of their last positions."""
+        """Numbers the documents, `(batch, lookback + length)`, from flags `(batch, length)` of their last positions."""
         keeps = cache is not None and self.reset_token_ids
         full = cache.extend_ends(ends) if keeps else F.pad(ends, (self.lookback, 0))  # (batch, lookback + length)
         return full.cumsum(1) - full.long()  # the last position still belongs to its document
