@@ -41,7 +41,7 @@ def quantization_in_graft(quantization):
 
 @contextmanager
 def only_state(model: PreTrainedModel, state: dict[str, torch.Tensor]):
-    """Makes `model.state_dict()` return `state` inside the block: quantisers save that and ignore what they are given."""
+    """Makes `model.state_dict()` return `state` inside the block: quantisers save that and ignore their argument."""
     model.__dict__["state_dict"] = lambda *args, **kwargs: state
     try:
         yield
