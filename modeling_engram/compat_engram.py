@@ -233,8 +233,8 @@ def _probe_checkpointing() -> tuple[bool, bool]:
     return runs_hooks_again, False in checkpointed
 
 
-# Whether a checkpointed layer runs its hooks again in the backward pass (before Transformers 5.23), and whether it drops
-# the cache also in passes without gradients (before 5.24).
+# Whether a checkpointed layer runs its hooks again in the backward pass (Transformers before 5.23), and whether it
+# drops the cache also in passes without gradients (before 5.24).
 CHECKPOINTS_RUN_HOOKS, CHECKPOINTS_WITHOUT_GRADIENTS = _probe_checkpointing()
 
 
