@@ -62,8 +62,7 @@ class MemoryReads:
         return self.classes.device
 
     def vectors(self, layer_id: int) -> torch.Tensor:
-        """Returns a layer's memory vectors, `(batch, length, orders * heads * width)`; waits for its prefetch, if any.
-        """
+        """Returns a layer's memory vectors, `(batch, length, orders * heads * width)`; waits for their prefetch."""
         return self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
 
     def remember(self) -> None:
