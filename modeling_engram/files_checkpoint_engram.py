@@ -265,8 +265,7 @@ class EngramCheckpointMixin:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
     def read_on_from(self, folder: Path, own_state: bool) -> None:
-        """After a save: lets tables on disk read from the new files if these hold the model's state; else from the old ones.
-        """
+        """After a save: lets tables on disk read from the new files, if these hold the model's state."""
         before = self.checkpoint_tables
         if own_state and (before is None or before.folder.resolve() == folder.resolve()):
             self.checkpoint_tables = CheckpointTables(folder)
