@@ -49,8 +49,7 @@ def is_prime(n: int) -> bool:
 
 
 def multiplier_bound(compressed_vocab_size: int) -> int:
-    """Exclusive upper bound of half a multiplier: no product of one of the V' classes and a multiplier overflows int64.
-    """
+    """Exclusive upper bound of half a multiplier: no class below V' times a multiplier overflows int64."""
     return max(1, (INT64_MAX // compressed_vocab_size) // 2)
 
 
@@ -203,8 +202,7 @@ def check_constants(constants: HashConstants, config) -> None:
 
 
 def _check_primes(primes: torch.Tensor, vocab_sizes: list[int]) -> None:
-    """Checks that head sizes `(layers, orders, heads)` are prime, distinct, and at least their order's configured size.
-    """
+    """Checks that head sizes `(layers, orders, heads)` are prime, distinct and at least their order's size."""
     flat = primes.flatten().tolist()
     for size in flat:
         if not is_prime(size):
