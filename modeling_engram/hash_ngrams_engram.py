@@ -98,7 +98,7 @@ class NgramHasher(nn.Module):
         return self.multipliers.shape[1] - 1
 
     def compress(self, input_ids: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the classes `(batch, length)` of ids `(batch, length)`; negative ids and ids that are not alive are dead."""
+        """Returns the classes of ids `(batch, length)`; negative ids and positions that are not alive are dead."""
         text = input_ids >= 0
         if alive is not None:
             text = text & alive
