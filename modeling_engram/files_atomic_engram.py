@@ -2,10 +2,9 @@
 
 What it chooses: `config.json` says what the weights of a folder are: with `engram_memory_delta`, another checkpoint's
 and a memory delta; without, those in the files of the index. A save removes files of an earlier one that would be read
-with it, adapters included.
-A draft is written and flushed in a subfolder (`.saving-*`), marked complete, then moved file by file, `config.json`
-first: until then the old checkpoint is whole and is read, from then on the new one is. Whoever saves or reads next
-finishes the moves of a complete draft and removes an incomplete one.
+with it, adapters included. A draft is written and flushed in a subfolder (`.saving-*`), marked complete, then moved
+file by file, `config.json` first: until then the old checkpoint is whole and is read, from then on the new one is.
+Whoever saves or reads next finishes the moves of a complete draft and removes an incomplete one.
 Promises: a running save is not disturbed by another one (which waits) or by a reader; a reader gets the old checkpoint,
 the new one, or an error. Never removes a complete draft, nor a file whose name a save does not use.
 Source: docs/format.md.
