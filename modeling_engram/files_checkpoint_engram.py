@@ -102,10 +102,9 @@ class EngramCheckpointMixin:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id, also of an adapter.
             engram_placement (`str`, *optional*, defaults to `"auto"`):
                 Where tables are: "device" (with the other weights), "cpu" (host memory; rows are sent to the device),
-                "disk"
-                (rows are read from the checkpoint's files), "none" (neither loaded nor downloaded), or "auto" (the
-                first of
-                "device", "cpu" and "disk" with room to spare, or what `device_map` says about "memory.tables").
+                "disk" (rows are read from the checkpoint's files), "none" (neither loaded nor downloaded), or "auto"
+                (the first of "device", "cpu" and "disk" with room to spare, or what `device_map` says about
+                "memory.tables").
             kwargs: arguments of `PreTrainedModel.from_pretrained`. `dtype` does not change the tables' dtype.
 
         Raises:
