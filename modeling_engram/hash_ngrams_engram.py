@@ -63,8 +63,7 @@ class NgramHasher(nn.Module):
     >>> hasher = NgramHasher.from_config(config, torch.arange(config.text_config.vocab_size))
     >>> hasher.rows(torch.tensor([[5, 6, 7]]), layer_id=1).shape
     torch.Size([1, 3, 4])
-    ```
-    """
+    ```"""
 
     def __init__(self, layer_ids: list[int], token_map: torch.Tensor, constants: HashConstants):
         super().__init__()
@@ -81,8 +80,7 @@ class NgramHasher(nn.Module):
             config ([`EngramConfig`]): sizes, layers and seed.
             token_map (`torch.LongTensor` of shape `(tokens,)`, *optional*):
                 Class of every id, from `TokenCompressor.lookup_table` or `.token_map(vocab_size)`; None makes every id
-                its
-                own class.
+                its own class.
         """
         constants = derive_constants(config, token_map)
         return cls(config.engram_layer_ids, identity_map(config) if token_map is None else token_map, constants)
