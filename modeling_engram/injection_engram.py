@@ -163,8 +163,7 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
 
     Raises:
         `ValueError`: if the layers cannot be found or have a memory already, or the backbone keeps its history outside
-            of
-            a `Cache`.
+            of a `Cache`.
     """
     if not counts_positions(backbone.config.get_text_config(decoder=True)):
         raise ValueError(
