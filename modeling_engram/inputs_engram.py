@@ -132,8 +132,7 @@ def document_ends(
 
     Raises:
         `ValueError`: if there is a cache, or a mask that hides the documents from the backbone; if two inputs
-            contradict
-            each other; if a document begins in the middle.
+            contradict each other; if a document begins in the middle.
     """
     if engram_segment_ids is not None:
         told = _ends_of_segments(engram_segment_ids, ids, "engram_segment_ids")
