@@ -41,8 +41,7 @@ class EngramModel(EngramPreTrainedModel):
     >>> from transformers import AutoModel
 
     >>> model = AutoModel.from_pretrained("runs/demo/checkpoint")
-    ```
-    """
+    ```"""
 
     def __init__(
         self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
@@ -140,8 +139,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         Raises:
             `TypeError`: if the backbone is not a model, or a model comes without its tokenizer.
             `ValueError`: if the backbone cannot take a memory, or tables of the default size would take more than half
-                of the
-                free memory.
+                of the free memory.
             `ImportError`: for a backbone that carries adapters, in a checkpoint's copy of the code.
 
         Example:
@@ -150,8 +148,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         >>> from engram_transformers import EngramForCausalLM
 
         >>> model = EngramForCausalLM.from_backbone("runs/donor", engram_layer_ids=[1, 10], engram_vocab_size=200_000)
-        ```
-        """
+        ```"""
         conversion = full_package("grafting a memory", "conversion")
         return conversion.graft_onto(cls, donor, tokenizer, engram_layer_ids, trust_remote_code, **kwargs)
 
@@ -193,8 +190,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
                 A two-dimensional mask, needed if `attention_mask` is not one; with or without the past's columns.
             engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Documents packed into one row, only for n-grams and convolution: attention depends on `attention_mask`
-                and
-                `position_ids`. Defaults to where `position_ids` restart.
+                and `position_ids`. Defaults to where `position_ids` restart.
             kwargs (`TransformersKwargs`): further arguments of the backbone, such as `output_hidden_states`: states
                 between layers are those before the memory is added, but the first is what layer 0 is given.
 
