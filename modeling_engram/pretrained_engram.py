@@ -258,8 +258,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         ```python
         >>> with model.disable_memory():
         ...     backbone_logits = model(**inputs).logits
-        ```
-        """
+        ```"""
         with self.reads_in_flight.hold(WITHOUT_MEMORY):
             yield self
 
@@ -269,8 +268,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         Args:
             trainable (`str`): "memory" (tables, projections, norms, convolution), "tables" (only rows), "memory+lora"
-                (the
-                memory and the PEFT adapters in the backbone) or "all".
+                (the memory and the PEFT adapters in the backbone) or "all".
 
         Returns:
             The model.
@@ -283,8 +281,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         ```python
         >>> model = model.set_trainable("memory")
-        ```
-        """
+        ```"""
         full_package("training").apply_trainable(self, trainable)
         self.config.engram_trainable = trainable
         return self
@@ -309,8 +306,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         ```python
         >>> model.save_memory_delta("my-delta")
-        ```
-        """
+        ```"""
         return full_package("saving a delta").save_memory_delta(self, path, base, **provenance)
 
     def load_memory_delta(
@@ -334,8 +330,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         ```python
         >>> model = AutoModelForCausalLM.from_pretrained("my-graft").load_memory_delta("my-delta")
-        ```
-        """
+        ```"""
         return full_package("loading a delta").load_memory_delta(self, path, base)
 
     def memory_summary(self) -> str:
@@ -345,8 +340,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         ```python
         >>> print(model.memory_summary())
-        ```
-        """
+        ```"""
         lines = [f"{'layer':>5}  {'order':>5}  {'rows':>13}  {'bytes':>15}  trainable"]
         for layer, table in self.memory.tables.items():
             for number, order in enumerate(table.orders(), start=2):
@@ -371,14 +365,11 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Args:
             placement (`str`):
                 "device" (parameters, with the other weights), "cpu" (host memory; rows are sent to the device), "disk"
-                (rows
-                are read from the checkpoint's files), "none" (not loaded; the model runs as its backbone), or "auto"
-                (the first
-                of "device", "cpu", "disk" with room to spare).
+                (rows are read from the checkpoint's files), "none" (not loaded; the model runs as its backbone), or
+                "auto" (the first of "device", "cpu", "disk" with room to spare).
             folder (`str` or `os.PathLike`, *optional*):
                 A checkpoint of this memory to load tables from, or to leave them in; where the model came from, or was
-                saved
-                first, if None.
+                saved first, if None.
             settings: of [`EngramRowsHook`] (`prefetch`, `verify`, `execution_device`).
 
         Returns:
@@ -391,8 +382,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         ```python
         >>> model = model.place_memory("disk")
-        ```
-        """
+        ```"""
         tables = self.memory.tables
         devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
         check_placement(placement)
