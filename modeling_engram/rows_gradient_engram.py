@@ -100,8 +100,8 @@ def unscaled(func, gradients, found_inf: torch.Tensor, inv_scale: torch.Tensor):
 def _wait_for_accelerators() -> None:
     """Waits for GradScaler's copies of its numbers to the host, which are asynchronous and which it never waits for.
 
-    Torch has no gradients on the host beside others on a device. Which device holds the scale is not said: so every
-    one that this process uses is waited for, and no other is woken.
+    Torch has no gradients on the host beside others on a device. Which device holds the scale is not said: so every one
+    that this process uses is waited for, and no other is woken.
     """
     if not torch.accelerator.is_available():
         return
