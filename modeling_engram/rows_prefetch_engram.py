@@ -3,8 +3,8 @@
 What it chooses: one short-lived thread for each forward pass, not a pool: it ends when its rows are there, so that a
 fork, a dropped model or an interrupt leaves nothing behind. Few rows that are in memory are read at once, without one.
 Promises: unique rows travel, and one small number for each read; what is there at once goes to a device in one copy, on
-that device's one stream for rows; a fetch that fails raises where its rows are needed,
-and one whose thread died is done again there; a wait never hangs. Never changes a table.
+that device's one stream for rows; a fetch that fails raises where its rows are needed, and one whose thread died is
+done again there; a wait never hangs. Never changes a table.
 Source: Engram (arXiv 2601.07372), section 2.5 (addresses are known before the first layer runs, so reads can be hidden
 behind the layers in front).
 """
