@@ -2,8 +2,8 @@
 
 What it chooses: two ascending lists with one int64 for each row (row and slot packed): a long one, and a short one for
 recent rows. New rows are merged into the short list, and that into the long one when it has grown to an eighth of it,
-so a row is copied about 8 times in all, where one list would be copied at every step. A hash table needs 3 to 6 times
-the memory, and an array over all rows grows with the table; docs/performance.md has measurements of training.
+so a row is copied about 8 times in all, where one list would be copied at every step. A hash table takes several times
+the memory, and an array over all rows grows with the table.
 Promises: 8 bytes a row; nothing depends on the size of the table.
 """
 
@@ -39,7 +39,7 @@ class RowIndex:
         return self.merged() & ((1 << SLOT_BITS) - 1)
 
     def find(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns slots of rows `(rows,)` in any order, and which of them are known; an unknown row's slot is undefined."""
+        """Returns slots of rows `(rows,)` in any order, and which are known; unknown rows' slots are undefined."""
         slots, known = _look_up(self.settled, rows)
         if len(self.recent):
             unknown = (~known).nonzero().squeeze(1)  # (unknown,)
@@ -47,7 +47,7 @@ class RowIndex:
         return slots, known
 
     def slots(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns slots of rows `(rows,)`, ascending and unique; new rows get slots after all others, in their order."""
+        """Returns slots of rows `(rows,)`, ascending and unique; new rows get the next slots, in their order."""
         slots, known = self.find(rows)
         unknown = (~known).nonzero().squeeze(1)  # (unknown,)
         if len(unknown):
