@@ -83,7 +83,7 @@ def _gathered_shape(rows, part_height, parts, anchor):
 def _leave_row_gradients(
     rows: torch.Tensor, values: torch.Tensor, part_height: int, parts: list[torch.Tensor]
 ) -> torch.Tensor:
-    """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's gradient, zero."""
+    """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's, a zero."""
     rows, values = sum_rows(rows.flatten(), values.reshape(-1, values.shape[-1]))  # (touched,), (touched, width)
     if len(parts) == 1:  # no search, and so no wait for the device
         if parts[0].requires_grad and len(rows):
