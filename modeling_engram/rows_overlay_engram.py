@@ -48,7 +48,7 @@ class ChangedRows:
         return values
 
     def unchanged(self, rows: torch.Tensor) -> torch.Tensor:
-        """Returns rows `(reads,)` that were never written, `(reads, width)`, without a second read of those in `seen`."""
+        """Returns rows `(reads,)` that were never written, `(reads, width)`; those in `seen` are not read again."""
         if self.seen is not None and len(self.seen[0]):
             near = torch.searchsorted(self.seen[0], rows).clamp_(max=len(self.seen[0]) - 1)  # (reads,)
             if torch.equal(self.seen[0][near], rows):
