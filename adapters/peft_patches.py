@@ -96,16 +96,16 @@ def wrap(owner: type, name: str, wrapper) -> None:
     original = held.__func__ if kind else held
     step = original
     while step is not None:
-        if getattr(step, "taught_by", None) == __name__:
+        if getattr(step, "patched_by", None) == __name__:
             return
         step = getattr(step, "__wrapped__", None)
 
     @functools.wraps(original)
-    def taught(*args, **kwargs):
+    def patched(*args, **kwargs):
         return wrapper(original, *args, **kwargs)
 
-    taught.taught_by = __name__
-    setattr(owner, name, kind(taught) if kind else taught)
+    patched.patched_by = __name__
+    setattr(owner, name, kind(patched) if kind else patched)
 
 
 def _config_of_backbone(original, model) -> dict:
