@@ -119,7 +119,7 @@ def refuse_deepspeed(args=None) -> None:
 
 
 def agreed(finite: bool, parts: Iterable[torch.Tensor]) -> bool:
-    """Whether all ranks found `finite`. Only gradients of sharded rows need a collective; others are equal on all ranks."""
+    """Whether all ranks found `finite`; asks them only about gradients that differ by rank, those of sharded rows."""
     for part in parts:
         if isinstance(part, RankPart):
             own = torch.tensor([int(finite)], device=wire_device([part], part.group))
