@@ -21,9 +21,9 @@ def check_state(optimizer, state_dict: dict) -> None:
     mine, saved = optimizer.param_groups, state_dict["param_groups"]
     if [_outline(group) for group in mine] != [_outline(group) for group in saved]:
         raise ValueError(
-            f"the optimizer state is for parameter groups {_describe_groups(saved)}, this optimizer has {_describe_groups(mine)}: it was saved "
-            "with another choice of what is trained, or another model. Choose as then (model.set_trainable), or go on "
-            "without its state."
+            f"the optimizer state is for parameter groups {_describe_groups(saved)}, this optimizer has "
+            f"{_describe_groups(mine)}: it was saved with another choice of what is trained, or another model. Choose "
+            "as then (model.set_trainable), or go on without its state."
         )
     for own, other in zip(mine, saved, strict=True):
         if own.get("rows"):
