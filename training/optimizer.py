@@ -107,7 +107,7 @@ class EngramOptimizer(AdamW):
         return loss
 
     def refuse_moved(self) -> None:
-        """Raises RuntimeError if the model reads other tables than this optimizer holds: those would never be trained."""
+        """Raises RuntimeError if the model reads other tables than this optimizer updates."""
         memory = None if self.memory is None else self.memory()
         if memory is None:
             return
