@@ -100,11 +100,9 @@ class RowOverlay(RowStore):
 
     @property
     def files(self) -> list[ShardFile]:
-        """See [`RowStore`]."""
         return self.stored.files
 
     def part(self, number: int) -> ChangedRows:
-        """See [`RowStore`]."""
         return self.changes[number]
 
     @property
@@ -113,7 +111,6 @@ class RowOverlay(RowStore):
         return sum(len(changes) for changes in self.changes)
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """See [`RowStore`]."""
         if not self.changed:
             return self.stored.read(rows)
         values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")  # (reads, width)
@@ -122,7 +119,6 @@ class RowOverlay(RowStore):
         return values
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """See [`RowStore`]."""
         values = self.stored.read_resident(rows)
         if values is not None and self.changed:
             self.lay_over(rows, values)

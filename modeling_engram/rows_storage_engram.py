@@ -273,7 +273,6 @@ class HostRows(RowStore):
         self.width, self.dtype = parts[0].shape[1], parts[0].dtype
 
     def tensors(self) -> list[torch.Tensor]:
-        """See [`RowStore`]."""
         self.check()
         return self.parts
 
@@ -283,7 +282,6 @@ class HostRows(RowStore):
             file.check()
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """See [`RowStore`]."""
         check_range(rows, sum(self.heights))
         self.check()
         values = read_parts(rows, self.heights[0], self.parts)
@@ -291,11 +289,9 @@ class HostRows(RowStore):
         return values
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """See [`RowStore`]."""
         return self.read(rows)
 
     def part(self, number: int) -> "HostPart":
-        """See [`RowStore`]."""
         return HostPart(self, number)
 
     def own(self) -> None:
@@ -350,7 +346,6 @@ class FileRows(RowStore):
 
     @property
     def files(self) -> list[ShardFile]:
-        """See [`RowStore`]."""
         return list(dict.fromkeys(part.file for part in self.parts))
 
     def tensors(self, mappings: dict[ShardFile, mmap.mmap] | None = None) -> list[torch.Tensor]:
@@ -362,7 +357,6 @@ class FileRows(RowStore):
         return [part.within(mappings[part.file]) for part in self.parts]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """See [`RowStore`]."""
         check_range(rows, sum(self.heights))
         ascending, order = rows.sort()
         runs = self.runs(ascending)
