@@ -1,6 +1,6 @@
 """What training needs of a model with a memory: deltas, PEFT adapters, and the choice of trainable parameters.
 
-What it chooses: none of it is copied beside a checkpoint. `engram_transformers` registers this package when it is
+What it chooses: none of it is copied into a checkpoint. `engram_transformers` registers this package when it is
 imported; a checkpoint's copy of the code refuses what is done here.
 Promises: importing it does not import PEFT.
 Source: docs/design.md, "What travels".
