@@ -193,7 +193,7 @@ def save_changes(model, folder: str | os.PathLike) -> None:
 
 
 def from_delta(cls, delta: Path, *model_args, **kwargs):
-    """Loads the base of a delta, with the delta's memory and the `engram_trainable` of the configuration beside it.
+    """Loads the base of a delta, with the delta's memory and the `engram_trainable` of the configuration in its folder.
 
     Raises:
         `FileNotFoundError`: if the base is missing.
