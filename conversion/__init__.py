@@ -1,4 +1,4 @@
-"""Conversion: from a backbone's files to an Engram checkpoint. Never copied beside a checkpoint."""
+"""Conversion: from a backbone's files to an Engram checkpoint. Never copied into a checkpoint."""
 
 from .backbone import graft_onto
 from .graft import graft
