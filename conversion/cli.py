@@ -1,4 +1,4 @@
-"""The `engram` command: every verb calls the library, and has no logic of its own.
+"""The `engram` command: every verb calls the library and contains no logic.
 
 Promises: progress and errors on stderr, results on stdout; exit code 0 for success, 1 if a check found something wrong,
 2 if the command could not be carried out; never a traceback for a user's mistake.
