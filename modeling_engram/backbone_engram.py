@@ -52,10 +52,6 @@ def only_state(model: PreTrainedModel, state: dict[str, torch.Tensor]):
 def find_decoder_layers(backbone: nn.Module, depth: int) -> nn.ModuleList:
     """Finds the backbone's decoder layers: its only list of `depth` checkpointable layers.
 
-    Args:
-        backbone (`nn.Module`): any causal language model of Transformers.
-        depth (`int`): `num_hidden_layers` of its configuration.
-
     Raises:
         `ValueError`: if there is none, or more than one.
     """
