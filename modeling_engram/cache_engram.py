@@ -87,15 +87,11 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
         return with_front(full, wanted)[:, -wanted:]  # (batch, lookback + length)
 
     def extend_convolution(self, inputs: torch.Tensor, state_idx: int, receptive_field: int) -> torch.Tensor:
-        """Appends convolution inputs and returns them after their history.
-
-        Args:
-            inputs (`torch.Tensor` of shape `(batch, length, channels)`): this pass's inputs.
-            state_idx (`int`): 1 + the layer's index.
-            receptive_field (`int`): earlier inputs that the convolution reads.
+        """Appends convolution inputs `(batch, length, channels)` to state `state_idx` (1 + the layer's index).
 
         Returns:
-            `torch.Tensor` of shape `(batch, history + length, channels)`; the history may be shorter than asked for.
+            `torch.Tensor` of shape `(batch, history + length, channels)`; the history may be shorter than
+            `receptive_field`.
         """
         return self.append(inputs, state_idx, receptive_field)
 
@@ -196,12 +192,7 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
 def engram_cache_layer(
     cache: Cache, backbone_layers: int, convolutions: int, context_length: int, lookback: int = 0
 ) -> EngramCacheLayer:
-    """Returns the cache's Engram layer, appended on first use.
-
-    Args:
-        cache (`Cache`): made by `generate`, by the model or by the user.
-        backbone_layers (`int`): decoder layers of the backbone, whose cache layers come first.
-        convolutions, context_length, lookback (`int`): see [`EngramCacheLayer`].
+    """Returns the cache's Engram layer, appended on first use after the backbone's layers; see [`EngramCacheLayer`].
 
     Raises:
         `TypeError`: if `cache` is not a `Cache`.
