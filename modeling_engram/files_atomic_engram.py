@@ -65,11 +65,8 @@ SECONDS_TO_WAIT = 10.0
 def checkpoint_in(folder: Path) -> str | None:
     """Returns what a folder's own weights are, as its `config.json` says; an adapter does not count.
 
-    Args:
-        folder (`Path`): a local folder.
-
-    Returns:
-        `str`: "delta" (another checkpoint's and a memory delta), "whole", or None if it is not an Engram checkpoint.
+    "delta" is another checkpoint's weights and a memory delta; "whole" is a whole checkpoint; None is no Engram
+    checkpoint.
 
     Raises:
         `FileNotFoundError`: if the delta is missing.
@@ -140,13 +137,8 @@ NOT_FLUSHED = (errno.EACCES, errno.EBADF, errno.EINVAL)
 def whole_save(folder: Path) -> Iterator[Path]:
     """Yields a temporary folder whose files replace a checkpoint's if the block succeeds, and are removed if it fails.
 
-    A save that fails while files are moved is finished by the next save or read of the folder.
-
-    Args:
-        folder (`Path`): the checkpoint's folder, created if needed.
-
-    Yields:
-        `Path`: an empty folder on the same file system.
+    It is on the file system of `folder`, which is created if needed. A save that fails while files are moved is
+    finished by the next save or read of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
