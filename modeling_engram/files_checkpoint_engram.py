@@ -283,13 +283,7 @@ class EngramCheckpointMixin:
 
 
 class CheckpointFiles:
-    """What is known of a checkpoint before it is loaded.
-
-    Args:
-        config_class (`type`): [`EngramConfig`].
-        path (`str` or `os.PathLike`): a folder, a Hub id, an adapter's folder, or None.
-        kwargs (`dict`): of `from_pretrained`.
-    """
+    """What is known of a checkpoint before it is loaded, from the arguments of `from_pretrained`."""
 
     def __init__(self, config_class, path, kwargs: dict):
         self.path, self.kwargs = path, kwargs
@@ -394,13 +388,12 @@ class CheckpointFiles:
 class HubFiles:
     """Files of one commit of a Hub repository, downloaded when they are not in the cache.
 
-    A model keeps it through copies and pickles, so it stores the commit and no token.
+    A model keeps it through copies and pickles, so it stores the commit and no token (`others` are not stored).
 
     Args:
         repository (`str`): its id.
         folder (`Path`): the commit's folder in the cache.
         cache_dir, subfolder (*optional*): as for `from_pretrained`.
-        others: further arguments of `from_pretrained`, such as `token`, which are not stored.
     """
 
     def __init__(self, repository: str, folder: Path, cache_dir=None, subfolder: str = "", **others):
