@@ -241,10 +241,6 @@ def _tensor_entry(entry: dict) -> TensorEntry:
 def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str]:
     """Reads an index of a folder: file name of every tensor.
 
-    Args:
-        folder (`Path`): a local checkpoint.
-        name (`str`, *optional*): the index over all files, or the one without tables.
-
     Raises:
         `FileNotFoundError`: if there is no index.
         [`EngramFormatError`]: if it is not an index, names anything but a plain safetensors file of the folder, or a
@@ -287,10 +283,7 @@ def check_folder(
 ) -> None:
     """Checks every file of a checkpoint by its header, and that the memory is complete and has the right shapes.
 
-    Args:
-        folder (`Path`): a local checkpoint.
-        expected (mapping): shape and safetensors type name of the memory's tensors.
-        index_name (`str`, *optional*): the index whose files are checked.
+    `expected` has shape and safetensors type name of the memory's tensors.
 
     Raises:
         `FileNotFoundError` or [`EngramFormatError`]: naming the file and what to do.
