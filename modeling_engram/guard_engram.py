@@ -1,6 +1,6 @@
 """Refusals of a checkpoint's own copy of this code: it says what to install for what it cannot do.
 
-What it chooses: the files copied beside a checkpoint hold what runs a model. Memory deltas, adapters with a memory and
+What it chooses: the files copied into a checkpoint hold what runs a model. Memory deltas, adapters with a memory and
 `set_trainable` are in `engram_transformers.adapters`, registered here when the package is imported. A checkpoint's copy
 works without them, even where the package is installed.
 Promises: a memory that belongs to an adapter or a delta is loaded with it, or an error is raised; so is a trainable
@@ -37,14 +37,10 @@ def registered() -> ModuleType | None:
 
 
 def full_package(purpose: str, part: str = "adapters") -> ModuleType:
-    """Imports a part of `engram_transformers` that is not copied beside a checkpoint.
-
-    Args:
-        purpose (`str`): what it is needed for, as the subject of the error's first sentence.
-        part (`str`, *optional*, defaults to `"adapters"`): its name.
+    """Imports a part of `engram_transformers` that is not copied into a checkpoint.
 
     Raises:
-        `ImportError`: in a checkpoint's own copy of this code.
+        `ImportError`: in a checkpoint's own copy of this code; `purpose` is the subject of its first sentence.
     """
     if not _parts:
         raise ImportError(
