@@ -1,6 +1,6 @@
 """Hash constants: multipliers, head sizes and offsets, which determine the row of every n-gram.
 
-Promises: they derive from the configuration alone, equally on every machine and in every version. A checkpoint stores
+Promises: they derive only from the configuration, equally on every machine and in every version. A checkpoint stores
 them and a model uses the stored ones; `check_constants` refuses stored constants that cannot belong to the
 configuration. Never reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for multipliers and the order of the primes.
@@ -54,16 +54,9 @@ def multiplier_bound(compressed_vocab_size: int) -> int:
 
 
 def derive_multipliers(layer_ids: list[int], orders: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
-    """Derives odd multipliers, one for each look-back distance.
+    """Derives odd int64 multipliers `(layers, N)`; entry i belongs to the token i positions back.
 
-    Args:
-        layer_ids (`list[int]`): Engram layers, counted from 0.
-        orders (`int`): longest n-gram N.
-        compressed_vocab_size (`int`): classes V'.
-        seed (`int`): `engram_seed`.
-
-    Returns:
-        `np.ndarray` of int64 and shape `(layers, N)`; entry i belongs to the token i positions back.
+    The bound on products depends on the number of classes, `compressed_vocab_size` (V').
     """
     bound = multiplier_bound(compressed_vocab_size)
     streams = (np.random.default_rng(seed + LAYER_SEED_STEP * layer) for layer in layer_ids)
@@ -71,15 +64,9 @@ def derive_multipliers(layer_ids: list[int], orders: int, compressed_vocab_size:
 
 
 def derive_primes(layers: int, vocab_sizes: list[int], heads: int) -> np.ndarray:
-    """Derives the rows of every head: ascending primes from the order's size on, none used twice in the model.
+    """Derives the rows of every head, int64 of shape `(layers, orders, heads)`.
 
-    Args:
-        layers (`int`): number of Engram layers.
-        vocab_sizes (`list[int]`): least rows of a head, one entry for each order.
-        heads (`int`): heads for each order.
-
-    Returns:
-        `np.ndarray` of int64 and shape `(layers, orders, heads)`.
+    They are ascending primes from the order's size in `vocab_sizes` on, none used twice in the model.
     """
     seen: set[int] = set()
     primes = np.zeros((layers, len(vocab_sizes), heads), dtype=np.int64)
@@ -137,11 +124,7 @@ def head_offsets(primes: torch.Tensor) -> torch.Tensor:
 
 
 def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:
-    """Derives all hash constants from a configuration.
-
-    Args:
-        config ([`EngramConfig`]): sizes, layers and seed.
-        token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): None where every id is its own class.
+    """Derives all hash constants from a configuration and a token map `(vocab_size,)`; without one every id is a class.
 
     Raises:
         `ValueError`: if the pad id is dead in the token map.
