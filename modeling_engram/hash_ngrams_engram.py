@@ -76,11 +76,8 @@ class NgramHasher(nn.Module):
     def from_config(cls, config, token_map: torch.Tensor | None = None) -> "NgramHasher":
         """Makes the hasher of a new memory.
 
-        Args:
-            config ([`EngramConfig`]): sizes, layers and seed.
-            token_map (`torch.LongTensor` of shape `(tokens,)`, *optional*):
-                Class of every id, from `TokenCompressor.lookup_table` or `.token_map(vocab_size)`; None makes every id
-                its own class.
+        `token_map`, `(tokens,)`, is from `TokenCompressor.lookup_table` or `.token_map(vocab_size)`; None makes every
+        id its own class.
         """
         constants = derive_constants(config, token_map)
         return cls(config.engram_layer_ids, identity_map(config) if token_map is None else token_map, constants)
@@ -221,11 +218,8 @@ class NgramHasher(nn.Module):
     def resize(self, vocab_size: int, compressed_vocab_size: int) -> None:
         """Follows a resized vocabulary: new ids get their own classes after all others, old addresses stay.
 
-        Ids after the tokenizer's last one (a padded vocabulary) count as new.
-
-        Args:
-            vocab_size (`int`): rows of the resized input embedding.
-            compressed_vocab_size (`int`): classes V' at the graft.
+        Ids after the tokenizer's last one (a padded vocabulary) count as new. `compressed_vocab_size` is V' at the
+        graft.
 
         Raises:
             `ValueError`: if ids that have rows in the memory would go.
