@@ -67,11 +67,7 @@ class TokenCompressor:
     def from_tokenizer(cls, tokenizer) -> "TokenCompressor":
         """Builds the map from a tokenizer's own decoding, including special and added tokens.
 
-        Args:
-            tokenizer (`PreTrainedTokenizerBase`): the backbone's tokenizer.
-
-        Returns:
-            [`TokenCompressor`] over all ids up to the tokenizer's highest; ids without a token are dead.
+        It covers all ids up to the tokenizer's highest; ids without a token are dead.
         """
         classes: dict[str, int] = {}
         ids = _token_ids(tokenizer)
@@ -81,13 +77,8 @@ class TokenCompressor:
         return cls(table)
 
     def token_map(self, vocab_size: int) -> torch.Tensor:
-        """Returns the map as a checkpoint stores it, one entry for every row of the backbone's vocabulary.
-
-        Args:
-            vocab_size (`int`): rows of the backbone's input embedding.
-
-        Returns:
-            `torch.LongTensor` of shape `(vocab_size,)`, -1 where the tokenizer has no entry.
+        """Returns the map as a checkpoint stores it, `(vocab_size,)` rows of the embedding; -1 for ids without an
+        entry.
 
         Raises:
             `ValueError`: if the tokenizer has more ids than the backbone has embeddings.
@@ -135,13 +126,11 @@ def appended_from(token_map: torch.Tensor, compressed_vocab_size: int) -> int:
 
 
 def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int | None = None) -> None:
-    """Refuses a tokenizer whose ids do not mean what the memory's rows were trained for.
+    """Refuses a tokenizer whose ids do not mean what a memory's rows were trained for.
 
-    Args:
-        stored (`torch.LongTensor` of shape `(vocab_size,)`): a checkpoint's token map.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used with it.
-        compressed_vocab_size (`int`, *optional*): classes V' at the graft. Ids that a resize appended are classes by
-            themselves: the tokenizer must have them, but what they read like is not compared.
+    `stored` is a checkpoint's token map, `(vocab_size,)`, made at the graft with `compressed_vocab_size` classes. Ids
+    that a resize appended are classes by themselves: the tokenizer must have them, but what they read like is not
+    compared.
 
     Raises:
         `ValueError`: naming the first ids that differ.
