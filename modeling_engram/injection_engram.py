@@ -87,13 +87,7 @@ class ReadsInFlight:
 
 
 class InsertMemory:
-    """Forward pre-hook of one decoder layer: adds the memory to the residual stream.
-
-    Args:
-        layer ([`EngramLayer`]): computes what is added.
-        layer_id (`int`): its decoder layer.
-        in_flight ([`ReadsInFlight`]): shared by the hooks of one model.
-    """
+    """Forward pre-hook of one decoder layer: adds the memory to the residual stream."""
 
     def __init__(self, layer: EngramLayer, layer_id: int, in_flight: ReadsInFlight):
         self.layer, self.layer_id, self.in_flight = layer, layer_id, in_flight
@@ -151,12 +145,7 @@ class InsertMemory:
 
 
 def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> ReadsInFlight:
-    """Registers a pre-hook on every Engram layer of a backbone.
-
-    Args:
-        backbone (`nn.Module`): not copied.
-        depth (`int`): its number of decoder layers.
-        memory ([`EngramMemory`]): the memory to insert.
+    """Registers a pre-hook on every Engram layer of a backbone with `depth` decoder layers.
 
     Returns:
         [`ReadsInFlight`] through which forward passes hand over their reads.
