@@ -13,12 +13,7 @@ from .cache_engram import seen_positions
 
 
 def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor:
-    """Returns the ids that the memory reads, `(batch, length)`.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the model's ids.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*): the model's embeddings.
-        engram_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids given for the memory.
+    """Returns the ids that the memory reads, `(batch, length)`: `engram_input_ids`, else `input_ids`.
 
     Raises:
         `ValueError` or `TypeError`: if there are none, or of a wrong shape or type.
@@ -48,12 +43,9 @@ def _check_integers(values, name: str) -> None:
 
 
 def check_ids(ids: torch.Tensor, token_map: torch.Tensor, may_be_absent: bool) -> None:
-    """Raises IndexError for ids outside the vocabulary, on a CPU in eager mode.
+    """Raises IndexError for ids `(batch, length)` outside the vocabulary of `token_map`, on a CPU in eager mode.
 
-    Args:
-        ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
-        token_map (`torch.LongTensor` of shape `(vocab_size,)`): the map that they index.
-        may_be_absent (`bool`): whether -1 is allowed, for positions that are not text.
+    `may_be_absent` allows -1, for positions that are not text.
     """
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -68,12 +60,8 @@ def check_ids(ids: torch.Tensor, token_map: torch.Tensor, may_be_absent: bool) -
 def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | None) -> torch.Tensor | None:
     """Returns which positions of this pass are not pads, `(batch, length)`; None if no mask was given.
 
-    Args:
-        ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
-        attention_mask (`torch.Tensor`, *optional*): the backbone's mask.
-        engram_attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch, past + length)`, *optional*):
-            Takes precedence over it.
-        cache (`Cache`, *optional*): says how many positions came before.
+    `engram_attention_mask`, `(batch, length)` or `(batch, past + length)`, takes precedence over the backbone's mask;
+    the cache says how many positions came before.
 
     Raises:
         `ValueError`: for a mask that does not say which positions are pads.
@@ -215,7 +203,7 @@ def _ends_where(borders: torch.Tensor) -> torch.Tensor:
 def _refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | None) -> None:
     """Raises ValueError if a text begins at a position above 0, so that earlier tokens are missing.
 
-    Serving engines call a model so: one row with the next token of many requests, and a cache of their own.
+    Serving engines call a model so: one row with the next token of many requests, and keep the cache themselves.
     """
     if seen_positions(cache):
         return
