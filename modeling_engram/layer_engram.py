@@ -23,13 +23,7 @@ GATE_FLOOR = 1e-6
 
 
 class Projection(nn.Module):
-    """A linear map that is not an `nn.Linear`: quantisers replace those, and the memory must keep its precision.
-
-    Args:
-        inputs (`int`): input features.
-        outputs (`int`): output features.
-        bias (`bool`): whether to add a bias.
-    """
+    """A linear map that is not an `nn.Linear`: quantisers replace those, and the memory must keep its precision."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
