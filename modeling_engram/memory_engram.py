@@ -37,7 +37,7 @@ class MemoryReads:
         rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
         cache ([`EngramCacheLayer`], *optional*): where histories are stored.
         segments (`torch.LongTensor` of shape `(batch, lookback + length)`, *optional*): document numbers, if several.
-        fetches (`dict[int, list[RowFetch]]`): prefetches under way, by layer id.
+        fetches (`dict[int, list[RowFetch]]`): running prefetches, by layer id.
     """
 
     tables: nn.ModuleDict
