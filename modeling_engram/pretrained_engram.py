@@ -167,12 +167,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def run_with_memory(
         self, module: nn.Module, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids
     ):
-        """Runs a forward pass of the backbone, or of its base model, with memory.
+        """Runs the backbone, or its base model, with memory; cache and `use_cache` are filled in.
 
-        Args:
-            module (`nn.Module`): the backbone or its base model.
-            inputs (`dict`): its arguments; cache and `use_cache` are filled in.
-            engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
+        `engram_input_ids`, `engram_attention_mask` and `engram_segment_ids` are those of [`EngramForCausalLM.forward`].
         """
         if is_replica(self):
             raise RuntimeError(
@@ -430,12 +427,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def fresh_cache(
         self, cache: Cache | None, use_cache: bool | None, checkpointing: bool
     ) -> tuple[Cache | None, bool]:
-        """Returns the cache of a forward pass, and whether the backbone uses one.
-
-        Args:
-            cache (`Cache`, *optional*): given by the caller.
-            use_cache (`bool`, *optional*): given by the caller.
-            checkpointing (`bool`): whether layers use gradient checkpointing.
+        """Returns the cache of a forward pass, and whether the backbone uses one, from what the caller gave.
 
         Raises:
             `ValueError`: for a cache that holds tokens where gradient checkpointing keeps the backbone from reading it.
