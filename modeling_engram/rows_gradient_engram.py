@@ -128,11 +128,7 @@ def row_gradient(part: torch.Tensor) -> RowGradient | None:
 
 
 def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums the values of equal rows.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(reads,)`): any order, with repeats.
-        values (`torch.Tensor` of shape `(reads, width)`): one gradient for each read.
+    """Sums the values `(reads, width)` of equal rows `(reads,)`.
 
     Returns:
         `tuple`: unique rows, ascending, `(touched,)`, and their sums in float32, `(touched, width)`.
