@@ -60,11 +60,8 @@ def check_placement(placement: str) -> str:
 def choose_placement(table_bytes: int, other_bytes: int, device_free: int | None, host_free: int) -> str:
     """Resolves "auto" to "device", "cpu" or "disk".
 
-    Args:
-        table_bytes (`int`): size of all tables.
-        other_bytes (`int`): size of the model's other weights, which go to the device.
-        device_free (`int`, *optional*): free bytes of the accelerators; None if the model runs on the CPU.
-        host_free (`int`): free bytes of host memory.
+    `other_bytes` are the model's other weights, which go to the device; `device_free` is None if the model runs on the
+    CPU.
     """
     room = 1 - ROOM_TO_SPARE
     if device_free is None:
@@ -78,10 +75,7 @@ def free_memory(device_map, max_memory: Mapping | None = None) -> tuple[int | No
     """Returns free bytes of the accelerators that a device map uses, and of the host.
 
     None for the accelerators if none is used, or if they share the host's memory. Unused accelerators are not queried.
-
-    Args:
-        device_map (`str`, `int`, `torch.device`, `dict`, *optional*): as for `from_pretrained`.
-        max_memory (mapping, *optional*): as for `from_pretrained`.
+    `device_map` and `max_memory` are as for `from_pretrained`.
     """
     budget = get_max_memory(dict(max_memory)) if max_memory else {}
     host = min(budget.get("cpu", 0) if max_memory else host_memory(), group_limit())
@@ -183,7 +177,7 @@ def place_tables(
     elsewhere: bool = False,
     **settings,
 ) -> None:
-    """Moves the rows of all tables.
+    """Moves the rows of all tables, with `settings` of [`EngramRowsHook`].
 
     Args:
         tables (`nn.ModuleDict`): by layer.
@@ -191,11 +185,9 @@ def place_tables(
         checkpoint ([`CheckpointTables`], *optional*): files to read from or to map.
         devices (mapping of `str` to `torch.device`): where each layer computes.
         elsewhere (`bool`, *optional*, defaults to `False`): whether rows are now read from other files than these.
-        settings: of [`EngramRowsHook`].
 
-    Raises:
-        `ValueError`: if rows are in no file, or differ from it.
-        `FileNotFoundError` or [`EngramFormatError`]: if files are missing or damaged.
+    Raises ValueError if rows are in no file, or differ from it; FileNotFoundError or [`EngramFormatError`] if files are
+    missing or damaged.
     """
     # Everything that can fail is done before the first change.
     ready, mappings = [], {}
@@ -279,14 +271,7 @@ def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
 
 
 def own_rows(tables: nn.ModuleDict) -> int:
-    """Copies trainable tables that are mapped from files into anonymous memory, if they are small.
-
-    Args:
-        tables (`nn.ModuleDict`): by layer.
-
-    Returns:
-        `int`: number of bytes copied.
-    """
+    """Copies small trainable tables that are mapped from files into anonymous memory; returns the bytes copied."""
     held = [(order, held_rows(order)) for _, order in named_orders(tables) if order.parts[0].requires_grad]
     mapped = [(order, rows) for order, rows in held if isinstance(rows, HostRows) and any(map(is_mapped, rows.parts))]
     copied = sum(order.nbytes for order, _ in mapped)
