@@ -131,15 +131,10 @@ def _run_all(fetches: list[RowFetch]) -> None:
 
 
 def _numbers_of(places: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-    """Returns compact indices that tell a device which row each read is.
+    """Returns compact indices that tell a device which of the rows `(unique, width)` each read is.
 
-    Args:
-        places (`torch.LongTensor` of any shape): each read's index into `values`.
-        values (`torch.Tensor` of shape `(unique, width)`): the rows.
-
-    Returns:
-        `list[torch.Tensor]`: the indices; or, where positions repeat, the distinct lists of indices along the last
-            dimension (heads) and each position's index among the lists.
+    They are the indices in `places`; or, where positions repeat, the distinct lists of indices along the last dimension
+    (heads) and each position's index among the lists.
     """
     numbers = narrow(places, len(values))
     if numbers.ndim < 2 or numbers.nbytes <= LEAST_SHARE * values.nbytes:
@@ -173,12 +168,7 @@ def deliver(fetches: list[RowFetch]) -> None:
 
 
 class SideCopy:
-    """A copy on a device's stream for rows, and the event after it.
-
-    Args:
-        packed (`torch.Tensor`): bytes on the host.
-        device (`torch.device`): target, with its index.
-    """
+    """A copy of packed bytes from the host on a device's stream for rows, and the event after it."""
 
     def __init__(self, packed: torch.Tensor, device: torch.device):
         self.streams, self.device = getattr(torch, device.type), device
