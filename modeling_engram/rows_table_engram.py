@@ -19,10 +19,7 @@ from .rows_gradient_engram import add_row_gradient, row_gradient, sum_rows
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
     """Copies rows of a table that is stored in parts, to `(*rows.shape, width)` in the table's dtype and on its device.
 
-    Args:
-        rows (`torch.LongTensor` of any shape): rows counted over all parts.
-        part_height (`int`): rows of every part but the last.
-        parts (iterable of `torch.Tensor` of shape `(part rows, width)`): the table.
+    `rows`, of any shape, are counted over all parts; `part_height` is the height of all parts but the last.
     """
     parts = list(parts)
     if len(parts) == 1:
@@ -271,12 +268,7 @@ class OrderRows(nn.Module):
         return self.parts
 
     def place(self, store, device: torch.device | None = None) -> None:
-        """Moves the rows to a store, or from a store into the parts.
-
-        Args:
-            store ([`RowStore`], *optional*): holds them; None leaves them out.
-            device (`torch.device`, *optional*): where the parts are to hold them.
-        """
+        """Moves the rows to a store, or with `device` from a store into the parts; no store leaves them out."""
         if store is not None and store is self.store and device is None:
             return
         held = [self.no_rows()] * len(self.heights) if device is None else store.tensors()
