@@ -249,7 +249,7 @@ def shard_tables(model, group=None):
 def save_sharded(model, folder, group=None, **settings) -> None:
     """Saves a model whose tables are sharded by row, as ordinary files; call it on every rank.
 
-    Rank 0 writes. It receives the other ranks' rows in blocks and stores them in temporary files beside the folder:
+    Rank 0 writes. It receives the other ranks' rows in blocks and stores them in temporary files next to the folder:
     this needs the tables' size twice on disk, and nowhere in memory.
 
     Args:
