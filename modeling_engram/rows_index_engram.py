@@ -22,11 +22,11 @@ class RowIndex:
     """
 
     def __init__(self, device: torch.device | None = None):
-        self.settled = torch.empty(0, dtype=torch.int64, device=device)  # (settled,), ascending
+        self.older = torch.empty(0, dtype=torch.int64, device=device)  # (older,), ascending
         self.recent = torch.empty(0, dtype=torch.int64, device=device)  # (recent,), ascending
 
     def __len__(self) -> int:
-        return len(self.settled) + len(self.recent)
+        return len(self.older) + len(self.recent)
 
     @property
     def rows(self) -> torch.Tensor:
@@ -40,7 +40,7 @@ class RowIndex:
 
     def find(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns slots of rows `(rows,)` in any order, and which are known; unknown rows' slots are undefined."""
-        slots, known = _look_up(self.settled, rows)
+        slots, known = _look_up(self.older, rows)
         if len(self.recent):
             unknown = (~known).nonzero().squeeze(1)  # (unknown,)
             slots[unknown], known[unknown] = _look_up(self.recent, rows[unknown])
@@ -54,13 +54,13 @@ class RowIndex:
             added = torch.arange(len(self), len(self) + len(unknown), device=rows.device)
             slots[unknown] = added
             self.recent = merge(self.recent, (rows[unknown] << SLOT_BITS) | added)
-            if len(self.recent) > max(LONGEST_RECENT, len(self.settled) // 8) or not len(self.settled):
-                self.settled, self.recent = self.merged(), self.recent[:0].clone()
+            if len(self.recent) > max(LONGEST_RECENT, len(self.older) // 8) or not len(self.older):
+                self.older, self.recent = self.merged(), self.recent[:0].clone()
         return slots
 
     def merged(self) -> torch.Tensor:
         """Returns both lists as one."""
-        return merge(self.settled, self.recent)
+        return merge(self.older, self.recent)
 
 
 def _look_up(known: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,7 +80,7 @@ class RowState:
             `ValueError`: if it is not of this part and these columns; nothing is restored then.
         """
         self.check(state, owner)
-        rows = state["rows"].to(self.index.settled.device)
+        rows = state["rows"].to(self.index.older.device)
         self.index.slots(rows)
         self.columns = {n: state[n].to(column.device, copy=True) for n, column in self.columns.items()}
 
