@@ -1,8 +1,8 @@
-"""What a model with a memory needs beyond running: deltas, adapters of PEFT, and which parameters are trained.
+"""What training needs of a model with a memory: deltas, PEFT adapters, and the choice of trainable parameters.
 
-What it chooses: none of it travels with a checkpoint. `engram_transformers` registers this package with the code that
-does travel when it is imported; a checkpoint's own copy of that code refuses what is done here.
-Promises: importing it imports no PEFT.
+What it chooses: none of it is copied into a checkpoint. `engram_transformers` registers this package when it is
+imported; a checkpoint's copy of the code refuses what is done here.
+Promises: importing it does not import PEFT.
 Source: docs/design.md, "What travels".
 """
 

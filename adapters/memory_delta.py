@@ -1,11 +1,11 @@
-"""Memory deltas: what training changed in a memory, in one file apart from the checkpoint that it changed.
+"""Memory deltas: what training changed in a memory, in one file separate from the checkpoint.
 
-What it chooses: a delta names its base (a folder, or a Hub id and its commit) and has the rows that differ from it and
-the memory's dense weights, as they are and not as differences, so that base and delta give the trained memory bit for
-bit. The base's digest covers hash constants, token map, dense weights and a sample of rows of every part: reading all
-rows of a large table would cost more than the training.
-Promises: a delta is checked whole, against file, model and base, before anything is changed; it is written to another
-name and then renamed. Never unpickles, never writes into the base.
+What it chooses: a delta names its base (a folder, or a Hub id and its commit) and holds the rows that differ from it
+and the memory's dense weights, as values and not as differences, so that base and delta give the trained memory bit for
+bit. The base's digest covers hash constants, token map, dense weights and a sample of rows of every part, because
+reading a large table would cost more than the training.
+Promises: a delta is checked completely, against file, model and base, before anything is changed; it is written under
+another name and then renamed. Never unpickles, never writes into the base.
 Source: docs/training.md, docs/format.md.
 """
 
@@ -41,25 +41,25 @@ VERSION = "1"
 # State-dict prefix of the memory's dense weights.
 LAYERS_PREFIX = "memory.layers."
 
-# Rows of every part, beside those that a delta changes, that the base's digest looks at. A memory in which 1 of 300
+# Rows of every part that the base's digest samples, besides those that a delta changes. A memory in which 1 of 300
 # other rows differs passes for the base once in 30 with one part, and once in 800,000 with four.
 SAMPLED_ROWS = 1024
 
-# Rows that are compared at once.
+# Rows compared at once.
 BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
 class DeltaHeader:
-    """What a delta says of itself.
+    """Header of a delta.
 
     Args:
         base (`str`): folder or Hub id of the checkpoint that it changes.
         revision (`str`, *optional*): the commit of a base on the Hub; None for a folder, and in older deltas.
-        subfolder (`str`): where in its repository a base on the Hub is.
-        base_sha256 (`str`): digest of that memory, as far as `base_digest` looks at it.
+        subfolder (`str`): subfolder of a base on the Hub.
+        base_sha256 (`str`): digest of the base's memory, see `base_digest`.
         digests (`dict[str, str]`): of hash constants and token map, as in `config.json`.
-        provenance (`dict`): who made it, and whatever was handed over.
+        provenance (`dict`): versions, and what the caller gave.
         rows (`dict[str, int]`): changed rows of each part.
     """
 
@@ -78,12 +78,12 @@ class DeltaHeader:
 
 
 def _named_base(base: str, revision: str | None) -> str:
-    """A checkpoint as errors name it."""
+    """Returns a checkpoint as errors name it."""
     return repr(base) if revision is None else f"{base!r} (revision {revision})"
 
 
 def save_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
-    """Writes what differs between a model's memory and its checkpoint: `model.save_memory_delta`, see there."""
+    """Implements `model.save_memory_delta`."""
     path = _delta_path(path)
     if path.name == DELTA_NAME and (path.parent / INDEX_NAME).exists() and not (path.parent / ADAPTER_NAME).exists():
         raise ValueError(
@@ -117,9 +117,9 @@ def write_delta(model, path: Path, base: str | os.PathLike | None = None, **prov
         "rows": json.dumps({name: len(rows) for name, rows in changed.items() if len(rows)}),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.parent):  # so that a draft that is there is nobody's any more
+    with locked(path.parent):  # so that drafts found there are abandoned ones
         for stale in path.parent.glob(f".part-*-{path.name}"):
-            stale.unlink()  # from a process that was killed in the middle of a save
+            stale.unlink()  # left by a killed process
         draft = path.with_name(f".part-{os.getpid()}-{path.name}")
         try:
             save_file(tensors, draft, metadata)
@@ -131,7 +131,7 @@ def write_delta(model, path: Path, base: str | os.PathLike | None = None, **prov
 
 
 def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | None = None):
-    """Makes a model's memory what it was when a delta was saved: `model.load_memory_delta`, see there."""
+    """Implements `model.load_memory_delta`."""
     _check_loaded(model)
     path = _delta_path(path)
     path = delta_file(path.parent) or path if path.name == DELTA_NAME else path
@@ -148,7 +148,7 @@ def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | 
     tensors = _checked_tensors(path, parts, dense)
     none = torch.empty(0, dtype=torch.int64, device="cpu")
     files = _matching_base(model, base, header, {name: tensors.get(f"{name}.rows", none) for name in parts})
-    # Everything that can fail comes before the first change.
+    # Everything that can fail is done before the first change.
     changes = []
     for name, part in parts.items():
         rows, values = tensors.get(f"{name}.rows"), tensors.get(f"{name}.values")
@@ -167,14 +167,14 @@ def load_memory_delta(model, path: str | os.PathLike, base: str | os.PathLike | 
 
 
 def save_changes(model, folder: str | os.PathLike) -> None:
-    """Saves a memory delta, and a configuration that says so: `from_pretrained(folder)` loads the delta and its base.
+    """Saves a memory delta and a configuration that names it: `from_pretrained(folder)` loads the delta and its base.
 
     Args:
         model ([`EngramForCausalLM`]): the model, wherever its tables are.
         folder (`str` or `os.PathLike`): an older checkpoint in it is replaced.
 
     Raises:
-        `ValueError`: if the folder is the base's own, which the delta needs, or as for `save_memory_delta`.
+        `ValueError`: if the folder is that of the base, which the delta needs, or as for `save_memory_delta`.
     """
     folder = Path(folder)
     files, _ = _base_of(model, None)
@@ -187,17 +187,17 @@ def save_changes(model, folder: str | os.PathLike) -> None:
     config.engram_memory_delta = DELTA_NAME
     with whole_save(folder) as draft:
         save_memory_delta(model, draft)
-        # Model first, configuration second: its copy replaces the door of the same name.
+        # The configuration's copy comes second: it replaces the re-export of the same name.
         custom_object_save(model, draft, config=config)
         config.auto_map = dict(AUTO_MAP)
         config.save_pretrained(draft)
 
 
 def from_delta(cls, delta: Path, *model_args, **kwargs):
-    """The base of a delta, with the delta's memory and the train mode of the configuration beside it.
+    """Loads the base of a delta, with the delta's memory and the `engram_trainable` of the configuration in its folder.
 
     Raises:
-        `FileNotFoundError`: if the base is not where it was.
+        `FileNotFoundError`: if the base is missing.
     """
     header = read_delta_header(delta)
     if header.revision is None and os.path.isabs(header.base) and not os.path.isdir(header.base):
@@ -225,17 +225,17 @@ def from_delta(cls, delta: Path, *model_args, **kwargs):
 
 
 def _delta_path(path: str | os.PathLike) -> Path:
-    """A delta's file: a folder holds it under its usual name, or the one that it had before 0.1."""
+    """Returns a delta's file; in a folder it has its usual name."""
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / DELTA_NAME
 
 
 def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
-    """What a delta says of itself, when it is whole.
+    """Reads and checks the header of a delta.
 
     Raises:
-        `FileNotFoundError`: if it is not there.
-        [`EngramFormatError`]: if it is no delta, truncated, or of a later version.
+        `FileNotFoundError`: if it is missing.
+        [`EngramFormatError`]: if it is not a delta, truncated, or of a later version.
     """
     path = _delta_path(path)
     read_header(path)
@@ -258,7 +258,7 @@ def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
 
 
 def _check_loaded(model) -> None:
-    """Raises for a model without tables that a delta could be taken from or given to."""
+    """Raises an error for a model without loaded tables."""
     if not hasattr(model, "memory"):
         raise TypeError(f"{type(model).__name__} has no memory: a delta is of an EngramForCausalLM.")
     if model.memory.placement == "none":
@@ -266,14 +266,14 @@ def _check_loaded(model) -> None:
 
 
 def named_parts(model) -> dict[str, TablePart]:
-    """The parts of all tables by their state-dict names."""
-    model.memory.settle()
+    """Returns the parts of all tables by their state-dict names."""
+    model.memory.take_back_tables()
     return dict(sorted(model.memory.named_parts().items()))
 
 
 def dense_weights(model) -> dict[str, torch.Tensor]:
-    """The memory's weights that are no tables, by their state-dict names."""
-    # PEFT puts a projection's own weight under another name when it puts an adapter beside it.
+    """Returns the memory's weights other than tables by their state-dict names."""
+    # PEFT renames the weight of a projection that has an adapter.
     return {
         f"{LAYERS_PREFIX}{name.replace('.base_layer.', '.')}": weight
         for name, weight in model.memory.layers.named_parameters()
@@ -282,7 +282,7 @@ def dense_weights(model) -> dict[str, torch.Tensor]:
 
 
 def _base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, str]:
-    """The files that a memory came from, and their name."""
+    """Returns the files that a memory came from, and their name."""
     if base is not None:
         return model.tables_of(Path(base)), os.path.abspath(base)
     files = model.checkpoint_tables
@@ -295,10 +295,7 @@ def _base_of(model, base: str | os.PathLike | None) -> tuple[CheckpointTables, s
 
 
 def base_digest(config, files: CheckpointTables, changed: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of a stored memory: constants, token map, dense weights, a sample of rows, and the rows of a delta.
-
-    All rows would have to be read for more: 40 seconds for 40 GB.
-    """
+    """SHA-256 of a stored memory: constants, token map, dense weights, sampled rows, and the rows of a delta."""
     digest = hashlib.sha256(json.dumps([getattr(config, field) for field in DIGESTS]).encode())
     for name, data in stored_weights(files):
         digest.update(name.encode() + data)
@@ -312,7 +309,7 @@ def base_digest(config, files: CheckpointTables, changed: dict[str, torch.Tensor
 
 
 def stored_weights(files: CheckpointTables) -> Iterator[tuple[str, bytes]]:
-    """The memory's dense weights in a checkpoint's files: names and bytes."""
+    """Yields names and bytes of the memory's dense weights in a checkpoint's files."""
     for name in sorted(name for name in files.weight_map if name.startswith(LAYERS_PREFIX)):
         part = files.part(name)
         buffer = bytearray(torch.Size(part.shape).numel() * part.dtype.itemsize)
@@ -321,11 +318,11 @@ def stored_weights(files: CheckpointTables) -> Iterator[tuple[str, bytes]]:
 
 
 def _matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Tensor]) -> CheckpointTables:
-    """The files of the base of a delta that changes these rows.
+    """Returns the files of the base of a delta that changes these rows.
 
     Raises:
-        `FileNotFoundError`: if there are none.
-        [`EngramFormatError`]: if they are others.
+        `FileNotFoundError`: if there is none.
+        [`EngramFormatError`]: if the digest differs.
     """
     tried = []
     if base is not None or model.checkpoint_tables is not None:
@@ -350,7 +347,7 @@ def _matching_base(model, base, header: DeltaHeader, changed: dict[str, torch.Te
 
 
 def _checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Tensor]:
-    """A delta's tensors, checked against the model by the file's header before they are read.
+    """Reads a delta's tensors, after checking them against the model by the file's header.
 
     Raises:
         [`EngramFormatError`]: naming what does not fit.
@@ -386,7 +383,7 @@ def _checked_tensors(path: Path, parts: dict, dense: dict) -> dict[str, torch.Te
 
 
 def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a part that differ from a file, `(changed,)`, and what they are, `(changed, width)`."""
+    """Returns rows of a part that differ from a file, `(changed,)`, and their values, `(changed, width)`."""
     if is_over(part, stored):
         rows, values = part.store.named()
         differs = _unequal(values, FileRows([stored]).read(rows))
@@ -400,7 +397,7 @@ def changed_rows(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, to
 
 
 def undone(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Rows of a part that differ from a file, and what they are there; None if forgetting its changes is enough."""
+    """Returns rows of a part that differ from a file, and the file's values; None if clearing changes is enough."""
     if is_over(part, stored):
         return None
     found = list(blocks_that_differ(part, stored))
@@ -412,7 +409,7 @@ def undone(part: torch.Tensor, stored: FilePart) -> tuple[torch.Tensor, torch.Te
 
 
 def is_over(part: TablePart, stored: FilePart) -> bool:
-    """Whether a part is these very rows of a file, with changes over them."""
+    """Whether a part consists of these rows of a file with changes over them."""
     if not isinstance(part.store, ChangedRows):
         return False
     held = part.store.part
@@ -420,7 +417,7 @@ def is_over(part: TablePart, stored: FilePart) -> bool:
 
 
 def blocks_that_differ(part: torch.Tensor, stored: FilePart) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Rows that differ, what they are in the model, and what they are in the file, block by block."""
+    """Yields rows that differ, their values in the model, and those in the file, block by block."""
     reader, height = FileRows([stored]), stored.shape[0]
     for first in range(0, height, BLOCK):
         rows = torch.arange(first, min(height, first + BLOCK), device="cpu")
@@ -431,5 +428,5 @@ def blocks_that_differ(part: torch.Tensor, stored: FilePart) -> Iterator[tuple[t
 
 
 def _unequal(values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Which rows differ in any bit, `(rows,)`: NaN equals itself, and 0 is not -0."""
+    """Returns which rows differ in any bit, `(rows,)`: NaN equals itself, and 0 is not -0."""
     return (values.contiguous().view(torch.uint8) != others.contiguous().view(torch.uint8)).any(1)

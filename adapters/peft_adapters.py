@@ -1,8 +1,8 @@
-"""Adapters of PEFT and the memory: what is kept beside an adapter, and what comes back with it.
+"""PEFT adapters and the memory: what is saved with an adapter, and what is loaded with it.
 
-What it chooses: a memory that learns, or is no longer what its checkpoint holds, is saved into every adapter folder as
-a delta. A model has one memory, whatever adapters it has: an adapter that brings another one than those that are loaded
-is refused. An adapter's folder may also hold no delta; then the memory stays what it is.
+What it chooses: a memory that is trainable, or differs from its checkpoint, is saved into every adapter folder as a
+delta. A model has one memory, however many adapters: an adapter that brings another memory than loaded ones is refused.
+An adapter's folder without a delta leaves the memory as it is.
 Promises: a memory is saved with an adapter or the save raises an error; a delta is in place before the adapter's
 settings name it, and is checked before the adapter is loaded. Never needs PEFT to be installed.
 Source: docs/peft.md.
@@ -52,25 +52,24 @@ from .memory_delta import (
 
 logger = logging.get_logger(__name__)
 
-# A process that does not know this package gets PEFT's warning about the setting instead of silence.
+# PEFT's warning about our setting, which processes without this package still see.
 UNKNOWN_SETTING = rf"Unexpected keyword arguments \['({DELTA_KEY}|{OLD_DELTA_KEY})'\]"
 
 
 def load_adapter(original, model: nn.Module, source: str | None, name: str | None, *args, **kwargs):
-    """`load_adapter` of Transformers, with the memory that was saved with the adapter.
+    """Transformers' `load_adapter`, with the memory that was saved with the adapter.
 
     Args:
-        original (`Callable`): Transformers' own, of this model.
+        original (`Callable`): Transformers' method, bound to this model.
         model ([`EngramForCausalLM`]): the model.
         source (`str`, *optional*): the adapter's folder or Hub id.
         name (`str`, *optional*): the adapter's name.
 
-    Raises:
-        See `EngramCheckpointMixin.load_adapter`.
+    Raises the errors of `EngramCheckpointMixin.load_adapter`.
     """
     adapter = name or "default"
     delta = None if source is None else find_delta(source, **where_of_adapter(kwargs))
-    # In `from_pretrained` tables are not yet where they are to be.
+    # In `from_pretrained` tables are not placed yet.
     take_delta(model, adapter, delta, later=kwargs.get("load_config") is not None)
     with quiet_about_deltas():
         info = original(source, name, *args, **kwargs)
@@ -81,7 +80,7 @@ def load_adapter(original, model: nn.Module, source: str | None, name: str | Non
 
 
 def inside(model: nn.Module) -> nn.Module | None:
-    """The model with a memory that PEFT's objects are around; None if there is none."""
+    """Returns the model with a memory inside of PEFT's objects; None if there is none."""
     for module in model.modules():
         if isinstance(module._modules.get("memory"), EngramMemory):
             return module
@@ -89,24 +88,24 @@ def inside(model: nn.Module) -> nn.Module | None:
 
 
 def unwrapped_donor(donor):
-    """A donor out of PEFT's wrapper, with its adapter layers: they become adapters of the graft."""
+    """Removes PEFT's wrapper from a backbone; its adapter layers become adapters of the graft."""
     return donor.get_base_model() if hasattr(donor, "peft_config") and hasattr(donor, "get_base_model") else donor
 
 
 def take_over_adapters(model: nn.Module) -> None:
-    """Makes adapters that are in a backbone the model's own, as `load_adapter` would have left them."""
+    """Makes adapters in a backbone the model's, as after `load_adapter`."""
     settings = model.backbone.__dict__.pop("peft_config", None)
     if settings:
         set_carries_adapters(model.backbone, False)
         for module in model.backbone.modules():
-            mark_loaded(module)  # Transformers would give adapter layers fresh weights
+            mark_loaded(module)  # Transformers would initialise adapter layers again
         model.peft_config = settings
         set_carries_adapters(model, True)
 
 
 @torch.no_grad()
 def _memory_travels(model: nn.Module) -> bool:
-    """Whether an adapter needs the memory beside it: it learns, or is no longer what its checkpoint holds."""
+    """Whether an adapter needs the memory saved with it: it is trainable, or differs from its checkpoint."""
     if model.due_delta is not None:
         raise ValueError(
             f"the memory of '{model.due_delta}' was not loaded (engram_placement='none'), and a save would lose it: "
@@ -116,7 +115,7 @@ def _memory_travels(model: nn.Module) -> bool:
         return False
     parts, dense = named_parts(model), dense_weights(model)
     files = model.checkpoint_tables
-    if files is None:  # a graft that was made here: with rows of zeros it adds nothing, unless it is by a bias
+    if files is None:  # a new graft: zero rows add nothing, biases do
         biases = [weight for name, weight in dense.items() if name.endswith("bias")]
         tables = [rows for _, order in named_orders(model.memory.tables) for rows in order.tensors()]
         return any(bool(tensor.any()) for tensor in (*tables, *biases))
@@ -148,7 +147,7 @@ def same_memory(one: nn.Module, other: nn.Module) -> bool:
 
 
 def differs(part: torch.Tensor, stored) -> bool:
-    """Whether any row of a part is not what its file holds."""
+    """Whether any row of a part differs from its file."""
     if is_over(part, stored):
         return len(changed_rows(part, stored)[0]) > 0
     return next(blocks_that_differ(part, stored), None) is not None
@@ -156,10 +155,10 @@ def differs(part: torch.Tensor, stored) -> bool:
 
 @contextmanager
 def memory_beside(model: nn.Module, folders: list[Path]):
-    """Saves the memory into adapter folders, if it has to be there, and names it in the settings that the block writes.
+    """Saves the memory into adapter folders, if needed, and names it in the settings that the block writes.
 
     Raises:
-        `ValueError`: if there is no checkpoint that a delta could be the change of; nothing is written then.
+        `ValueError`: if there is no checkpoint that a delta could refer to; nothing is written then.
     """
     if not folders:
         yield
@@ -190,7 +189,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
 
 
 def _remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
-    """Removes a checkpoint from an adapter's folder, if the adapter is not for it: it would be loaded as the base."""
+    """Removes a checkpoint from an adapter's folder, unless the adapter is for it: it would be loaded as the base."""
     base = model.checkpoint_tables
     if base is not None and base.folder.resolve() == folder.resolve():
         return
@@ -205,23 +204,23 @@ def _remove_other_checkpoint(model: nn.Module, folder: Path) -> None:
 
 
 def _is_copy(model: nn.Module, there: CheckpointTables, base: CheckpointTables) -> bool:
-    """Whether two checkpoints hold the same memory, as far as a delta's digest looks at it."""
+    """Whether two checkpoints hold the same memory, as far as a delta's digest shows."""
     none = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in named_parts(model)}
     return base_digest(model.config, there, none) == base_digest(model.config, base, none)
 
 
 def _name_delta(path: Path, model: nn.Module, travels: bool) -> None:
-    """Writes into an adapter's settings whether a memory belongs to it, and the checkpoint of both if none is named.
+    """Records in an adapter's settings whether a memory belongs to it, and the checkpoint if none is named.
 
-    `auto_mapping` says it too: that is what PEFT keeps of settings that it does not know, so that a checkpoint's own
-    copy of the code can refuse the adapter (`refuse_adapters_of_peft`).
+    `auto_mapping` records it too, because PEFT drops unknown settings but keeps that: a checkpoint's own copy of the
+    code refuses the adapter by it (`refuse_adapters_of_peft`).
     """
     settings = json.loads(path.read_text(encoding="utf-8"))
     named = settings.get("auto_mapping") or {}
     if travels:
         settings.pop(OLD_DELTA_KEY, None)
         settings[DELTA_KEY] = DELTA_NAME
-        # PEFT wants the other two in every `auto_mapping`, and reads them where an adapter names no task.
+        # PEFT needs the other two in every `auto_mapping`, and reads them for adapters without a task.
         own = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         settings["auto_mapping"] = {**own, **named, DELTA_KEY: DELTA_NAME}
         if not settings.get("base_model_name_or_path"):
@@ -229,7 +228,7 @@ def _name_delta(path: Path, model: nn.Module, travels: bool) -> None:
             settings["revision"] = settings.get("revision") or model.checkpoint_tables.revision
     elif (
         named.pop(DELTA_KEY, named.pop(OLD_DELTA_KEY, None)) is None
-    ):  # left from the settings that the adapter was loaded with
+    ):  # from the settings that the adapter was loaded with
         return
     draft = path.with_name(f"{path.name}.part")
     draft.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
@@ -237,11 +236,11 @@ def _name_delta(path: Path, model: nn.Module, travels: bool) -> None:
 
 
 def find_delta(source: str | os.PathLike, **where) -> Path | None:
-    """The delta that an adapter's settings name, in its folder or repository; None if they name none.
+    """Returns the delta that an adapter's settings name, in its folder or repository; None if they name none.
 
     Raises:
-        `FileNotFoundError`: if it is not there.
-        [`EngramFormatError`]: if there is one in the folder that they do not name.
+        `FileNotFoundError`: if the delta is missing.
+        [`EngramFormatError`]: if the folder has a delta that they do not name.
     """
     settings = adapter_file(source, ADAPTER_NAME, **where)
     if settings is None:
@@ -270,7 +269,7 @@ def refuse_deltas(model: nn.Module, source: str | os.PathLike, **where) -> None:
         `ValueError`: if it was.
         `TypeError`: if it was, and the model's memory is made by its checkpoint's own copy of the code.
     """
-    # Not of the Hub's: each adapter of every other model would cost a request.
+    # Only local adapters: others would cost a request for each adapter of every model.
     settings = adapter_file(source, ADAPTER_NAME, **where) if Path(source).is_dir() else None
     known = {} if settings is None else json.loads(settings.read_text(encoding="utf-8"))
     if {DELTA_KEY, OLD_DELTA_KEY} & {*known}:
@@ -283,17 +282,17 @@ def refuse_deltas(model: nn.Module, source: str | os.PathLike, **where) -> None:
 
 
 def take_delta(model: nn.Module, adapter: str, delta: Path | None, later: bool = False) -> None:
-    """Makes the memory what was saved with an adapter that is about to be loaded.
+    """Loads the memory that was saved with an adapter, before the adapter.
 
     Args:
         model ([`EngramForCausalLM`]): the model.
-        adapter (`str`): the adapter's name; one that is there already is being restored.
+        adapter (`str`): the adapter's name; an existing one is being restored.
         delta (`Path`, *optional*): from `find_delta`; None leaves the memory as it is.
-        later (`bool`, *optional*, defaults to `False`): whether the tables are not in their place yet.
+        later (`bool`, *optional*, defaults to `False`): whether the tables are not placed yet.
 
     Raises:
         `ValueError`: if other adapters brought another memory.
-        [`EngramFormatError`]: if the delta does not fit the model; nothing is changed then.
+        [`EngramFormatError`]: if the delta does not fit the model, which is unchanged then.
     """
     if delta is None:
         return
@@ -315,7 +314,7 @@ def take_delta(model: nn.Module, adapter: str, delta: Path | None, later: bool =
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file."""
+    """Returns the digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -324,7 +323,7 @@ def sha256(path: Path) -> str:
 
 
 def other_layers(source, missing, unexpected) -> ValueError:
-    """The error for an adapter whose weights have no place, and would silently be left at their start."""
+    """Returns the error for an adapter whose weights do not fit any layer and would silently be ignored."""
     return ValueError(
         f"the adapter '{source}' is for other layers: {len(missing)} weights are not in it (first {min(missing)}), "
         f"{len(unexpected)} of its own have no place (first {min(unexpected)}). It was made for another model, or by a "
@@ -334,7 +333,7 @@ def other_layers(source, missing, unexpected) -> ValueError:
 
 @contextmanager
 def quiet_about_deltas():
-    """Holds back PEFT's warning about the setting that names a delta, where the delta is looked after."""
+    """Suppresses PEFT's warning about the setting that names a delta."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", UNKNOWN_SETTING)
         yield

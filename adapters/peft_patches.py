@@ -1,12 +1,11 @@
-"""Patches of PEFT: its own methods, wrapped where they would lose or harm a model's memory.
+"""Patches applied to PEFT: its methods are wrapped where they would lose or damage a model's memory.
 
-What it chooses: PEFT has no place where a model could say what belongs to it. A wrapper acts only where an Engram model
-is inside, and hands everything else through. Each says which method it stands in for, and why. They are put in when
-`engram_transformers` and PEFT are both imported, whichever comes last.
+What it chooses: PEFT has no interface by which a model could declare its own state. A wrapper acts only on Engram
+models and passes other calls through; each names the method that it replaces, and why. They are applied when both
+`engram_transformers` and PEFT are imported, in any order.
 Promises: `PeftModel.save_pretrained`, `from_pretrained` and `load_adapter` keep a memory that belongs to an adapter; an
-adapter of the backbone loads under its own names or raises; what would copy a table, or does not work with a memory, is
-refused when the adapter is made. Making a model patches nothing. Never imports PEFT before somebody else has, unless it
-is asked to.
+adapter of the backbone loads under its own names or raises an error; what would copy a table, or does not work with a
+memory, is refused when the adapter is made. Making a model patches nothing. Never imports PEFT unless asked to.
 Source: docs/peft.md.
 """
 
@@ -37,7 +36,7 @@ from .peft_adapters import (
 MODEL_TYPE = "engram_lm"
 PROJECTION = "key_value"
 
-# Methods that need of the memory what it cannot give.
+# Methods that cannot work with a memory.
 REFUSED = {
     "XLORA": "it runs every text twice and mixes adapters of one model each",
     "SHADOW": "its second network runs beside the backbone and has no memory",
@@ -45,7 +44,7 @@ REFUSED = {
 
 
 def support_peft_when_imported() -> None:
-    """Patches PEFT as soon as it is imported: now, if it is."""
+    """Patches PEFT now if it is imported, else when it is."""
     if "peft" in sys.modules:
         support_peft()
     elif not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
@@ -53,10 +52,10 @@ def support_peft_when_imported() -> None:
 
 
 class PeftFinder(importlib.abc.MetaPathFinder):
-    """Waits for PEFT's import, patches PEFT after it, and waits no more.
+    """Waits for PEFT's import, patches it, and removes itself.
 
-    Python offers nothing else that runs after another package's import. Users import PEFT themselves, after this
-    package as often as before it, and the first thing that they call may be a method that has to be patched by then.
+    Python has no other hook after another package's import. Users import PEFT themselves, often after this package, and
+    the first thing that they call may be a patched method.
     """
 
     def find_spec(self, name, path=None, target=None):
@@ -67,7 +66,7 @@ class PeftFinder(importlib.abc.MetaPathFinder):
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
-            def exec_module(module):  # whoever only asks whether PEFT is there never gets here
+            def exec_module(module):  # not run where somebody only asks whether PEFT is installed
                 run(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
@@ -78,7 +77,7 @@ class PeftFinder(importlib.abc.MetaPathFinder):
 
 
 def support_peft() -> None:
-    """Patches PEFT, once. Imports it if nobody has."""
+    """Patches PEFT, once; imports it if needed."""
     peft = importlib.import_module("peft")
     tuner = importlib.import_module("peft.tuners.tuners_utils").BaseTuner
     wrap(tuner, "get_model_config", _config_of_backbone)
@@ -91,38 +90,38 @@ def support_peft() -> None:
 
 
 def wrap(owner: type, name: str, wrapper) -> None:
-    """Puts `wrapper(original, *args, **kwargs)` in the place of a method, once."""
+    """Replaces a method by `wrapper(original, *args, **kwargs)`, once."""
     held = inspect.getattr_static(owner, name)
     kind = type(held) if isinstance(held, (classmethod, staticmethod)) else None
     original = held.__func__ if kind else held
     step = original
     while step is not None:
-        if getattr(step, "taught_by", None) == __name__:
+        if getattr(step, "patched_by", None) == __name__:
             return
         step = getattr(step, "__wrapped__", None)
 
     @functools.wraps(original)
-    def taught(*args, **kwargs):
+    def patched(*args, **kwargs):
         return wrapper(original, *args, **kwargs)
 
-    taught.taught_by = __name__
-    setattr(owner, name, kind(taught) if kind else taught)
+    patched.patched_by = __name__
+    setattr(owner, name, kind(patched) if kind else patched)
 
 
 def _config_of_backbone(original, model) -> dict:
-    """Stands in for `BaseTuner.get_model_config`: the backbone's configuration.
+    """Replaces `BaseTuner.get_model_config`: returns the backbone's configuration.
 
-    PEFT looks up by it the layers that a bare `LoraConfig()` adapts, and which embeddings are tied.
+    PEFT uses it to choose the layers of a bare `LoraConfig()`, and to find tied embeddings.
     """
     config = original(model)
     return config["text_config"] if config.get("model_type") == MODEL_TYPE and "text_config" in config else config
 
 
 def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
-    """Stands in for `BaseTuner.inject_adapter`, which every method that adapts layers goes through.
+    """Replaces `BaseTuner.inject_adapter`, which every method that adapts layers calls.
 
-    It refuses what would copy or harm the memory, finds layers by the names that they have in the backbone alone, and
-    keeps the chosen train mode.
+    It refuses what would copy or damage the memory, finds layers by their names in the backbone, and keeps the chosen
+    `engram_trainable`.
     """
     if inside(model) is not model:
         return original(tuner, model, adapter_name, *args, **kwargs)
@@ -131,7 +130,7 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
     _name_from_the_root(config, model)
     _refuse_memory(tuner, config, model)
     if model._tied_weights_keys is None:
-        model._tied_weights_keys = {}  # PEFT then asks the backbone, which layers are tied to its embeddings
+        model._tied_weights_keys = {}  # PEFT then asks the backbone which layers are tied to its embeddings
     result = original(tuner, model, adapter_name, *args, **kwargs)
     if not config.inference_mode and getattr(model.config, "engram_trainable", None) == "memory+lora":
         model.set_trainable("memory+lora")
@@ -139,14 +138,14 @@ def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):
 
 
 def add_adapter(original, model, adapter_name, peft_config, *args, **kwargs):
-    """Stands in for `PeftModel.add_adapter`: prompt methods, which adapt no layer, are refused here."""
+    """Replaces `PeftModel.add_adapter`: refuses prompt methods, which adapt no layer."""
     if inside(model) is not None:
         _refuse_method(peft_config)
     return original(model, adapter_name, peft_config, *args, **kwargs)
 
 
 def _refuse_method(config) -> None:
-    """Raises for methods that cannot work with a memory."""
+    """Raises an error for methods that cannot work with a memory."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
         raise NotImplementedError(
@@ -163,7 +162,7 @@ def _refuse_method(config) -> None:
 
 
 def _name_from_the_root(config, model) -> None:
-    """Lets patterns that were written for the donor find its layers where they are now, under `backbone.`."""
+    """Makes patterns that were written for the backbone find its layers under `backbone.`."""
     names = [name for name, _ in model.named_modules()]
     donors = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
     for field in ("target_modules", "exclude_modules"):
@@ -175,7 +174,7 @@ def _name_from_the_root(config, model) -> None:
 
 
 def matches(pattern: str, names: list[str]) -> bool:
-    """Whether a pattern is the whole of any name."""
+    """Whether a pattern matches any whole name."""
     return any(re.fullmatch(pattern, name) for name in names)
 
 
@@ -212,7 +211,7 @@ def _refuse_memory(tuner, config, model) -> None:
 
 @functools.cache
 def _lora_for_projections() -> type:
-    """PEFT's LoRA for linear layers, for the memory's projection, which is none."""
+    """Returns PEFT's LoRA for linear layers, adapted to the memory's projection, which is not an `nn.Linear`."""
     linear = importlib.import_module("peft.tuners.lora.layer").Linear
 
     class ProjectionLora(linear):
@@ -227,7 +226,7 @@ def _lora_for_projections() -> type:
 
 
 def save_pretrained(original, model, *args, **kwargs):
-    """Stands in for `PeftModel.save_pretrained`: saves the memory beside the adapter, if it has to be there."""
+    """Replaces `PeftModel.save_pretrained`: saves the memory with the adapter, if needed."""
     engram = inside(model)
     given = inspect.signature(original).bind(model, *args, **kwargs).arguments
     folder = Path(given["save_directory"])
@@ -240,10 +239,10 @@ def save_pretrained(original, model, *args, **kwargs):
 
 
 def from_pretrained(original, cls, model, model_id, adapter_name="default", *args, **kwargs):
-    """Stands in for `PeftModel.from_pretrained`: loads the memory that belongs to the adapter.
+    """Replaces `PeftModel.from_pretrained`: loads the memory that belongs to the adapter.
 
-    Here and not in `load_adapter`, which it calls, so that a memory that does not fit is refused before layers are
-    changed. A model without a memory refuses an adapter that was saved with one.
+    It does so before `load_adapter`, so that a memory that does not fit is refused before layers are changed. A model
+    without a memory refuses an adapter that was saved with one.
     """
     engram = inside(model)
     if engram is None:
@@ -259,17 +258,17 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
 
 
 def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
-    """Stands in for `PeftModel.load_adapter` and PeftMixedModel's: as `from_pretrained`, for further adapters.
+    """Replaces `load_adapter` of PeftModel and PeftMixedModel: as `from_pretrained`, for further adapters.
 
-    It also finds the places of an adapter that was made for the backbone alone, and refuses weights that have none,
-    which PEFT would leave at their start.
+    It also loads an adapter that was made for the backbone, and refuses weights that fit nowhere, which PEFT
+    would leave at their initial values.
     """
     engram = inside(model)
     if engram is None:
         refuse_deltas(model, model_id, **kwargs)
         return original(model, model_id, adapter_name, *args, **kwargs)
     known = adapter_name in model.peft_config
-    if engram.__dict__.pop("delta_taken", None) != adapter_name:  # not by `from_pretrained`
+    if engram.__dict__.pop("delta_taken", None) != adapter_name:  # not loaded by `from_pretrained`
         take_delta(engram, adapter_name, find_delta(model_id, **kwargs))
     signature = inspect.signature(original)
     given = signature.bind(model, model_id, adapter_name, *args, **kwargs).arguments
@@ -285,6 +284,6 @@ def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
 
 
 def _donors_names(engram) -> dict[str, str]:
-    """How the names of a donor's adapter become those of the model, in PEFT's own words."""
+    """Returns PEFT's `key_mapping` from names in a backbone's adapter to the model's."""
     tops = "|".join(re.escape(name) for name, _ in engram.backbone.named_children())
     return {rf"^({tops})\.": r"backbone.\1."}

@@ -1,11 +1,11 @@
-"""What is trained, in one word.
+"""Which parameters are trainable.
 
 - "memory": tables, projections, norms and convolution of the memory; the backbone is frozen.
-- "tables": the rows alone.
-- "memory+lora": the memory, and the adapters that PEFT has put into the backbone.
+- "tables": only the rows.
+- "memory+lora": the memory, and the PEFT adapters in the backbone.
 - "all": everything.
 
-Promises: the word is kept in `config.json` and restored by `from_pretrained`; what it does not name is frozen.
+Promises: the choice is stored in `config.json` and restored by `from_pretrained`; all other parameters are frozen.
 Source: docs/training.md.
 """
 
@@ -19,43 +19,44 @@ from torch import nn
 TRAINABLE = ("memory", "tables", "memory+lora", "all")
 
 
-def _check_trainable(word: str) -> str:
-    """Raises ValueError for a word that is no mode."""
-    if word not in TRAINABLE:
-        raise ValueError(f"trainable={word!r} must be one of {', '.join(map(repr, TRAINABLE))}.")
-    return word
+def _check_trainable(trainable: str) -> str:
+    """Raises ValueError for an unknown choice."""
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable={trainable!r} must be one of {', '.join(map(repr, TRAINABLE))}.")
+    return trainable
 
 
-def apply_trainable(model, word: str, adapters_must_be_there: bool = True) -> None:
-    """Says which parameters of a model learn.
+def apply_trainable(model, trainable: str, adapters_must_be_there: bool = True) -> None:
+    """Sets which parameters of a model are trained.
 
     Args:
         model ([`EngramForCausalLM`]): the model.
-        word (`str`): one of `TRAINABLE`.
+        trainable (`str`): one of `TRAINABLE`.
         adapters_must_be_there (`bool`, *optional*, defaults to `True`): False while a model is loaded.
 
     Raises:
-        `ValueError`: for another word, or for "memory+lora" without an adapter.
+        `ValueError`: for another value, or for "memory+lora" without an adapter.
     """
-    _check_trainable(word)
-    adapters = list(adapter_parameters(model)) if word in ("memory+lora", "all") else []
-    if word == "memory+lora" and adapters_must_be_there and not adapters:
+    _check_trainable(trainable)
+    adapters = list(adapter_parameters(model)) if trainable in ("memory+lora", "all") else []
+    if trainable == "memory+lora" and adapters_must_be_there and not adapters:
         raise ValueError(
             "set_trainable('memory+lora') found no adapter in the backbone: get_peft_model(model, LoraConfig(...)) or "
             "model.add_adapter(LoraConfig(...)) first, or set_trainable('memory')."
         )
     for parameter in model.backbone.parameters():
-        parameter.requires_grad_(word == "all" and parameter.is_floating_point())  # quantised weights never learn
+        # Quantised weights are never trained.
+        parameter.requires_grad_(trainable == "all" and parameter.is_floating_point())
     model.memory.requires_grad_(True)
-    model.memory.layers.requires_grad_(word != "tables")
+    model.memory.layers.requires_grad_(trainable != "tables")
     for parameter in adapters:
         parameter.requires_grad_(True)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of the active adapters that PEFT has put into a model."""
+    """Yields the parameters of the active PEFT adapters in a model."""
     tuners, others = (sys.modules.get(name) for name in ("peft.tuners.tuners_utils", "peft.utils.other"))
-    if tuners is None or others is None:  # nothing of PEFT's can be in a model
+    if tuners is None or others is None:  # PEFT was never imported
         return
     for module in model.modules():
         if not isinstance(module, (tuners.BaseTunerLayer, others.AuxiliaryTrainingWrapper)):

@@ -1,4 +1,4 @@
-"""Configuration floor: what an Engram checkpoint says about itself. No torch tensors, no files, no models."""
+"""Configuration of Engram checkpoints. No torch tensors, no files, no models."""
 
 from .configuration_engram import EngramConfig, EngramFormatError
 from .presets import PRESETS

@@ -1,8 +1,8 @@
-"""EngramConfig: everything that decides where a row of the memory lies and how it is read.
+"""EngramConfig: everything that determines where a row of the memory is and how it is read.
 
-Promises: field names follow the released DeepSeek-V4.1 checkpoint where it has one; an unknown `engram_*` name, a
-value out of range and an impossible combination are refused with the value, what is needed and what to do; another
-model's `config.json` is never read as an Engram with default values. Never imports a model or touches a weight file.
+Promises: field names follow the released DeepSeek-V4.1 checkpoint where it has one; an unknown `engram_*` name, a value
+out of range and an impossible combination are refused with the value, what is needed and what to do; another model's
+`config.json` is never read as an Engram with default values. Never imports a model or touches a weight file.
 Source: Engram (arXiv 2601.07372), sections 2 and 4.1 and Table 5; the demo `engram_demo_v1.py` for what the paper
 leaves open.
 """
@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# As in setup.py, which a checkpoint's own copy of this code does not have: the oldest version of Transformers that it
-# was tested with, and the first that it was not.
+# As in setup.py, which a checkpoint's copy of this code does not have: the oldest tested version of Transformers, and
+# the first one that is not tested.
 TESTED_FROM, NOT_TESTED_FROM = "5.20.2", "5.25"
 REMEDY = (
     f"install transformers>={TESTED_FROM},<{NOT_TESTED_FROM}, or a newer engram-transformers (on no index yet: `pip "
@@ -31,11 +31,7 @@ REMEDY = (
 
 
 def _warn_of_other_transformers(version: str) -> None:
-    """Says so where this code, which a checkpoint may carry anywhere, meets a Transformers that is out of range.
-
-    Args:
-        version (`str`): of Transformers.
-    """
+    """Logs a warning if this Transformers is outside of the tested range."""
     first, end = Version(TESTED_FROM).release, Version(NOT_TESTED_FROM).release
     if not first <= Version(version).release < end:
         logger.warning(
@@ -46,7 +42,7 @@ def _warn_of_other_transformers(version: str) -> None:
 
 @contextmanager
 def saying_what_to_install():
-    """Gives an import that fails, because another package has dropped a name, an error that says what to do."""
+    """Turns a failed import of a name that another package has dropped into an error that says what to install."""
     try:
         yield
     except Exception as error:
@@ -67,7 +63,7 @@ with saying_what_to_install():
 
 FORMAT_VERSION = 1
 
-# Backbones whose residual stream has a shape that Engram cannot add to, by the config field that says so.
+# Backbones whose residual stream has an unsupported shape, by the config field that shows it.
 FOREIGN_STREAMS = {
     "altup_num_inputs": "AltUp keeps its streams in front of the batch (Gemma 3n)",
     "hc_count": "its streams are folded into the hidden dimension (Qwen4-Exp, which has a memory of its own)",
@@ -78,14 +74,13 @@ class EngramFormatError(ValueError):
     """A checkpoint does not hold what its configuration and index say: damaged, incomplete or of another memory."""
 
 
-# Fields that were called otherwise before 0.1, in files that are still read.
+# Names of fields before 0.1; files with them are still read.
 OLD_NAMES = {"engram_train_mode": "engram_trainable", "engram_memory_pack": "engram_memory_delta"}
 
 
 @strict
 class EngramConfig(PreTrainedConfig):
-    r"""
-    Configuration of a causal language model with an Engram memory around any backbone of Transformers.
+    r"""Configuration of a causal language model with an Engram memory around any backbone of Transformers.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama configuration):
@@ -94,9 +89,9 @@ class EngramConfig(PreTrainedConfig):
             Decoder layers that read the memory, counted from 0 (the paper's layers 2 and 15, counted from 1). The order
             is kept: the primes, and so every address, depend on it.
         engram_vocab_size (`int` or `list[int]`, *optional*, defaults to 2262400):
-            Lower bound for the rows of one head; every head gets a prime number of rows of its own at or above it. One
-            number, or one for each order (paper Table 5: 2262400 for 27B, 7239680 for 40B). The default is that of a
-            configuration that is written by hand; `from_backbone` and `graft` derive a smaller one from the backbone.
+            Lower bound for the rows of one head; every head gets a different prime number of rows at or above it. One
+            number, or one for each order (paper Table 5: 2262400 for 27B, 7239680 for 40B). The default applies to a
+            configuration written by hand; `from_backbone` and `graft` derive a smaller one from the backbone.
         engram_max_ngram_size (`int`, *optional*, defaults to 3):
             Longest n-gram N; the orders are 2..N.
         engram_n_heads (`int`, *optional*, defaults to 8):
@@ -104,17 +99,17 @@ class EngramConfig(PreTrainedConfig):
         engram_head_dim (`int`, *optional*, defaults to 80):
             Width of a row in values. The memory vector has (N - 1) x heads x width values (paper: 1280).
         engram_compressed_vocab_size (`int`, *optional*):
-            Classes of token ids after compression; the hash multipliers are derived from it. Defaults to the
-            backbone's vocabulary, which means that no compression is used.
+            Classes of token ids after compression; the hash multipliers are derived from it. Defaults to the backbone's
+            vocabulary, which means no compression.
         engram_pad_token_id (`int`, *optional*):
-            Token id that stands for "nothing" where an n-gram reaches before the text. Defaults to the backbone's pad,
+            Token id that stands for "nothing" where an n-gram begins before the text. Defaults to the backbone's pad,
             end or begin token, or 0. `engram_pad_id` is read too.
         engram_seed (`int`, *optional*, defaults to 0):
             Seed of the hash multipliers.
         engram_kernel_size (`int`, *optional*, defaults to 4):
-            Taps of the short causal convolution, at distance N of each other; 0 leaves it out, as V4.1 does.
+            Kernel size of the short causal convolution, whose dilation is N; 0 leaves it out, as V4.1 does.
         engram_hc_mult (`int`, *optional*):
-            Residual streams, each with a key of its own. Defaults to the backbone's (`hc_mult` or 1) and must equal it.
+            Residual streams, each with its own key. Defaults to the backbone's (`hc_mult` or 1) and must equal it.
         engram_gate (`"signed_sqrt"` or `"sigmoid"`, *optional*, defaults to `"signed_sqrt"`):
             `sigmoid` is the paper's equation 4; `signed_sqrt` takes the signed square root before the sigmoid, as the
             demo and V4.1 do.
@@ -124,7 +119,7 @@ class EngramConfig(PreTrainedConfig):
         engram_norm_eps (`float`, *optional*, defaults to 1.1920928955078125e-07):
             Epsilon of the key and query norms (demo: float32's machine epsilon; V4.1: 1e-20).
         engram_conv_norm_eps (`float`, *optional*, defaults to 1e-05):
-            Epsilon of the norm in front of the convolution.
+            Epsilon of the norm before the convolution.
         engram_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of fresh key projections.
         engram_value_initializer_range (`float`, *optional*, defaults to 0.04):
@@ -135,20 +130,21 @@ class EngramConfig(PreTrainedConfig):
         engram_table_parts (`int`, *optional*, defaults to 1):
             Parameters for each layer and order. Fixed at the graft: a part is the smallest unit that a file can hold.
         engram_hash_scheme (`"deepseek"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
-            `deepseek` is the paper's multiplicative-XOR hash. `one_row` gives every head a single row: the control
-            that has the memory's dense weights and no n-gram knowledge.
+            `deepseek` is the paper's multiplicative-XOR hash. `one_row` gives every head a single row: a control with
+            the memory's dense weights and no n-gram knowledge.
         engram_reset_token_ids (`list[int]`, *optional*):
             Tokens after which a new document begins: n-grams and convolution do not look back across them (an
-            end-of-sequence token, as Qwen4's memory does it). None, as in the paper, treats them like any text.
+            end-of-sequence token, as in Qwen4's memory). None, as in the paper, treats them like any text.
         engram_trainable (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
-            What is trained; set by `model.set_trainable(...)` and restored by `from_pretrained`. None: not chosen yet.
+            Which parameters are trained; set by `model.set_trainable(...)`, restored by `from_pretrained`. None: not
+            chosen yet.
         engram_memory_delta (`str`, *optional*):
             In the `config.json` of a folder whose weights are another checkpoint's and a delta's: the delta's file
-            name. Written by each save, and never by hand.
+            name. Written by each save, never by hand.
         engram_format_version (`int`, *optional*, defaults to 1):
             Version of the checkpoint format (docs/format.md).
         engram_token_map_sha256 (`str`, *optional*):
-            SHA-256 of the token map. None means that every id is a class of its own.
+            SHA-256 of the token map. None means that every id is its own class.
         engram_hash_sha256 (`str`, *optional*):
             SHA-256 of the hash constants, filled in when they are first derived.
 
@@ -218,21 +214,17 @@ class EngramConfig(PreTrainedConfig):
             self.engram_compressed_vocab_size = text.vocab_size
         if self.engram_pad_token_id is None:
             self.engram_pad_token_id = _default_pad_token_id(text)
-        # Checked here too: an error from `validate_architecture` alone reaches the user as StrictDataclassError, which
-        # is no ValueError (huggingface_hub 2.4).
+        # Checked here too, because an error from `validate_architecture` reaches the user as StrictDataclassError,
+        # which is not a ValueError (huggingface_hub 2.4).
         self.check_engram()
 
     def validate_architecture(self):
-        """Part of `@strict` validation: runs at construction and again before a config is saved."""
+        """Part of `@strict` validation: runs at construction and before a config is saved."""
         super().validate_architecture()
         self.check_engram()
 
     def check_engram(self) -> None:
-        """Refuses every combination of Engram fields that no checkpoint can have.
-
-        Raises:
-            `ValueError`: with the value, what is needed and what to do.
-        """
+        """Raises ValueError for every combination of Engram fields that no checkpoint can have."""
         _refuse_unknown_names(vars(self))
         _check_layers(self)
         _check_sizes(self)
@@ -247,7 +239,7 @@ class EngramConfig(PreTrainedConfig):
             config_dict (`dict[str, Any]`): the parsed file.
 
         Raises:
-            `ValueError`: if the file is a donor's, or an adapter of another package that also says "engram".
+            `ValueError`: if the file is a backbone's, or an adapter of another package that also says "engram".
         """
         _refuse_foreign_config(config_dict)
         config_dict = {OLD_NAMES.get(name, name): value for name, value in config_dict.items()}
@@ -255,12 +247,12 @@ class EngramConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        # Before Transformers warns that it is about to read another model's fields as ours.
+        # Refused before Transformers warns that it reads another model's fields as ours.
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         _refuse_foreign_config(config_dict)
         return config_dict, kwargs
 
-    # Derived sizes, in one place because shapes on disk depend on them.
+    # Derived sizes are here because shapes on disk depend on them.
 
     @property
     def engram_orders(self) -> list[int]:
@@ -281,7 +273,7 @@ class EngramConfig(PreTrainedConfig):
 
 
 def _refuse_unknown_names(names: dict[str, Any]) -> None:
-    """Raises ValueError for a name that starts with `engram_` and is no field; `@strict` alone keeps it silently."""
+    """Raises ValueError for an unknown name that starts with `engram_`; `@strict` would keep it silently."""
     known = [field.name for field in fields(EngramConfig)]
     for name in names:
         if name.startswith("engram_") and name not in known:
@@ -291,17 +283,17 @@ def _refuse_unknown_names(names: dict[str, Any]) -> None:
 
 
 def _known_engram(known: list[str]) -> list[str]:
-    """The `engram_*` names among `known`."""
+    """Returns the `engram_*` names among `known`."""
     return [name for name in known if name.startswith("engram_")]
 
 
 def _backbone_streams(text_config: PreTrainedConfig) -> int:
-    """Residual streams that the backbone carries between its layers (1 for everything but hyper-connections)."""
+    """Returns the backbone's number of residual streams (1 for everything but hyper-connections)."""
     return int(getattr(text_config, "hc_mult", None) or 1)
 
 
 def _default_pad_token_id(text_config: PreTrainedConfig) -> int:
-    """The id that stands for "nothing" in an n-gram when the user names none: pad, else end, else begin, else 0."""
+    """Returns the default id for "nothing" in an n-gram: pad, else end, else begin, else 0."""
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         value = getattr(text_config, name, None)
         value = value[0] if isinstance(value, (list, tuple)) and value else value
@@ -318,7 +310,7 @@ def _refuse_foreign_config(config_dict: dict[str, Any]) -> None:
 
 
 def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> str:
-    """What to tell somebody who hands us another model's `config.json`."""
+    """Returns the error message for another model's `config.json`."""
     if found == "engram":
         origin = (
             "engram-peft" if {"engram_version", "engine", "target_layers"} & set(config_dict) else "another package"
@@ -339,7 +331,7 @@ def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> st
 
 
 def _check_layers(config: EngramConfig) -> None:
-    """Layer ids must exist in the backbone and be named once."""
+    """Checks that layer ids exist in the backbone and are unique."""
     ids, depth = config.engram_layer_ids, config.text_config.num_hidden_layers
     if not ids:
         raise ValueError("engram_layer_ids is empty: name at least one decoder layer, counted from 0.")
@@ -354,7 +346,7 @@ def _check_layers(config: EngramConfig) -> None:
 
 
 def _check_sizes(config: EngramConfig) -> None:
-    """Every size must be one that a table can have."""
+    """Checks that every size is possible."""
     for name, least in (
         ("engram_max_ngram_size", 2),
         ("engram_n_heads", 1),
@@ -393,7 +385,7 @@ def _check_sizes(config: EngramConfig) -> None:
 
 
 def refuse_parts(text_config: PreTrainedConfig) -> None:
-    """Raises ValueError for a configuration that holds a text model beside others."""
+    """Raises ValueError for a configuration that holds other models as well as a text model."""
     text = text_config.get_text_config(decoder=True)
     if text is not text_config:
         raise ValueError(
@@ -404,7 +396,7 @@ def refuse_parts(text_config: PreTrainedConfig) -> None:
 
 
 def _check_tokens(config: EngramConfig) -> None:
-    """Token ids that the configuration names must be in the vocabulary."""
+    """Checks that token ids are in the vocabulary."""
     vocabulary = config.text_config.vocab_size
     if not 0 <= config.engram_pad_token_id < vocabulary:
         raise ValueError(
@@ -425,7 +417,7 @@ def _check_tokens(config: EngramConfig) -> None:
 
 
 def _check_streams(config: EngramConfig) -> None:
-    """The memory adds to the residual stream, so it must know the stream's shape."""
+    """Checks that the memory fits the backbone's residual stream."""
     for name, reason in FOREIGN_STREAMS.items():
         if getattr(config.text_config, name, None):
             raise ValueError(

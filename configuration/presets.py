@@ -1,7 +1,7 @@
-"""Presets: the sizes of the paper's memories, to be named where a memory is made.
+"""Presets: the sizes of the paper's memories.
 
-Promises: fields of `EngramConfig` and no more; which layers read is up to the backbone's depth (30 layers: the paper's
-own two). Nothing here is a default.
+Promises: only fields of `EngramConfig`; which layers read depends on the backbone's depth (30 layers: the paper's own
+two). Nothing here is a default.
 Source: Engram (arXiv 2601.07372), section 4.1 and Table 5.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _preset(rows: int) -> Mapping[str, Any]:
-    """The paper's memory with this many rows for each head."""
+    """Returns the paper's memory with this many rows for each head."""
     return MappingProxyType(
         {
             "engram_vocab_size": rows,

@@ -1,4 +1,4 @@
-"""Conversion: from a donor's files to an Engram checkpoint. Knows files and donors, and never travels with one."""
+"""Conversion: from a backbone's files to an Engram checkpoint. Never copied into a checkpoint."""
 
 from .backbone import graft_onto
 from .graft import graft

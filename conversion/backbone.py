@@ -1,7 +1,7 @@
-"""Donors: the model that receives an Engram memory, and the configuration that fits it.
+"""Backbones for a graft, and the configuration that fits them.
 
-Promises: a donor is complete (no weight of it missing, none left over) and its tokenizer is its own; the configuration
-records the token map's digest. Never unpickles code, and never runs code that comes with a donor unless told to.
+Promises: a backbone is complete (no weight missing, none unknown) and its tokenizer is its own; the configuration
+records the token map's digest. Never unpickles code, and never runs a backbone's custom code unless told to.
 Source: docs/design.md, "Grafting".
 """
 
@@ -20,24 +20,24 @@ from ..files_checkpoint_engram import HUB_ARGUMENTS
 from ..hash_tokens_engram import TokenCompressor, token_map_sha256
 from ..rows_accelerate_engram import computing_device
 from ..rows_placement_engram import free_memory
-from .sizes import count_parameters, default_rows, say_size
+from .sizes import count_parameters, default_rows, log_size
 
 
 def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool = False, **kwargs):
-    """Loads a donor and its tokenizer, or takes them as they are.
+    """Loads a backbone and its tokenizer, or takes loaded ones.
 
     Args:
         donor (`PreTrainedModel` or `str`): a causal language model, a folder or a Hub id.
-        tokenizer (`PreTrainedTokenizerBase`, `str` or None): the donor's tokenizer; None for a folder or id.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): for tokenizers with code of their own.
+        tokenizer (`PreTrainedTokenizerBase`, `str` or None): the backbone's tokenizer; None for a folder or id.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): for tokenizers with custom code.
         kwargs: arguments of `from_pretrained`.
 
     Returns:
         `tuple` of model and tokenizer.
 
     Raises:
-        `TypeError`: if the donor is no model, or a model comes without a tokenizer.
-        `ValueError`: if the donor has a memory already or code of its own, or its files do not hold every weight.
+        `TypeError`: if the backbone is not a model, or a model comes without a tokenizer.
+        `ValueError`: if the backbone has a memory already or custom code, or its files do not hold every weight.
     """
     if isinstance(donor, PreTrainedModel):
         if tokenizer is None:
@@ -48,7 +48,7 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
     else:
         source = str(donor)
         found = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        with suppress(OSError):  # adapters and GGUF files have none; from_pretrained says what else is missing
+        with suppress(OSError):  # adapters and GGUF files have none; from_pretrained reports missing files
             refuse_own_code(PreTrainedConfig.get_config_dict(source, **found)[0].get("model_type"))
         donor, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
         _refuse_incomplete_donor(source, info)
@@ -64,11 +64,11 @@ def load_donor(donor: PreTrainedModel | str, tokenizer, trust_remote_code: bool 
 
 
 def refuse_own_code(model_type: str | None, model_class: type = PreTrainedModel) -> None:
-    """Raises ValueError for a donor that brings code of its own: what is saved of its graft could not be loaded.
+    """Raises ValueError for a backbone with custom code: its saved graft could not be loaded.
 
     Args:
         model_type (`str`, *optional*): of its configuration.
-        model_class (`type`, *optional*): the donor's, if it is loaded already.
+        model_class (`type`, *optional*): the backbone's, if it is loaded already.
     """
     own = model_class.__module__.startswith("transformers_modules.")  # where `trust_remote_code=True` puts code
     if own or (model_type is not None and model_type not in CONFIG_MAPPING):
@@ -81,7 +81,7 @@ def refuse_own_code(model_type: str | None, model_class: type = PreTrainedModel)
 
 
 def _refuse_incomplete_donor(source: str, info: dict) -> None:
-    """Raises ValueError if a donor's files leave weights unset, hold unknown ones, or ones of other shapes."""
+    """Raises ValueError if a backbone's files have missing, unknown or misshapen weights."""
     problems = [
         f"{len(info[kind])} {label} ({', '.join(sorted(map(str, info[kind]))[:3])}, ...)"
         for kind, label in (
@@ -105,12 +105,12 @@ def _default_layer_ids(depth: int) -> list[int]:
 
 @dataclass
 class Recipe:
-    """What a fresh memory is made of.
+    """Configuration and token map of a fresh memory.
 
     Args:
-        config ([`EngramConfig`]): every size is in it, also those that nobody gave.
+        config ([`EngramConfig`]): has every size, also default ones.
         token_map (`torch.LongTensor` of shape `(vocab_size,)`): class of every id.
-        parameters (`int`, *optional*): of the backbone that the number of rows was derived from; None if it was given.
+        parameters (`int`, *optional*): of the backbone, if the number of rows was derived from it.
     """
 
     config: EngramConfig
@@ -125,12 +125,12 @@ def recipe(
     engram_layer_ids: list[int] | None = None,
     **fields,
 ) -> Recipe:
-    """What a fresh memory on a donor is made of; `default_rows` says how large it is where `engram_vocab_size` is not.
+    """Makes the recipe of a fresh memory; without `engram_vocab_size`, `default_rows` chooses the size.
 
     Args:
-        donor_config (`PreTrainedConfig`): the donor's; copied.
-        tokenizer (`PreTrainedTokenizerBase`): the donor's.
-        make (callable): makes a model of the donor's configuration, to count its parameters.
+        donor_config (`PreTrainedConfig`): the backbone's; copied.
+        tokenizer (`PreTrainedTokenizerBase`): the backbone's.
+        make (callable): makes a model of the backbone's configuration, to count its parameters.
         engram_layer_ids (`list[int]`, *optional*): layers that read; `_default_layer_ids` if None.
         fields: other fields of [`EngramConfig`].
     """
@@ -167,18 +167,18 @@ def graft_onto(
     trust_remote_code: bool,
     **kwargs,
 ) -> PreTrainedModel:
-    """What `EngramForCausalLM.from_backbone` does; see there."""
+    """Implements `EngramForCausalLM.from_backbone`."""
     engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
     if hasattr(donor, "peft_config"):
         donor = unwrapped_donor(donor)
     donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, **kwargs)
     made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
-    # Each layer goes where its decoder layer computes, and its table with it.
+    # Each memory layer and its table go to the device of the decoder layer.
     decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)
     places = {str(layer): computing_device(decoder_layers[layer]) for layer in made.config.engram_layer_ids}
-    # Tables are made in host memory and then moved. Of two places that are one (a Mac's), one is not counted.
+    # Tables are allocated in host memory and then moved; shared memory (a Mac's) is counted once.
     free = min(filter(None, free_memory(places)), default=0)
-    say_size(made.config, free, "memory", made.parameters)
+    log_size(made.config, free, "memory", made.parameters)
     model = model_class(made.config, backbone=donor, token_map=made.token_map)
     model.generation_config = donor.generation_config
     model.memory.hashing.to(device=computing_device(donor.get_input_embeddings()))

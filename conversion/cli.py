@@ -1,7 +1,7 @@
-"""The `engram` command: every verb is one call into the library, and no logic lives here.
+"""The `engram` command: every verb calls the library and contains no logic.
 
-Promises: progress and errors on stderr, results on stdout; exit 0 when all is well, 1 when something was checked and
-found wrong, 2 when the command itself could not be carried out, never a traceback for a user's mistake.
+Promises: progress and errors on stderr, results on stdout; exit code 0 for success, 1 if a check found something wrong,
+2 if the command could not be carried out; never a traceback for a user's mistake.
 """
 
 import functools
@@ -29,7 +29,7 @@ result = Console()
 
 
 def user_errors(verb: Callable) -> Callable:
-    """Prints what a user can cause as one message and exits with 2."""
+    """Prints errors that a user can cause as one message and exits with 2."""
 
     @functools.wraps(verb)
     def run(*args, **kwargs):
@@ -46,7 +46,7 @@ def user_errors(verb: Callable) -> Callable:
 
 @app.callback()
 def engram() -> None:
-    """Keeps `engram VERB` when there is one verb only."""
+    """Keeps `engram VERB` even with a single verb."""
 
 
 def integers(text: str | None, option: str) -> list[int] | None:

@@ -1,9 +1,9 @@
-"""Grafting: an existing checkpoint gains an Engram memory, its own weight files reused as they are.
+"""Grafting: gives an existing checkpoint an Engram memory and reuses its weight files.
 
-Promises: the graft's folder appears whole or not at all; it is loaded once, strictly, before it appears; the donor's
-folder is only read (its files are copied by reference where the file system can, never hard-linked, since a later save
-would write into the donor); a zero table costs neither disk nor memory. Never unpickles code, and never runs a
-donor's own code unless told to.
+Promises: the graft's folder appears whole or not at all; it is loaded once, strictly, before it appears; the backbone's
+folder is only read (files are copied by reference where the file system supports it, never hard-linked, because a later
+save would write into the original); a zero table takes neither disk nor memory. Never unpickles code, and never runs
+custom code unless told to.
 Source: docs/design.md, "Grafting"; docs/format.md.
 """
 
@@ -39,15 +39,15 @@ from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
 from .backbone import load_donor, recipe, refuse_own_code
 from .reference_copy import copy_by_reference
-from .sizes import say_size
+from .sizes import log_size
 
 
 RECEIPT_NAME = "engram_graft.json"
 
-# What describes a donor on the Hub: configuration, indexes, tokenizer, code. Weights are chosen by name.
+# Files of a backbone on the Hub other than weights, which are chosen by name.
 DONOR_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
 
-# Names under which Transformers keeps weights in one file or by an index, in the order in which it looks for them.
+# Names of weight files and indexes, in the order in which Transformers looks for them.
 WEIGHT_FILES = [SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json"]
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -67,20 +67,20 @@ def graft(
     cache_dir: str | os.PathLike | None = None,
     **engram_fields,
 ) -> Path:
-    """Writes a checkpoint of `donor` with a fresh memory; its logits are the donor's.
+    """Writes a checkpoint of `donor` with a fresh memory; its logits are the backbone's.
 
     Args:
         donor (`str` or `os.PathLike`): a folder or a Hub id of any causal language model of Transformers.
         out (`str` or `os.PathLike`): the new folder; must not exist, or be empty.
         engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and the middle if None.
-        tokenizer (`str` or `os.PathLike`, *optional*): folder or id of the tokenizer, if the donor has none.
+        tokenizer (`str` or `os.PathLike`, *optional*): folder or id of the tokenizer, if the backbone has none.
         max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): largest memory file.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): run code that the tokenizer brings; a donor that
-            brings its own is refused.
-        revision (`str`, *optional*): branch, tag or commit of a donor on the Hub.
-        token (`str` or `bool`, *optional*): for a private or gated donor; the one you are logged in with if None.
-        subfolder (`str`, *optional*, defaults to `""`): where in the folder or repository the donor is.
-        cache_dir (`str` or `os.PathLike`, *optional*): where downloads are kept; the Hub's cache if None.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the tokenizer's custom code; a backbone with
+            custom code is refused.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
+        token (`str` or `bool`, *optional*): for a private or gated repository; that of your login if None.
+        subfolder (`str`, *optional*, defaults to `""`): subfolder of the folder or repository.
+        cache_dir (`str` or `os.PathLike`, *optional*): where downloads are stored; the Hub's cache if None.
         engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`, or
             `**PRESETS["engram-27b"]`. Without `engram_vocab_size`, all tables together take at most 2 bytes for each
             parameter of the backbone, in whole thousands of rows a head: at least 1,000, at most 200,000.
@@ -90,8 +90,8 @@ def graft(
 
     Raises:
         `FileExistsError`: if `out` is in use.
-        `ValueError`: if the donor has a memory already, does not load cleanly, or cannot take one, or if tables whose
-            size was not given would take more than half of the free disk.
+        `ValueError`: if the backbone has a memory already, does not load cleanly, or cannot take one, or if tables of
+            the default size would take more than half of the free disk.
 
     Example:
 
@@ -112,8 +112,8 @@ def graft(
         donor_config, tok, AutoModelForCausalLM.from_config, engram_layer_ids=engram_layer_ids, **engram_fields
     )
     config, token_map = made.config, made.token_map
-    # A graft loads wherever its tables have no room, and holes take no disk: what counts is a save of trained rows.
-    say_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
+    # Zero tables take no disk: what needs room is a save of trained rows.
+    log_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
         config.engram_table_parts = _parts_for(config, shard_bytes)
@@ -146,16 +146,16 @@ def graft(
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Returns the folder, or the nearest existing one above it."""
     return next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
 
 
 def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | None = None, **hub) -> Path:
-    """The donor's files on this machine, fetched from the Hub if `donor` is no folder.
+    """Returns the local folder of the backbone's files, downloaded from the Hub if needed.
 
     Args:
         donor (`str` or `os.PathLike`): a folder or a Hub id.
-        subfolder (`str`, *optional*, defaults to `""`): where in it the donor is.
+        subfolder (`str`, *optional*, defaults to `""`): subfolder of the folder or repository.
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         hub: `token` and `cache_dir` of `snapshot_download`.
     """
@@ -187,12 +187,12 @@ def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | 
 
 
 def _indexed_files(index: Path) -> list[str]:
-    """Names of the weight files that an index lists."""
+    """Returns the names of the weight files that an index lists."""
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def _read_donor_config(folder: Path):
-    """The donor's configuration; refuses models that have a memory already, and other packages' adapters."""
+    """Reads the backbone's configuration; refuses models with a memory, and other packages' adapters."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' has no config.json: name a folder saved by Transformers, or a Hub id.")
@@ -214,7 +214,7 @@ def _read_donor_config(folder: Path):
 
 
 def _donor_weight_files(folder: Path) -> list[Path]:
-    """The donor's safetensors files as Transformers would choose them: a lone one goes before an index."""
+    """Returns the backbone's safetensors files as Transformers would choose them: a single file before an index."""
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
@@ -223,7 +223,7 @@ def _donor_weight_files(folder: Path) -> list[Path]:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """Type of the donor's first floating-point tensor, for configurations that do not say it."""
+    """Returns the type of the first floating-point tensor, for configurations without `dtype`."""
     for path in _donor_weight_files(folder):
         for entry in read_header(path).values():
             if entry.dtype in FLOAT_DTYPES:
@@ -232,22 +232,22 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
 
 
 def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
-    """Least number of parts with which every part of a table fits into a memory file."""
+    """Returns the least number of parts with which every part of a table fits into a memory file."""
     most = shard_bytes // (config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize)
     rows = max(max(rows) for rows in derive_constants(config, None).order_rows())
     if most < 1:
         raise ValueError(f"max_memory_shard_size={shard_bytes:,} is smaller than one row: allow larger files.")
     parts = -(-rows // most)
-    while rows - (parts - 1) * (rows // parts) > most:  # the last part also has the rows that are left over
+    while rows - (parts - 1) * (rows // parts) > most:  # the last part also has the remaining rows
         parts += 1
     return parts
 
 
 def _write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfig, tok, folder: Path) -> None:
-    """Writes everything that is no weight: configuration, code, tokenizer, generation settings."""
+    """Writes everything but weights: configuration, code, tokenizer, generation settings."""
     config.architectures = [type(empty).__name__]
     config.auto_map = dict(AUTO_MAP)
-    # Model first, configuration second: its copy replaces the door of the same name.
+    # The configuration's copy comes second: it replaces the re-export of the same name.
     custom_object_save(empty, draft, config=config)
     config.auto_map = dict(AUTO_MAP)
     config.save_pretrained(draft)
@@ -260,7 +260,7 @@ def _write_description(draft: Path, empty: EngramForCausalLM, config: EngramConf
 
 
 def _reuse_donor_files(draft: Path, folder: Path) -> bool:
-    """Copies the donor's weight files under the checkpoint's names; False if it has no safetensors."""
+    """Copies the backbone's weight files under the checkpoint's names; False if it has no safetensors."""
     files = _donor_weight_files(folder)
     for number, path in enumerate(files, start=1):
         read_header(path)
@@ -269,7 +269,7 @@ def _reuse_donor_files(draft: Path, folder: Path) -> bool:
 
 
 def _rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
-    """Loads the donor strictly and saves it in the form that Transformers gives it today, file by file."""
+    """Loads the backbone strictly and saves it in the present form of Transformers, file by file."""
     for path in [*draft.glob("*.safetensors"), draft / INDEX_NAME]:
         path.unlink(missing_ok=True)
     model, _ = load_donor(str(folder), tok)
@@ -284,7 +284,7 @@ def _rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
 def _write_weights(
     draft: Path, empty: EngramForCausalLM, config: EngramConfig, token_map: torch.Tensor, shard_bytes: int
 ) -> None:
-    """Writes what the memory has beside its tables next to the donor's files, its tables, and the indexes."""
+    """Writes the memory's other weights, its tables, and the indexes."""
     donor_files = sorted(draft.glob(f"{MODEL_STEM}-*.safetensors"))
     dense = draft / shard_name(MODEL_STEM, len(donor_files) + 1, len(donor_files) + 1)
     if not any(path.name == dense.name for path in donor_files):
@@ -300,7 +300,7 @@ def _write_weights(
 
 
 def _fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, torch.Tensor]:
-    """Initial dense weights of the memory, the same for the same seed."""
+    """Returns initial dense weights of the memory, the same for the same seed."""
     layers = empty.memory.layers.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(config.engram_seed)
@@ -310,13 +310,13 @@ def _fresh_layers(empty: EngramForCausalLM, config: EngramConfig) -> dict[str, t
 
 
 def _fresh_hashing(config: EngramConfig, token_map: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Token map and hash constants."""
+    """Returns token map and hash constants."""
     constants = derive_constants(config, token_map).named() | {"token_map": token_map}
     return {f"{MEMORY_PREFIX}hashing.{name}": tensor for name, tensor in constants.items()}
 
 
 def _fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
-    """Tables of zeros."""
+    """Returns tables of zeros."""
     return {
         MEMORY_PREFIX + name: ZeroTensor(tuple(tensor.shape), tensor.dtype)
         for name, tensor in empty.memory.state_dict().items()
@@ -325,7 +325,7 @@ def _fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
 
 
 def _dry_load(draft: Path) -> str | None:
-    """Loads a finished graft, its tables left in their files; what is wrong with it, or None."""
+    """Loads a finished graft with its tables on disk; returns what is wrong with it, or None."""
     try:
         _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)
     except (EngramFormatError, RuntimeError) as error:  # RuntimeError: Transformers' report of misshapen tensors

@@ -1,6 +1,6 @@
-"""Copying a large file: by reference where the file system shares blocks between files, else byte by byte.
+"""Copies a large file by reference where the file system can share blocks between files, else byte by byte.
 
-Promises: the copy is a file of its own; writing into one never changes the other (unlike a hard link).
+Promises: the copy is independent; writing into one never changes the other (unlike a hard link).
 Source: Linux ioctl FICLONE (btrfs, XFS, bcachefs).
 """
 

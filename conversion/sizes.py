@@ -1,8 +1,8 @@
-"""Sizes: how many rows a fresh memory has where nobody says so, and what its tables take.
+"""Sizes: the default number of rows of a fresh memory, and the bytes of its tables.
 
-Promises: the default follows from the backbone's shape alone, so that a donor gets the same addresses whatever type it
-is loaded in; it is written into the configuration as a number, and a checkpoint never depends on the rule. What
-tables take is said before they are made. Never allocates anything.
+Promises: the default depends only on the backbone's shape, so that its addresses are the same whatever dtype it is
+loaded in; it is written into the configuration as a number, and a checkpoint never depends on the rule. The size of
+tables is logged before they are made. Never allocates anything.
 Source: docs/design.md, "Grafting".
 """
 
@@ -20,19 +20,19 @@ from ..hash_constants_engram import derive_constants
 
 logger = logging.get_logger(__name__)
 
-# The default: so many bytes for each parameter of the backbone, which is what bfloat16 takes,
+# The default: bytes for each parameter of the backbone, as in bfloat16,
 BYTES_FOR_A_PARAMETER = 2
 # in whole thousands of rows a head, at least one thousand,
 STEP = 1000
-# and at most the rows that docs/training.md was measured with: more are of use for corpora that few fine-tune on.
+# and at most the rows of the measurements in docs/training.md: only very large corpora need more.
 MOST_ROWS = 200_000
 
-# Tables that nobody asked for may take this share of what is free.
+# Share of free memory that tables of the default size may take.
 SHARE_OF_FREE = 0.5
 
 
 def count_parameters(config: PreTrainedConfig, make: Callable[[PreTrainedConfig], PreTrainedModel]) -> int:
-    """Parameters of a backbone, tied ones once, without making them; the same for a quantised one.
+    """Counts the parameters of a backbone, tied ones once, without allocating them; the same for a quantised one.
 
     Args:
         config (`PreTrainedConfig`): the backbone's.
@@ -43,21 +43,21 @@ def count_parameters(config: PreTrainedConfig, make: Callable[[PreTrainedConfig]
 
 
 def table_rows(config: EngramConfig) -> int:
-    """Rows of all tables."""
+    """Returns the rows of all tables."""
     return sum(map(sum, derive_constants(config, None).order_rows()))
 
 
 def table_bytes(config: EngramConfig) -> int:
-    """Bytes of all tables."""
+    """Returns the bytes of all tables."""
     return table_rows(config) * config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize
 
 
 def default_rows(config: EngramConfig, parameters: int) -> int:
-    """Rows of a head (`engram_vocab_size`) for a backbone, if nobody says how many.
+    """Returns the default rows of a head (`engram_vocab_size`) for a backbone.
 
-    All tables together take at most 2 bytes for each parameter of the backbone: what the backbone itself takes in
-    bfloat16. The result is the largest multiple of 1,000 with which they do, at least 1,000 (10 MB with the default
-    heads) and at most 200,000 (2 GB). SmolLM2-135M gets 26,000, backbones of 1.1 billion parameters and more 200,000.
+    All tables together take at most 2 bytes for each parameter of the backbone, as many as the backbone in bfloat16.
+    The result is the largest multiple of 1,000 that does, at least 1,000 (10 MB with the default heads) and at most
+    200,000 (2 GB). SmolLM2-135M gets 26,000, backbones of 1.1 billion parameters and more 200,000.
 
     Args:
         config ([`EngramConfig`]): layers, orders, heads, width and type of the rows.
@@ -75,14 +75,14 @@ def default_rows(config: EngramConfig, parameters: int) -> int:
     return choices[max(0, fitting - 1)]
 
 
-def say_size(config: EngramConfig, free: int, where: str, parameters: int | None) -> None:
-    """Says what tables are about to take; refuses a default that takes more than half of what is free.
+def log_size(config: EngramConfig, free: int, where: str, parameters: int | None) -> None:
+    """Logs the size of tables; refuses a default that takes more than half of the free bytes.
 
     Args:
         config ([`EngramConfig`]): the memory's.
-        free (`int`): free bytes of the place.
-        where (`str`): the place, such as "memory".
-        parameters (`int`, *optional*): of the backbone from which the size was derived; None if somebody gave it.
+        free (`int`): free bytes.
+        where (`str`): of what, such as "memory".
+        parameters (`int`, *optional*): of the backbone, if the size was derived from it.
 
     Raises:
         `ValueError`: if the size is derived and too large.
@@ -96,7 +96,7 @@ def say_size(config: EngramConfig, free: int, where: str, parameters: int | None
             "parameters) or a smaller number, engram_table_dtype='bfloat16', or fewer layers."
         )
     whence = "as given" if parameters is None else f"derived from the backbone's {parameters:,} parameters"
-    # At warning level because the default verbosity hides the rest, and these may be many bytes.
+    # A warning, because the default verbosity hides the rest, and tables may be large.
     logger.warning(
         f"Engram memory: {table_rows(config):,} rows, {taken:,} bytes of {where} ({free:,} are free); {rows}, {whence}."
     )

@@ -1,4 +1,4 @@
-"""Inspection: what a checkpoint holds and whether it is right, and whether a model generates exactly. Never writes."""
+"""Inspection: checks a checkpoint's content, and whether a model generates exactly. Never writes."""
 
 from .generation import GenerationReport, WayResult, check_generation
 from .verify import Finding, verify_checkpoint

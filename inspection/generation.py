@@ -1,11 +1,11 @@
-"""The checker of generation: is a model with a memory exact in every way of running it?
+"""Checks whether a model with a memory is exact in every way of running it.
 
-Every way of `ways.py` is run on the user's own model. Its logits are compared with those of the same texts read at
-once, alone, without a cache and without pads, and its choices of tokens with those made without a cache. Where they
-differ, the plain backbone runs the same way: if that differs from itself, twice its own difference is allowed.
-Rounding is measured, not assumed: the same text is read at once with the last bit of its embeddings changed.
-Promises: a cell is exact, explained by rounding or by the backbone, refused by an error, or wrong; a memory that adds
-nothing yet is stood in for, because any history would pass with it. Never leaves a changed model behind, and never
+Every way of `modes.py` is run on the user's model. Its logits are compared with those of the same texts read at once,
+one by one, without a cache and without pads, and its tokens with those chosen without a cache. Where they differ, the
+plain backbone runs the same way; twice its own difference is allowed. Rounding is measured: the same text is read at
+once with the last bit of its embeddings changed.
+Promises: a result is exact, explained by rounding or by the backbone, refused by an error, or wrong; a memory that adds
+nothing yet is replaced by a random one, because any history would pass with it. Never leaves a changed model, and never
 writes a file.
 Source: docs/generation.md.
 """
@@ -27,10 +27,10 @@ from ..modeling_engram import EngramForCausalLM
 from .modes import SEED, WAYS, Reading, Subject, Way
 
 
-# Largest difference of logits that counts as none.
+# Largest difference of logits that counts as exact.
 TOLERANCE = 1e-5
 
-# A larger one is rounding if it is within this many times what one-bit changes of the embeddings do.
+# A larger one is rounding up to this many times the effect of one-bit changes of the embeddings.
 ROUNDINGS = 4
 
 PROMPTS = (
@@ -42,15 +42,15 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class WayResult:
-    """What came out of one way.
+    """Result of one way.
 
     Args:
         way (`str`): its name.
-        status (`str`): "exact"; "rounding" where it differs no more than reading at once does after one-bit changes
-            of the embeddings; "backbone's" where it differs no more than twice as much as the plain backbone does;
+        status (`str`): "exact"; "rounding" where it differs no more than reading at once does after one-bit changes of
+            the embeddings; "backbone's" where it differs no more than twice as much as the plain backbone does;
             "refused" by an error; "not run"; or "wrong".
         difference (`float`, *optional*): largest difference of a logit from reading at once.
-        backbone_difference (`float`, *optional*): the plain backbone's own, where it was asked.
+        backbone_difference (`float`, *optional*): the plain backbone's, where it was run.
         tokens_equal (`bool`, *optional*): whether the same tokens were chosen; None where none are chosen.
         detail (`str`): the error, or why it was not run.
     """
@@ -69,7 +69,7 @@ class GenerationReport:
 
     Args:
         results (`list[WayResult]`): in the order of the ways.
-        stood_in (`bool`): whether the memory added nothing, and random rows stood in for it.
+        stood_in (`bool`): whether the memory added nothing and was replaced by random rows.
     """
 
     results: list[WayResult]
@@ -82,11 +82,11 @@ class GenerationReport:
 
     @property
     def wrong(self) -> list[WayResult]:
-        """The ways that are."""
+        """The wrong results."""
         return [result for result in self.results if result.status == "wrong"]
 
     def summary(self) -> str:
-        """Counts of the statuses, in one line."""
+        """Returns the counts of the statuses, in one line."""
         counts = {}
         for result in self.results:
             counts[result.status] = counts.get(result.status, 0) + 1
@@ -94,7 +94,7 @@ class GenerationReport:
         return ", ".join(f"{count} {status}" for status, count in counts.items()) + memory
 
     def table(self) -> Table:
-        """The report for a terminal."""
+        """Returns the report as a table for a terminal."""
         table = Table("way", "result", "largest logit difference", "plain backbone's", "tokens equal", "detail")
         for result in self.results:
             numbers = ["" if x is None else f"{x:.1e}" for x in (result.difference, result.backbone_difference)]
@@ -115,7 +115,7 @@ def check_generation(
     """Runs a model in every way of generating and compares each with reading at once.
 
     Args:
-        model ([`EngramForCausalLM`]): in memory; put into evaluation mode meanwhile.
+        model ([`EngramForCausalLM`]): in memory; set to evaluation mode meanwhile.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): makes the prompts; random ids if None.
         new_tokens (`int`, *optional*, defaults to 4): tokens to generate from each prompt.
         ways (iterable of `str`, *optional*): names of the ways to run; all if None.
@@ -124,7 +124,7 @@ def check_generation(
         [`GenerationReport`]
 
     Raises:
-        `TypeError`: if the model is no Engram model with a language-model head.
+        `TypeError`: if the model is not an Engram model with a language-model head.
         `ValueError`: for an unknown way.
 
     Example:
@@ -154,7 +154,7 @@ def check_generation(
 
 
 def _chosen_ways(names: Iterable[str] | None) -> list[Way]:
-    """Ways by their names."""
+    """Returns ways by their names."""
     if names is None:
         return WAYS
     known = {way.name: way for way in WAYS}
@@ -165,14 +165,14 @@ def _chosen_ways(names: Iterable[str] | None) -> list[Way]:
 
 
 def _run_way(way: Way, subject: Subject, control: Subject) -> WayResult:
-    """Runs one way on the model and, where that is not exact, on its plain backbone."""
+    """Runs one way on the model and, if that is not exact, on its plain backbone."""
     if way.device is not None and subject.model.device.type != way.device:
         return WayResult(way.name, "not run", detail=f"the model is not on a {way.device} device")
     if way.refused is not None:
         return declined(way, subject)
     try:
         ours = compare(way, subject)
-    except Exception as error:  # noqa: BLE001 - whatever a backbone raises for a way that it does not offer
+    except Exception as error:  # noqa: BLE001 - backbones raise anything for a way that they do not support
         detail = f"{type(error).__name__}: {error}"
         try:
             compare(way, control)
@@ -193,7 +193,7 @@ def _run_way(way: Way, subject: Subject, control: Subject) -> WayResult:
 
 
 def declined(way: Way, subject: Subject) -> WayResult:
-    """Result of a way that Engram refuses by design."""
+    """Returns the result of a way that Engram refuses by design."""
     try:
         way.run(subject)
     except way.refused as error:
@@ -205,7 +205,7 @@ def declined(way: Way, subject: Subject) -> WayResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A way beside reading at once.
+    """Comparison of a way with reading at once.
 
     Args:
         difference (`float`): largest difference of a logit.
@@ -238,7 +238,7 @@ def compare(way: Way, subject: Subject) -> Comparison:
 
 
 def _same_choice(ours: Reading, theirs: Reading, logits: torch.Tensor, subject: Subject) -> bool:
-    """Whether two texts are equal, or part where rounding decides between two tokens."""
+    """Whether two texts are equal, or first differ where rounding decides between two tokens."""
     differ = torch.nonzero(ours.text != theirs.text).flatten()
     if len(differ) == 0:
         return True
@@ -248,7 +248,7 @@ def _same_choice(ours: Reading, theirs: Reading, logits: torch.Tensor, subject: 
 
 
 def make_prompts(model: EngramForCausalLM, tokenizer) -> list[torch.Tensor]:
-    """Three short prompts of different lengths, as ids."""
+    """Returns three short prompts of different lengths, as ids."""
     if tokenizer is not None:
         return [torch.tensor(tokenizer(prompt)["input_ids"], device="cpu") for prompt in PROMPTS]
     token_map = model.memory.hashing.token_map.cpu()
@@ -258,14 +258,14 @@ def make_prompts(model: EngramForCausalLM, tokenizer) -> list[torch.Tensor]:
 
 
 def pad_id(model: EngramForCausalLM) -> int:
-    """A token to fill batches up with; masked, so that any will do."""
+    """Returns a token for padding batches; it is masked, so any will do."""
     pad = model.config.text_config.get_text_config().pad_token_id
     return model.config.engram_pad_token_id if pad is None or pad < 0 else pad
 
 
 def _adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> bool:
-    """Whether the memory changes any logit, and its convolution, if it has one, sees anything."""
-    if any(layer.taps and not bool(layer.conv.any()) for layer in model.memory.layers.values()):
+    """Whether the memory changes any logit, and its convolution, if any, is not zero."""
+    if any(layer.kernel_size and not bool(layer.conv.any()) for layer in model.memory.layers.values()):
         return False
     ids = prompts[0][None]
     return float((model(ids).logits - model.backbone(ids).logits).abs().max()) > 100 * TOLERANCE
@@ -273,11 +273,11 @@ def _adds_something(model: EngramForCausalLM, prompts: list[torch.Tensor]) -> bo
 
 @contextmanager
 def _as_it_was(model: PreTrainedModel):
-    """Evaluation mode while the block runs; mode, generation settings and verbosity are put back."""
+    """Sets evaluation mode inside the block, and restores mode, generation settings and verbosity."""
     settings = [(lm, copy.deepcopy(lm.generation_config)) for lm in (model, model.backbone)]
     training, verbosity = model.training, logging.get_verbosity()
     model.eval()
-    logging.set_verbosity_error()  # `generate` comments on settings that the ways overrule
+    logging.set_verbosity_error()  # `generate` warns of settings that the ways override
     try:
         yield
     finally:
@@ -288,7 +288,7 @@ def _as_it_was(model: PreTrainedModel):
 
 
 class RandomRows:
-    """Forward hook of a table: a fixed pattern of each row's number in place of its values."""
+    """Forward hook of a table: replaces values by a fixed pattern of each row's number."""
 
     def __call__(self, table: nn.Module, args: tuple, vectors: torch.Tensor) -> torch.Tensor:
         rows = args[0].to(vectors.device)  # (batch, length, orders, heads)
@@ -299,7 +299,7 @@ class RandomRows:
 
 @contextmanager
 def _stand_in_memory(model: EngramForCausalLM):
-    """Random rows and a random convolution while the block runs; no table is written to."""
+    """Uses random rows and a random convolution inside the block; no table is written to."""
     generator = torch.Generator().manual_seed(SEED)
     hooks = [table.register_forward_hook(RandomRows()) for table in model.memory.tables.values()]
     kept = []

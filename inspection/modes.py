@@ -1,8 +1,8 @@
-"""Ways of running a language model that must all read the same text alike.
+"""Ways of running a language model that must all give the same logits for the same text.
 
-Each way takes a `Subject` (a model and a few prompts) and returns `Reading`s: texts, and the logits that the model gave
-along them. The same ways run on the Engram model and on its plain backbone, which is the control.
-Promises: only what `generate`, a forward pass and `Cache` offer in public. Never changes a model.
+Each way takes a `Subject` (a model and a few prompts) and returns `Reading`s: texts with the model's logits. The same
+ways run on the Engram model and on its plain backbone, the control.
+Promises: uses only public features of `generate`, forward passes and `Cache`. Never changes a model.
 Source: Transformers 5.23, `generation/utils.py` and `cache_utils.py`.
 """
 
@@ -23,14 +23,14 @@ from engram_transformers.compat_engram import CACHE, data_parallel_replica, undo
 
 SEED = 0
 
-# One-bit changes of the embeddings that are tried to measure rounding, once for each text. Of 12 seeds one measured up
-# to 1.9 times as much as another (8 texts, a tiny Llama); with 4 changes it was 3.1 times.
+# One-bit changes of the embeddings with which rounding is measured, once for each text. Of 12 seeds one measured up to
+# 1.9 times as much as another (8 texts, a tiny Llama); with 4 changes it was 3.1 times.
 PERTURBATIONS = 16
 
 
 @dataclass
 class Reading:
-    """A text and what a model predicted along it.
+    """A text and the model's predictions for it.
 
     Args:
         text (`torch.LongTensor` of shape `(length,)`): token ids, without pads.
@@ -45,16 +45,16 @@ class Reading:
 
 @dataclass
 class Subject:
-    """A model under examination.
+    """A model under test.
 
     Args:
         model (`PreTrainedModel`): the Engram model, or its backbone as the control.
         prompts (`list[torch.LongTensor]`): token ids of shape `(length,)`, of different lengths, 6 or more.
         new_tokens (`int`): tokens to generate.
-        pad_token_id (`int`): fills up batches.
+        pad_token_id (`int`): pads batches.
         has_memory (`bool`): whether it takes Engram's arguments.
         assistant (`PreTrainedModel`): another model with the same vocabulary.
-        roundings (`dict[tuple[int, ...], float]`, *optional*): what was measured, by text; see `rounding`.
+        roundings (`dict[tuple[int, ...], float]`, *optional*): measured rounding by text; see `rounding`.
     """
 
     model: PreTrainedModel
@@ -67,21 +67,21 @@ class Subject:
 
     @cached_property
     def greedy(self) -> list[Reading]:
-        """Greedy decoding of each prompt alone and without a cache."""
+        """Greedy decoding of each prompt separately and without a cache."""
         return _one_by_one(use_cache=False)(self)
 
     def new_cache(self) -> DynamicCache:
-        """An empty cache with this backbone's kinds of layers."""
+        """Makes an empty cache with this backbone's kinds of layers."""
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     def read(self, ids: torch.Tensor, cache=None, **inputs) -> torch.Tensor:
-        """Logits `(batch, length, vocabulary)` of ids `(batch, length)`."""
+        """Returns logits `(batch, length, vocabulary)` of ids `(batch, length)`."""
         return self.model(ids, **{CACHE: cache}, use_cache=cache is not None, **inputs).logits
 
     def rounding(self, text: torch.Tensor) -> float:
-        """What rounding does to the logits of a text: their change when the last bits of its embeddings change.
+        """Returns the change of a text's logits when the last bits of its embeddings change.
 
-        Never more than half of the digits of the largest logit: a difference beyond that has another cause.
+        At most half of the digits of the largest logit: a larger difference has another cause.
         """
         known = tuple(text.tolist())
         if known not in self.roundings:
@@ -89,7 +89,7 @@ class Subject:
         return self.roundings[known]
 
     def measure_rounding(self, text: torch.Tensor) -> float:
-        """`rounding`, by reading the text many times."""
+        """Measures `rounding` by reading the text many times."""
         inputs = {"engram_input_ids": text[None]} if self.has_memory else {}
         inputs["use_cache"] = False
         embeds = self.model.get_input_embeddings()(text[None])  # (1, length, hidden)
@@ -103,7 +103,7 @@ class Subject:
         return min(max(changes), math.sqrt(bit) * float(at_once.abs().max()))
 
     def read_on(self, ids: torch.Tensor, cache, first: int) -> list[Reading]:
-        """Reads whole texts `(batch, length)` from position `first` on, behind what a cache holds of them."""
+        """Reads whole texts `(batch, length)` from position `first` on, after what a cache holds of them."""
         logits = self.read(ids[:, first:], cache)
         return [Reading(text, row, first) for text, row in zip(ids, logits, strict=True)]
 
@@ -132,7 +132,7 @@ class Subject:
         return readings
 
     def settings(self) -> dict:
-        """Greedy, of a fixed length, whatever the model's own generation settings are."""
+        """Returns settings for greedy decoding of fixed length, whatever the model's own settings are."""
         return {
             "max_new_tokens": self.new_tokens,
             "min_new_tokens": self.new_tokens,
@@ -145,7 +145,7 @@ class Subject:
         }
 
     def rows(self) -> torch.Tensor:
-        """The prompts cut to one length, `(prompts, length)`."""
+        """Returns the prompts truncated to one length, `(prompts, length)`."""
         shortest = min(len(prompt) for prompt in self.prompts)
         return torch.stack([prompt[:shortest] for prompt in self.prompts])
 
@@ -156,12 +156,12 @@ class Way:
 
     Args:
         name (`str`): for tables.
-        run (`Callable[[Subject], list[Reading]]`): the way.
+        run (`Callable[[Subject], list[Reading]]`): runs it.
         expect (`Callable[[Subject], list[Reading]]`, *optional*):
-            What it must write: the same manner of choosing without a cache, one text at a time. None where nothing is
+            The expected text: the same choice of tokens without a cache, one text at a time. None where no tokens are
             chosen.
-        refused (`type[Exception]`, *optional*): the error with which Engram declines it.
-        device (`str`, *optional*): a kind of device without which it cannot be run.
+        refused (`type[Exception]`, *optional*): the error with which Engram refuses it.
+        device (`str`, *optional*): the kind of device that it needs.
     """
 
     name: str
@@ -172,7 +172,7 @@ class Way:
 
 
 def _one_by_one(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options):
-    """Generates from each prompt alone; from all of the subject's if `prompts` is None."""
+    """Generates from each prompt separately; from all of the subject's if `prompts` is None."""
 
     def run(s: Subject) -> list[Reading]:
         chosen = s.prompts if prompts is None else prompts(s)
@@ -186,7 +186,7 @@ def _first_tokens(s: Subject) -> list[torch.Tensor]:
 
 
 def repeated(s: Subject) -> list[torch.Tensor]:
-    """Texts that say everything twice, so that looking up the prompt finds something."""
+    """Returns every prompt twice in a row, so that prompt lookup finds something."""
     return [prompt.repeat(2) for prompt in s.prompts]
 
 
@@ -198,7 +198,7 @@ def _padded_right(s: Subject) -> list[Reading]:
 
 
 def packed(s: Subject) -> list[Reading]:
-    """All prompts in one row, told apart by positions alone."""
+    """Reads all prompts in one row, separated only by positions."""
     positions = torch.cat([torch.arange(len(prompt), device=prompt.device) for prompt in s.prompts])
     logits = s.read(torch.cat(s.prompts)[None], position_ids=positions[None])[0]
     pieces = logits.split([len(prompt) for prompt in s.prompts])
@@ -223,7 +223,7 @@ def in_chunks(new_cache: Callable[[Subject], DynamicCache] = Subject.new_cache):
 
 
 def continued(s: Subject) -> list[Reading]:
-    """Generates, appends the end of another prompt, and goes on with the cache that came back."""
+    """Generates, appends the end of another prompt, and continues with the returned cache."""
     readings = []
     for prompt, other in zip(s.prompts, s.prompts[1:] + s.prompts[:1], strict=True):
         cache = s.new_cache()
@@ -239,7 +239,7 @@ def _continued_without_cache(s: Subject) -> list[Reading]:
 
 
 def interleaved(s: Subject) -> list[Reading]:
-    """One token of each text in turn, every text with a cache of its own."""
+    """Reads one token of each text in turn, each text with a separate cache."""
     rows = s.rows()
     caches = [s.new_cache() for _ in rows]
     steps = [
@@ -250,7 +250,7 @@ def interleaved(s: Subject) -> list[Reading]:
 
 
 def cropped(s: Subject) -> list[Reading]:
-    """Reads the wrong end, takes it back, and reads the right one."""
+    """Reads a wrong ending, crops it, and reads the right one."""
     rows, cache = s.rows(), s.new_cache()
     middle = rows.shape[1] - 3
     s.read(rows[:, :middle], cache)
@@ -264,9 +264,8 @@ def _changed_batch(change: Callable[[DynamicCache], None], kept: list[int], star
     """Reads the beginnings of some texts, changes the cache's batch, and reads on.
 
     Args:
-        change: what is done to the cache.
-        kept: the prompts whose ends are read afterwards; their beginnings are those that the cache then holds.
-        start: the prompts whose beginnings are read; all if None.
+        change: changes the cache. kept: prompts whose ends are read afterwards; the cache then holds their beginnings.
+        start: prompts whose beginnings are read; all if None.
     """
 
     def run(s: Subject) -> list[Reading]:
@@ -283,7 +282,7 @@ def _changed_batch(change: Callable[[DynamicCache], None], kept: list[int], star
 
 
 def copied(s: Subject) -> list[Reading]:
-    """Two ends read behind copies of one beginning."""
+    """Reads two endings with copies of the cache of one beginning."""
     rows, cache = s.rows(), s.new_cache()
     middle = rows.shape[1] // 2
     s.read(rows[:1, :middle], cache)
@@ -292,7 +291,7 @@ def copied(s: Subject) -> list[Reading]:
 
 
 def _embedded(s: Subject) -> list[Reading]:
-    """Generates from embeddings; the memory gets the ids beside them."""
+    """Generates from embeddings; the memory gets the ids separately."""
     readings = []
     for prompt in s.prompts:
         ids = {"engram_input_ids": prompt[None]} if s.has_memory else {}
@@ -302,12 +301,12 @@ def _embedded(s: Subject) -> list[Reading]:
 
 
 def assisted(by_itself: bool, **options):
-    """Every prompt drafted for by the model itself, or by another one."""
+    """Decodes every prompt with the model itself, or another one, as the assistant."""
     return lambda s: _one_by_one(assistant_model=s.model if by_itself else s.assistant, **options)(s)
 
 
 def _with_compiled_layers(s: Subject) -> list[Reading]:
-    """Reads with every decoder layer compiled by itself, as `accelerate.utils.compile_regions` does."""
+    """Reads with every decoder layer compiled separately, as `accelerate.utils.compile_regions` does."""
     backbone = s.model.backbone if s.has_memory else s.model
     layers = find_decoder_layers(backbone, backbone.config.get_text_config(decoder=True).num_hidden_layers)
     torch.compiler.reset()
@@ -321,14 +320,14 @@ def _with_compiled_layers(s: Subject) -> list[Reading]:
 
 
 def _in_threads(s: Subject) -> list[Reading]:
-    """Reads all prompts at the same time, each in a thread."""
+    """Reads all prompts at the same time, each in its own thread."""
     with ThreadPoolExecutor(len(s.prompts)) as threads:
         logits = list(threads.map(lambda prompt: s.read(prompt[None])[0], s.prompts))
     return [Reading(prompt, read, 0) for prompt, read in zip(s.prompts, logits, strict=True)]
 
 
 def _nested(s: Subject) -> list[Reading]:
-    """Reads another prompt in the middle of reading one."""
+    """Reads another prompt while one is being read."""
     backbone = s.model.backbone if s.has_memory else s.model
     layers = find_decoder_layers(backbone, backbone.config.get_text_config(decoder=True).num_hidden_layers)
     outer, inner = s.prompts[0], s.prompts[1]
@@ -354,12 +353,12 @@ def _batched_continuously(s: Subject) -> list[Reading]:
 
 
 def same(prompts: Callable[[Subject], list[torch.Tensor]] | None = None, **options) -> dict:
-    """Chooses tokens in some manner, and expects what the same manner gives without a cache."""
+    """Chooses tokens in some manner, and expects the same tokens without a cache."""
     return {"run": _one_by_one(prompts, **options), "expect": _one_by_one(prompts, use_cache=False, **options)}
 
 
 def greedy(run: Callable[[Subject], list[Reading]]) -> dict:
-    """Expects what greedy decoding without a cache gives."""
+    """Expects the tokens of greedy decoding without a cache."""
     return {"run": run, "expect": lambda s: s.greedy}
 
 

@@ -1,6 +1,6 @@
 """Verification of a checkpoint: its files, hash constants and tokenizer, and whether it generates exactly.
 
-Promises: every section is looked at even if an earlier one is bad; constants are derived again and compared with the
+Promises: every section is checked even if an earlier one fails; constants are derived again and compared with the
 stored ones; only the last section loads the model, the others need memory for the token map, whatever the size of the
 tables. Never changes a file.
 Source: docs/format.md, docs/generation.md.
@@ -49,7 +49,7 @@ def verify_checkpoint(
 
     Args:
         folder (`str` or `Path`): the checkpoint.
-        tokenizer (`str` or `Path`, *optional*): folder or id of a tokenizer to check in place of the checkpoint's own.
+        tokenizer (`str` or `Path`, *optional*): folder or id of a tokenizer to check instead of the checkpoint's own.
         generation (`bool`, *optional*, defaults to `True`):
             Load the model and run it in every way of generating, see [`check_generation`].
 
@@ -58,7 +58,7 @@ def verify_checkpoint(
 
     Raises:
         `FileNotFoundError`: if there is no configuration.
-        `ValueError`: if the configuration is no Engram's.
+        `ValueError`: if the configuration is not an Engram's.
 
     Example:
 
@@ -81,7 +81,7 @@ def verify_checkpoint(
 
 
 def look(section: str, check: Callable[[], str]) -> Finding:
-    """Runs one section; what a user can cause becomes its finding."""
+    """Runs one section; an error that a user can cause becomes its finding."""
     try:
         return Finding(section, True, check())
     except (ValueError, OSError, KeyError) as error:
@@ -89,7 +89,7 @@ def look(section: str, check: Callable[[], str]) -> Finding:
 
 
 def _files_section(folder: Path, config: EngramConfig) -> str:
-    """Headers and lengths of all files, shapes of the memory's tensors."""
+    """Checks headers and lengths of all files, and shapes of the memory's tensors."""
     expected = expected_shards(config)
     check_folder(folder, expected)
     files = sorted(set(read_index(folder).values()))
@@ -98,7 +98,7 @@ def _files_section(folder: Path, config: EngramConfig) -> str:
 
 
 def _constants_section(folder: Path, config: EngramConfig) -> str:
-    """Digests and laws of the stored constants, and whether deriving them gives the same."""
+    """Checks digests and rules of the stored constants, and whether they can be derived again."""
     hashing = _stored_hashing(folder, config)
     hashing.check(config)
     derived = derive_constants(config, hashing.token_map).named()
@@ -114,7 +114,7 @@ def _constants_section(folder: Path, config: EngramConfig) -> str:
 
 
 def _tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path | None) -> str:
-    """Whether the tokenizer gives the stored token map."""
+    """Checks that the tokenizer gives the stored token map."""
     token_map = _read_tensors(folder, ["token_map"])["token_map"]
     check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder), config.engram_compressed_vocab_size)
     dead = int((token_map == DEAD).sum())
@@ -122,7 +122,7 @@ def _tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path
 
 
 def _generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
-    """Whether the model generates exactly in every way."""
+    """Checks that the model generates exactly in every way."""
     try:
         model = EngramForCausalLM.from_pretrained(folder)
         report = check_generation(model, AutoTokenizer.from_pretrained(tokenizer or folder))
@@ -133,7 +133,7 @@ def _generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
 
 
 def _stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:
-    """The hasher that a checkpoint stores."""
+    """Returns the hasher that a checkpoint stores."""
     names = ["multipliers", "primes", "offsets", "pad_class", "token_map"]
     tensors = _read_tensors(folder, names)
     token_map = tensors.pop("token_map")

@@ -1,4 +1,4 @@
-"""Model cards: what is told about a checkpoint on its page."""
+"""Model cards: the description of a checkpoint on its Hub page."""
 
 from .card import write_model_card
 

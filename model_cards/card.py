@@ -1,7 +1,6 @@
 """Writes a checkpoint's model card from its configuration and from measured results.
 
-Promises: sizes come from the checkpoint's own files; a result that was not measured is said to be so. Never overwrites
-a card that was written by hand unless told to.
+Promises: sizes come from the checkpoint's own files; results that were not measured are marked so.
 """
 
 from pathlib import Path
@@ -28,7 +27,7 @@ def write_model_card(
 
     Args:
         checkpoint (`str` or `Path`): the checkpoint.
-        base_model (`str`): name or Hub id of the donor.
+        base_model (`str`): name or Hub id of the backbone.
         results (`str`, *optional*): a Markdown table of measurements.
         text (`str`, *optional*): how the memory was made.
         name (`str`, *optional*): name of the model; the folder's if None.
@@ -64,7 +63,7 @@ def write_model_card(
 
 
 def _memory_table(config: EngramConfig) -> str:
-    """The memory's sizes as a Markdown table."""
+    """Returns the memory's sizes as a Markdown table."""
     tables = {name: shape for name, (shape, _) in expected_shards(config).items() if name.startswith("memory.tables.")}
     rows = sum(shape[0] for shape in tables.values())
     values = {

@@ -16,7 +16,7 @@ from .modeling_engram import EngramForCausalLM, EngramModel
 
 __version__ = "0.1.0"
 
-# Where the names are that need more than inference does: Trainer, the tools around checkpoints.
+# Names that need more than inference does are imported on first use.
 _ELSEWHERE = {
     "EngramTrainer": "training",
     "EngramTrainingArguments": "training",
@@ -28,7 +28,7 @@ _ELSEWHERE = {
 
 __all__ = ["EngramConfig", "EngramForCausalLM", "EngramFormatError", "EngramModel", *_ELSEWHERE]
 
-# What models call that is not in the files beside a checkpoint.
+# Parts of the package that models call and that are not copied into a checkpoint.
 register(adapters=lambda: adapters, conversion=lambda: importlib.import_module(".conversion", __name__))
 adapters.support_peft_when_imported()
 
@@ -36,7 +36,7 @@ AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)
 AutoModel.register(EngramConfig, EngramModel, exist_ok=True)
 AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM, exist_ok=True)
 
-# With these, every save carries the code that `trust_remote_code=True` needs on a machine without this package.
+# Every save then carries the code that `trust_remote_code=True` needs on a machine without this package.
 EngramConfig.register_for_auto_class()
 EngramModel.register_for_auto_class("AutoModel")
 EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")

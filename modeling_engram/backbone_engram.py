@@ -1,10 +1,9 @@
-"""Backbones: finding the layers that a memory goes in front of, and what a graft takes over from a quantiser.
+"""Backbones: finds the layers that a memory is added to, and takes over what a quantiser left on the model.
 
-What it chooses: layers are found by their structure, and never by a model's name.
-Promises: a memory stays in its own precision whatever the backbone's is (see `Projection` in `layer_engram.py`);
-modules that were to be left alone are left alone under the names of a graft. Never quantises anything.
-Source: docs/design.md, "Any backbone"; transformers 5.23, `quantizers/`; torchao 0.18 and bitsandbytes 0.50 for what
-saving does with a state dict.
+What it chooses: layers are found by their structure, never by a model's name.
+Promises: a memory keeps its own precision whatever the backbone's is (see `Projection` in `layer_engram.py`); modules
+that a quantiser skips are skipped under their names in a graft too. Never quantises anything.
+Source: docs/design.md, "Any backbone"; transformers 5.23, `quantizers/`; torchao 0.18 and bitsandbytes 0.50.
 """
 
 import copy
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-# What Transformers puts on a model that it has quantised.
+# Attributes that Transformers sets on a quantised model.
 QUANTISER_ATTRIBUTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_8bit", "is_loaded_in_4bit")
 
 # Fields of `quantization_config` that name modules.
@@ -24,14 +23,14 @@ SKIP_LISTS = ("modules_to_not_convert", "llm_int8_skip_modules")
 
 
 def take_over_quantiser(model: PreTrainedModel, backbone: PreTrainedModel) -> None:
-    """Lets a model be saved by the quantiser of its backbone, if there is one."""
+    """Lets the backbone's quantiser, if there is one, save the model."""
     for name in QUANTISER_ATTRIBUTES:
         if getattr(backbone, name, None) is not None:
             setattr(model, name, getattr(backbone, name))
 
 
 def quantization_in_graft(quantization):
-    """A copy of a donor's `quantization_config` that names its modules also as they are called in a graft."""
+    """Copies a backbone's `quantization_config` and adds the names that its modules have in a graft."""
     quantization = copy.deepcopy(quantization)
     held = quantization if isinstance(quantization, dict) else vars(quantization)
     for field in SKIP_LISTS:
@@ -42,7 +41,7 @@ def quantization_in_graft(quantization):
 
 @contextmanager
 def only_state(model: PreTrainedModel, state: dict[str, torch.Tensor]):
-    """Lets `model.state_dict()` give `state` while the block runs: a quantiser saves that, whatever it is handed."""
+    """Makes `model.state_dict()` return `state` inside the block: quantisers save that and ignore their argument."""
     model.__dict__["state_dict"] = lambda *args, **kwargs: state
     try:
         yield
@@ -51,11 +50,7 @@ def only_state(model: PreTrainedModel, state: dict[str, torch.Tensor]):
 
 
 def find_decoder_layers(backbone: nn.Module, depth: int) -> nn.ModuleList:
-    """The backbone's decoder layers: its one list of `depth` checkpointable layers, whatever it is called.
-
-    Args:
-        backbone (`nn.Module`): any causal language model of Transformers.
-        depth (`int`): `num_hidden_layers` of its configuration.
+    """Finds the backbone's decoder layers: its only list of `depth` checkpointable layers.
 
     Raises:
         `ValueError`: if there is none, or more than one.
@@ -77,10 +72,10 @@ def find_decoder_layers(backbone: nn.Module, depth: int) -> nn.ModuleList:
 
 
 def leaves_conversions_to_base_model() -> bool:
-    """Stands in for `is_custom_code` of a backbone, so that its renamings of old checkpoint keys keep their scope.
+    """Replaces `is_custom_code` of a backbone, so that its renamings of old checkpoint keys keep their scope.
 
-    Transformers 5.23 applies a model type's renamings below the outermost model of that type. Alone that is the base
-    model ("model."); in a wrapper it would be the whole language model, and a pattern such as deepseek_v4's ".norm."
-    would match one level too high. A model of custom code is passed over, and its base model takes the renamings.
+    Transformers 5.23 applies a model type's renamings below the outermost model of that type. In a graft that would be
+    the whole language model, not its base model, and a pattern such as deepseek_v4's ".norm." would match one level too
+    high. Models of custom code are skipped, so the base model gets the renamings again.
     """
     return True

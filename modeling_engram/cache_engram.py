@@ -1,9 +1,9 @@
-"""EngramCacheLayer: what decoding must remember, kept in the Transformers cache and nowhere else.
+"""EngramCacheLayer: the state that decoding needs, stored in the Transformers cache and nowhere else.
 
 Promises: the last N - 1 classes and the convolution's last inputs follow every reorder, repeat, select, reset and crop
-of the cache, so that beams, interleaved requests and chunked prefill read their own history; a crop that would leave a
-gap, and a cache that went on without the memory, are refused. Never stored on a module.
-Source: `transformers.cache_utils`, whose cache layers of other models it stands with.
+of the cache, so beams, interleaved requests and chunked prefill read their own history. A crop that would leave a gap,
+and a cache that was continued without the memory, are refused. Never stored on a module.
+Source: `transformers.cache_utils`.
 """
 
 import torch
@@ -12,51 +12,50 @@ from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttention
 from .compat_engram import mark_static_address
 
 
-# State 0 holds classes, state 1 + i the convolution inputs of the i-th Engram layer, and one more behind them where
-# documents end, if the memory looks for that.
+# State 0 holds classes, state 1 + i the convolution inputs of the i-th Engram layer. If the memory resets at document
+# ends, the last state holds where they are.
 CLASS_STATE = 0
 
 
 class EngramCacheLayer(LinearAttentionCacheLayerMixin):
     """One extra layer at the end of a `Cache`.
 
-    Classes are stored plus one, so that zero, which a fresh or reset state holds, means "nothing came before". Time is
-    dimension 1 of every state: places lie one behind the other, and a convolution reads whole places. Of the parent it
-    takes the kind alone, so that masks and key-value code pass over it: every member that `Cache` asks of a layer is
-    defined here, since what a parent answers has changed between releases.
+    Classes are stored plus one, so that the zeros of a fresh or reset state mean "no text". Time is dimension 1 of
+    every state. Every member that `Cache` asks of a layer is defined here and none is inherited, because the parent's
+    answers change between releases; its type makes masks and key-value code skip this layer.
 
     Args:
-        convolutions (`int`): Engram layers with a convolution.
+        convolutions (`int`): number of Engram layers with a convolution.
         context_length (`int`): classes to remember, N - 1.
-        span (`int`, *optional*, defaults to 0): places for which to remember whether a document ended there.
+        lookback (`int`, *optional*, defaults to 0): positions for which to remember whether a document ended there.
     """
 
     is_sliding = False
     supports_early_init = False
     is_croppable = True  # what cannot be cropped raises in `crop`
-    # Also while the past is recorded. Where one layer says no, Transformers makes no mask for the static keys and
-    # values of the others, and attention reads places that are not filled yet.
+    # True even while the past is recorded: if one layer says no, Transformers makes no mask for the static keys and
+    # values of the others, and attention reads unfilled positions.
     is_compileable = True
 
-    def __init__(self, convolutions: int, context_length: int, span: int = 0):
-        super().__init__(number_of_states=1 + convolutions + (span > 0))
-        states = range(1 + convolutions + (span > 0))
+    def __init__(self, convolutions: int, context_length: int, lookback: int = 0):
+        super().__init__(number_of_states=1 + convolutions + (lookback > 0))
+        states = range(1 + convolutions + (lookback > 0))
         self.number_of_states = len(states)
         self.conv_states: dict[int, torch.Tensor | None] = dict.fromkeys(states)
         self.has_previous_state = dict.fromkeys(states, False)
         self.kernels: dict[int, int | None] = dict.fromkeys(states)
         self.record_past = False
-        self.context_length, self.span, self.end_state = context_length, span, 1 + convolutions
-        # Tokens remembered; None after a compiled pass, where counting would compile each one anew.
+        self.context_length, self.lookback, self.end_state = context_length, lookback, 1 + convolutions
+        # Number of tokens remembered; None after a compiled pass, where counting would recompile every pass.
         self.seen: int | None = 0
 
     @property
     def is_initialized(self) -> bool:
-        """Whether anything was remembered yet."""
+        """Whether any state was stored yet."""
         return any(state is not None for state in self.conv_states.values())
 
     def get_max_length(self) -> int:
-        """No limit of its own."""
+        """Returns -1: this layer sets no limit."""
         return -1
 
     def lazy_initialization(self, *args, **kwargs) -> None:
@@ -65,7 +64,7 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
     update_conv_state = update_recurrent_state = update = lazy_initialization
 
     def recent_classes(self) -> torch.Tensor | None:
-        """Classes of the last tokens, `(batch, N - 1)`, -1 where there was no text; None before the first token."""
+        """Returns the classes of the last tokens, `(batch, N - 1)`, -1 for no text; None before the first token."""
         if not self.has_previous_state[CLASS_STATE]:
             return None
         stored = self.conv_states[CLASS_STATE]  # (batch, any number)
@@ -74,7 +73,7 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
         return stored - 1
 
     def remember_classes(self, classes: torch.Tensor) -> None:
-        """Appends the classes `(batch, length)` of a forward pass that has run."""
+        """Appends the classes `(batch, length)` of a finished forward pass."""
         self.append(classes + 1, CLASS_STATE, self.context_length)
         if torch.compiler.is_compiling():
             self.seen = None
@@ -82,34 +81,25 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
             self.seen += classes.shape[1]
 
     def extend_ends(self, ends: torch.Tensor) -> torch.Tensor:
-        """Appends `(batch, length)` flags, True where a document ends; returns them after `span` earlier ones."""
-        full = self.append(ends, self.end_state, self.span)
-        wanted = self.span + ends.shape[1]
-        return with_front(full, wanted)[:, -wanted:]  # (batch, span + length)
+        """Appends `(batch, length)` flags, True where a document ends; returns them after `lookback` earlier ones."""
+        full = self.append(ends, self.end_state, self.lookback)
+        wanted = self.lookback + ends.shape[1]
+        return with_front(full, wanted)[:, -wanted:]  # (batch, lookback + length)
 
-    def extend_convolution(self, inputs: torch.Tensor, state_idx: int, reach: int) -> torch.Tensor:
-        """Appends convolution inputs and returns them with the history in front.
-
-        Args:
-            inputs (`torch.Tensor` of shape `(batch, length, channels)`): this pass's inputs.
-            state_idx (`int`): 1 + the layer's place.
-            reach (`int`): earlier inputs that the taps can see.
+    def extend_convolution(self, inputs: torch.Tensor, state_idx: int, receptive_field: int) -> torch.Tensor:
+        """Appends convolution inputs `(batch, length, channels)` to state `state_idx` (1 + the layer's index).
 
         Returns:
-            `torch.Tensor` of shape `(batch, history and length, channels)`; the history may be shorter than `reach`.
+            `torch.Tensor` of shape `(batch, history + length, channels)`; the history may be shorter than
+            `receptive_field`.
         """
-        return self.append(inputs, state_idx, reach)
+        return self.append(inputs, state_idx, receptive_field)
 
     def append(self, new: torch.Tensor, index: int, keep: int) -> torch.Tensor:
-        """Appends to a history.
-
-        Args:
-            new (`torch.Tensor` of shape `(batch, length, ...)`): what comes behind the history.
-            index (`int`): the state.
-            keep (`int`): places to keep; all of them while the past is recorded.
+        """Appends `new` `(batch, length, ...)` to a state and keeps its last `keep` positions, or all while recording.
 
         Returns:
-            `torch.Tensor` of shape `(batch, history and length, ...)`.
+            `torch.Tensor` of shape `(batch, history + length, ...)`.
         """
         if self.conv_states[index] is None:
             self.begin_state(new, index, keep)
@@ -117,13 +107,13 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
         self.has_previous_state[index] = True
         if self.record_past or self.must_replace(self.conv_states[index]):
             self.conv_states[index] = full if self.record_past else with_front(full, keep)[:, -keep:].clone()
-        else:  # a copy, because captured graphs know the state by its address
+        else:  # a copy: captured graphs hold the state's address
             full = with_front(full, keep)
             self.conv_states[index].copy_(full[:, -keep:])
         return full
 
     def begin_state(self, new: torch.Tensor, index: int, keep: int) -> None:
-        """Makes the zeros that a history begins with."""
+        """Allocates the zeros that a history begins with."""
         self.kernels[index] = keep
         state = torch.zeros(new.shape[0], keep, *new.shape[2:], dtype=new.dtype, device=new.device)
         if not torch.compiler.is_compiling() and not self.record_past:
@@ -131,17 +121,17 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
         self.conv_states[index] = state
 
     def must_replace(self, state: torch.Tensor) -> bool:
-        """Whether a state was made under `torch.inference_mode` and may not be written to after it."""
-        if torch.compiler.is_compiling():  # which cannot be asked about modes
+        """Whether a state was made under `torch.inference_mode` and may not be written to outside of it."""
+        if torch.compiler.is_compiling():  # compilers cannot trace the question
             return False
         return state.is_inference() and not torch.is_inference_mode_enabled()
 
     def living_states(self) -> list[tuple[int, torch.Tensor]]:
-        """The states that hold something, with their numbers."""
+        """Returns the states that were made, with their indices."""
         return [(index, state) for index, state in self.conv_states.items() if state is not None]
 
     def reset(self) -> None:
-        """Forgets everything; tensors stay where they are."""
+        """Forgets everything; tensors keep their addresses."""
         for index, state in self.living_states():
             if self.must_replace(state):
                 self.conv_states[index] = torch.zeros_like(state)
@@ -155,10 +145,10 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
         self.record_past = True
 
     def offload(self) -> None:
-        """Stays where it is: a few hundred numbers a text."""
+        """Does nothing: the state is a few hundred numbers for each text."""
 
     def prefetch(self) -> None:
-        """Is always where it is needed."""
+        """Does nothing: the state is never offloaded."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens.
@@ -167,7 +157,7 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
             tokens_to_remove (`int`): their number, negative as in Transformers; 0 drops what only a crop would need.
 
         Raises:
-            `RuntimeError`: if older histories were not kept for it.
+            `RuntimeError`: if the older history was not recorded.
         """
         removed = abs(tokens_to_remove)
         left = None if self.seen is None else self.seen - removed
@@ -183,7 +173,7 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
             self.conv_states[index] = state[:, max(0, kept - kernel) : kept]
         self.seen = left
 
-    # The states of different layers may lie on different devices.
+    # States of different layers may be on different devices.
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -200,22 +190,12 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
 
 
 def engram_cache_layer(
-    cache: Cache, backbone_layers: int, convolutions: int, context_length: int, span: int = 0
+    cache: Cache, backbone_layers: int, convolutions: int, context_length: int, lookback: int = 0
 ) -> EngramCacheLayer:
-    """The cache's Engram layer, appended on first sight.
-
-    Args:
-        cache (`Cache`): made by `generate`, by the model or by the user.
-        backbone_layers (`int`): decoder layers of the backbone, whose places come first.
-        convolutions (`int`): Engram layers with a convolution.
-        context_length (`int`): N - 1.
-        span (`int`, *optional*, defaults to 0): see [`EngramCacheLayer`].
-
-    Returns:
-        [`EngramCacheLayer`]
+    """Returns the cache's Engram layer, appended on first use after the backbone's layers; see [`EngramCacheLayer`].
 
     Raises:
-        `TypeError`: if `cache` is no `Cache`.
+        `TypeError`: if `cache` is not a `Cache`.
         `ValueError`: if the cache already holds tokens that this memory has not seen.
     """
     if isinstance(cache, EncoderDecoderCache):
@@ -234,7 +214,7 @@ def engram_cache_layer(
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < backbone_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-    layer = EngramCacheLayer(convolutions, context_length, span)
+    layer = EngramCacheLayer(convolutions, context_length, lookback)
     if any(getattr(other, "record_past", False) for other in cache.layers):
         layer.activate_past_recording()
     cache.layers.append(layer)
@@ -242,7 +222,7 @@ def engram_cache_layer(
 
 
 def with_front(state: torch.Tensor, places: int) -> torch.Tensor:
-    """Zeros in front of `(batch, time, ...)` until there are `places`; itself if there are."""
+    """Pads `(batch, time, ...)` with zeros in front to at least `places` positions."""
     missing = places - state.shape[1]
     if missing <= 0:
         return state
@@ -250,7 +230,7 @@ def with_front(state: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def _refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:
-    """Raises ValueError if the backbone's layers hold other tokens than the memory's, as far as counting is free."""
+    """Raises ValueError if the backbone's layers hold another number of tokens, where counting needs no device sync."""
     if layer.seen is None or torch.compiler.is_compiling():
         return
     held = seen_positions(cache)
@@ -262,14 +242,14 @@ def _refuse_gap(cache: Cache, layer: EngramCacheLayer) -> None:
 
 
 def seen_positions(cache: Cache | None) -> int | None:
-    """Positions that a cache holds; None where asking would cost a wait for the device, or nothing counts them."""
+    """Returns the positions that a cache holds; None if counting would wait for the device, or no layer counts them."""
     if cache is None:
         return 0
     if torch.compiler.is_compiling():
         return None
     try:
         seen = cache.get_seq_length()
-    except ValueError:  # linear-attention layers alone
+    except ValueError:  # only linear-attention layers
         return None
     if isinstance(seen, torch.Tensor):
         return int(seen) if seen.device.type == "cpu" else None
@@ -277,7 +257,7 @@ def seen_positions(cache: Cache | None) -> int | None:
 
 
 def refuse_engram_history(cache: Cache | None) -> None:
-    """Raises ValueError for a cache that was begun with memory, when a pass is to run without."""
+    """Raises ValueError for a cache with a memory history when a pass is to run without the memory."""
     if cache is not None and any(isinstance(layer, EngramCacheLayer) for layer in cache.layers):
         raise ValueError(
             "the cache was begun with the memory on, and running on without it would leave a gap in its history: "
@@ -286,8 +266,8 @@ def refuse_engram_history(cache: Cache | None) -> None:
 
 
 def seen_tokens(cache: Cache) -> int:
-    """Tokens already in a cache, 0 where its kind does not count them before it is filled."""
+    """Returns the number of tokens in a cache; 0 or 1 (empty or not) for a cache that does not count them."""
     try:
         return int(cache.get_seq_length())
-    except ValueError:  # a cache of linear-attention layers alone counts nothing
+    except ValueError:  # a cache of only linear-attention layers does not count
         return int(any(all(getattr(layer, "has_previous_state", {0: False}).values()) for layer in cache.layers))

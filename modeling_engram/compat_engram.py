@@ -1,8 +1,8 @@
-"""What differs between versions of the packages below this one: one place for it, and for their private names.
+"""Differences between versions of the packages that this one needs, and calls to their private names, in one place.
 
-What it chooses: behaviour is probed or read off a signature, and versions are compared only in messages, so that code
-which travels with a checkpoint has the best chance under a later release.
-Promises: every private name that is touched here or overridden elsewhere is in `private_names_engram.py`. No other
+What it chooses: behaviour is probed or read off a signature; versions are compared only in messages, so that code in an
+old checkpoint has the best chance under a later release.
+Promises: every private name that is called here or overridden elsewhere is in `private_names_engram.py`. No other
 module asks for a version or depends on the name of the cache argument. Never patches another package.
 Source: transformers 5.20 to 5.24, torch 2.13, accelerate 1.15, peft 0.21.
 """
@@ -27,31 +27,26 @@ from .configuration_engram import REMEDY
 from .private_names_engram import PRIVATE_NAMES
 
 
-# What models of this Transformers call the cache, in arguments and in outputs: "cache" since 5.24. The old name is
-# renamed in arguments until 5.40; after that, stock models would swallow it without a word.
+# Name of the cache in arguments and outputs of models: "cache" since Transformers 5.24. Models accept the old name
+# until 5.40; after that they would ignore it silently.
 NEW_NAME, OLD_NAME = "cache", "past_key_values"
 CACHE = NEW_NAME if NEW_NAME in {field.name for field in fields(CausalLMOutputWithPast)} else OLD_NAME
 OLD_NAME_GONE = "5.40.0"
 
 
 def cache_argument(forward: Callable) -> str | None:
-    """What a model's forward calls the cache: custom code from the Hub keeps the old name; None if it takes none.
-
-    Args:
-        forward (`Callable`): a method of a model.
+    """Returns the name of the cache argument of a model's forward; None if it takes none. Custom code keeps the old
+    name.
     """
     parameters = inspect.signature(forward).parameters
     return next((name for name in (NEW_NAME, OLD_NAME) if name in parameters), None)
 
 
 def takes_old_cache_name(forward: Callable) -> Callable:
-    """Lets a forward with an argument `cache` take `past_key_values` too, as this Transformers' own models do.
+    """Decorates a forward that has an argument `cache` and `**kwargs`, so that it accepts `past_key_values` too.
 
-    Where models call it `cache`, the old name gives Transformers' own FutureWarning. Where they call it
-    `past_key_values`, that name belongs to the signature, which `generate` reads.
-
-    Args:
-        forward (`Callable`): a method with an argument `cache` and `**kwargs`.
+    Under Transformers that say `cache`, the old name gives their FutureWarning. Under older ones, `past_key_values` is
+    added to the signature, which `generate` reads.
     """
     if CACHE == NEW_NAME:
         return deprecate_kwarg(OLD_NAME, version=OLD_NAME_GONE, new_name=NEW_NAME)(forward)
@@ -77,7 +72,7 @@ def takes_old_cache_name(forward: Callable) -> Callable:
 
 
 def with_cache_named(inputs: dict, name: str) -> dict:
-    """Arguments of a forward with the cache under `name`, whatever it is called in `inputs`."""
+    """Returns arguments of a forward with the cache under `name`, whatever its name in `inputs`."""
     other = OLD_NAME if name == NEW_NAME else NEW_NAME
     if other not in inputs:
         return inputs
@@ -85,47 +80,37 @@ def with_cache_named(inputs: dict, name: str) -> dict:
 
 
 def counts_positions(config: PreTrainedConfig) -> bool:
-    """Whether a cache made for a backbone has a layer of attention, which knows how many tokens were read.
-
-    Args:
-        config (`PreTrainedConfig`): of the text model.
-    """
+    """Whether a cache made for the text model's `config` has an attention layer, which counts the tokens read."""
     cache = DynamicCache(config=config)
     return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def mark_static_address(tensor: torch.Tensor) -> None:
-    """Tells CUDA graphs that a tensor stays where it is.
-
-    `torch.compiler` has no public function for it; Transformers' own cache layers use this one.
-    """
+    """Tells CUDA graphs that a tensor keeps its address, as Transformers' cache layers do; nothing public does."""
     torch._dynamo.mark_static_address(tensor)
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether a module is one of nn.DataParallel's copies, whose parameters are plain attributes.
-
-    Torch marks them with a private attribute; nothing public tells them from other modules.
-    """
+    """Whether a module is a copy made by nn.DataParallel, whose parameters are plain attributes."""
     return getattr(module, "_is_replica", False)
 
 
 def data_parallel_replica(module: nn.Module) -> nn.Module:
-    """A replica of a module as nn.DataParallel makes it, whose public function wants several GPUs."""
+    """Returns a replica as nn.DataParallel makes it; the public function needs several GPUs."""
     return module._replicate_for_data_parallel()
 
 
 def undo_compile(module: nn.Module) -> None:
-    """Takes back `module.compile()`, for which torch has no public way."""
+    """Undoes `module.compile()`, which has no public inverse."""
     module._compiled_call_impl = None
 
 
 def wrapper_subclass(cls: type, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of a subclass that has the shape, dtype and device of another one, and no storage."""
+    """Returns a tensor of a subclass with another tensor's shape, dtype and device, and no storage."""
     return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
 
-# What gradient scalers call for lists of gradients.
+# The operator that gradient scalers call.
 UNSCALE = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
@@ -135,8 +120,7 @@ def keeps_own_state(backbone: nn.Module) -> bool:
     return on_modules or not backbone._supports_default_dynamic_cache()
 
 
-# What Transformers asks of a class and only the backbone knows: whether states can be rolled back, what compiles, and
-# which kinds of attention there are.
+# Class attributes that Transformers reads and only the backbone knows.
 _TRAITS = (
     "_is_stateful",
     "_can_compile_fullgraph",
@@ -148,39 +132,39 @@ _TRAITS = (
 
 
 def take_over_traits(model: nn.Module, backbone: nn.Module) -> None:
-    """Lets a model answer what its backbone's class would."""
+    """Copies the class traits of the backbone to the model."""
     for name in _TRAITS:
         if hasattr(backbone, name):
             setattr(model, name, getattr(backbone, name))
 
 
 def take_over_attention(config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:
-    """The kind of attention that a backbone was made with."""
+    """Copies the attention implementation of the backbone."""
     config._attn_implementation = backbone._attn_implementation
 
 
 def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:
-    """Names of parameters and buffers that DistributedDataParallel leaves alone."""
+    """Sets which parameters and buffers DistributedDataParallel ignores."""
     model._ddp_params_and_buffers_to_ignore = names
 
 
 def left_out_of_ddp(model: nn.Module) -> list[str]:
-    """What `leave_out_of_ddp` was given."""
+    """Returns what `leave_out_of_ddp` was given."""
     return model._ddp_params_and_buffers_to_ignore
 
 
 def is_loaded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor was filled from a checkpoint, so that nothing may initialise it."""
+    """Whether a tensor was loaded from a checkpoint and must not be initialised."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
 def mark_loaded(module: nn.Module) -> None:
-    """Keeps Transformers from giving a module fresh weights."""
+    """Keeps Transformers from initialising a module."""
     module._is_hf_initialized = True
 
 
 def carries_adapters(model: nn.Module) -> bool:
-    """Whether Transformers has put an adapter of PEFT into a model."""
+    """Whether Transformers has added a PEFT adapter to a model."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
@@ -190,26 +174,21 @@ def set_carries_adapters(model: nn.Module, carries: bool) -> None:
 
 
 def adapter_reaches(tuner, config, name: str) -> bool:
-    """Whether a tuner of PEFT would adapt the module `name`."""
+    """Whether a PEFT tuner would adapt the module `name`."""
     return bool(tuner._check_target_module_exists(config, name))
 
 
 def register_adapter_layer(config, layers: dict[type, type]) -> None:
-    """Tells PEFT's LoRA which of its layers to put around which of ours."""
+    """Tells PEFT's LoRA which of its layers wraps which of ours."""
     config._register_custom_module(layers)
 
 
 def check_parent(parent: type, path: str) -> None:
-    """Refuses to build on a class that has lost a private method which one of ours stands in for, or calls.
-
-    A method under a name that was dropped is never called, and nothing else would say so.
+    """Raises ImportError if a class has lost a private method that we override or call: nothing would call ours then.
 
     Args:
         parent (`type`): a class of another package.
         path (`str`): its dotted path in `PRIVATE_NAMES`.
-
-    Raises:
-        `ImportError`: naming the methods and the version.
     """
     names = [p.name.removeprefix(f"{path}.") for p in PRIVATE_NAMES if p.name.startswith(f"{path}.")]
     if missing := [name for name in names if not hasattr(parent, name)]:
@@ -218,19 +197,13 @@ def check_parent(parent: type, path: str) -> None:
         )
 
 
-# Attention that reads keys and values from an engine's own pages.
+# Attention implementations of serving engines.
 ENGINES = ("vllm", "sglang", "paged")
 
 
 def refuse_engine(config: PreTrainedConfig) -> None:
-    """Raises NotImplementedError where a serving engine runs the backbone, whose cache the memory cannot see.
-
-    Transformers tells which attention was set by a private attribute alone; `set_attn_implementation` is public.
-
-    Args:
-        config (`PreTrainedConfig`): of the backbone.
-    """
-    attention = config._attn_implementation  # nothing public tells it
+    """Raises NotImplementedError if a serving engine runs the backbone: the memory cannot see its cache."""
+    attention = config._attn_implementation
     if isinstance(attention, str) and any(name in attention for name in ENGINES):
         raise NotImplementedError(
             f"attention {attention!r} belongs to a serving engine, which hands over the next tokens of many requests "
@@ -240,7 +213,7 @@ def refuse_engine(config: PreTrainedConfig) -> None:
 
 class _ProbedLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.square()  # keeps its input for the backward pass, or nothing would be run again
+        return hidden_states.square()  # saves its input for the backward pass, without which nothing is recomputed
 
 
 def _probe_checkpointing() -> tuple[bool, bool]:
@@ -260,13 +233,13 @@ def _probe_checkpointing() -> tuple[bool, bool]:
     return runs_hooks_again, False in checkpointed
 
 
-# Whether a checkpointed layer of Transformers runs its hooks a second time in the backward pass (before 5.23), and
-# whether it drops the cache also where nothing will be run again, because no gradient is wanted (before 5.24).
+# Whether a checkpointed layer runs its hooks again in the backward pass (Transformers before 5.23), and whether it
+# drops the cache also in passes without gradients (before 5.24).
 CHECKPOINTS_RUN_HOOKS, CHECKPOINTS_WITHOUT_GRADIENTS = _probe_checkpointing()
 
 
 def refuse_checkpointing() -> None:
-    """Raises RuntimeError where gradient checkpointing would run the memory's hooks a second time."""
+    """Raises RuntimeError if gradient checkpointing would run the memory's hooks a second time."""
     if CHECKPOINTS_RUN_HOOKS:
         raise RuntimeError(
             f"gradient checkpointing with a memory needs transformers 5.23 or newer, this is {transformers_version}: "
@@ -276,17 +249,13 @@ def refuse_checkpointing() -> None:
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    """Whether any layer of a model is checkpointed in training."""
+    """Whether any layer of a model uses gradient checkpointing."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @contextmanager
 def without_checkpointing(model: nn.Module):
-    """Runs a pass without gradients as this Transformers would from 5.24 on: nothing is run again, the cache is kept.
-
-    Args:
-        model (`nn.Module`): whose layers have the flag `gradient_checkpointing`.
-    """
+    """Disables gradient checkpointing inside the block, so that a pass without gradients keeps its cache."""
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in layers:
         layer.gradient_checkpointing = False

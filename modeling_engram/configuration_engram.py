@@ -1,4 +1,4 @@
-"""Door to the configuration floor; in a saved checkpoint the real file stands here under the same name."""
+"""Re-exports the configuration; in a saved checkpoint the real file has this name."""
 
 from engram_transformers.configuration.configuration_engram import (
     REMEDY,

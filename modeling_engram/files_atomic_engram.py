@@ -1,14 +1,12 @@
-"""Saves: what a folder holds, and how its files are replaced: whole or not at all, whenever a process dies.
+"""Atomic saves: a folder's checkpoint is replaced whole or not at all, whenever a process dies.
 
-What it chooses: `config.json` says what the weights of a folder are. With `engram_memory_delta` they are those of
-another checkpoint and a memory delta; without, they are in the files that the index names. A save removes what an
-earlier one left that would be read with it, adapters included.
-A draft is written and flushed in a folder inside the checkpoint's (`.saving-*`), then marked complete, then moved file
-by file. What a killed process leaves is settled by whoever saves or reads next: a draft that is marked is moved on from
-where that stopped, one that is not is removed. The first file to be moved is the configuration: until then the old
-checkpoint is whole and is read, from then on the new one is.
-Promises: a save that runs is not disturbed by another one (it waits), nor by a reader; a reader gets the old checkpoint
-or the new one, or an error. Never removes a finished draft, nor a file of another name than saves give.
+What it chooses: `config.json` says what the weights of a folder are: with `engram_memory_delta`, another checkpoint's
+and a memory delta; without, those in the files of the index. A save removes files of an earlier one that would be read
+with it, adapters included. A draft is written and flushed in a subfolder (`.saving-*`), marked complete, then moved
+file by file, `config.json` first: until then the old checkpoint is whole and is read, from then on the new one is.
+Whoever saves or reads next finishes the moves of a complete draft and removes an incomplete one.
+Promises: a running save is not disturbed by another one (which waits) or by a reader; a reader gets the old checkpoint,
+the new one, or an error. Never removes a complete draft, nor a file whose name a save does not use.
 Source: docs/format.md.
 """
 
@@ -37,8 +35,8 @@ except ImportError:  # Windows: saves are not kept apart there
 logger = logging.get_logger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
-# The same without the tables: what is loaded when they stay in their files. Its file names count from the checkpoint's
-# folder. In a folder of its own, because accelerate refuses a folder with two indexes.
+# Index without the tables, for loading when they stay in their files; paths are relative to the checkpoint's folder. It
+# has its own folder because accelerate refuses a folder with two indexes.
 WITHOUT_TABLES_NAME = "without_tables/model.safetensors.index.json"
 INDEX_NAMES = (INDEX_NAME, WITHOUT_TABLES_NAME)
 CONFIG_NAME = "config.json"
@@ -48,34 +46,31 @@ MEMORY_STEM = "engram-memory"
 WEIGHT_FILE = re.compile(rf"{SINGLE_NAME}|({MODEL_STEM}|{MEMORY_STEM})-\d{{5}}-of-\d{{5}}\.safetensors")
 DELTA_NAME = "memory_delta.safetensors"
 OLD_DELTA_NAME = "memory_pack.safetensors"  # before 0.1; still read
-# Says in `config.json`, or in an adapter's settings, that the folder's delta belongs to it, by the delta's file name.
+# Key in `config.json`, or in an adapter's settings, that names the folder's delta.
 DELTA_KEY = "engram_memory_delta"
 OLD_DELTA_KEY = "engram_memory_pack"
-# PEFT's. Transformers puts an adapter that lies in a checkpoint's folder on top of the checkpoint.
+# PEFT's files. Transformers applies an adapter in a checkpoint's folder to the checkpoint.
 ADAPTER_NAME = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_NAME, "adapter_model.safetensors", "adapter_model.bin")
 
 SAVING_PREFIX = ".saving-"
-# In a draft: the names of its files, written when all of them are on the disk.
+# Lists the files of a draft; written when all of them are on disk.
 COMPLETE_NAME = ".complete.json"
 
-# How often a folder is read before an error says that it is being saved, and how long moves of files are waited for.
+# How often a folder is read before an error is raised, and how long to wait for moves of files.
 TRIES = 4
 SECONDS_TO_WAIT = 10.0
 
 
 def checkpoint_in(folder: Path) -> str | None:
-    """What a folder's own weights are, as its `config.json` says; an adapter beside them does not count.
+    """Returns what a folder's own weights are, as its `config.json` says; an adapter does not count.
 
-    Args:
-        folder (`Path`): a local folder.
-
-    Returns:
-        `str`: "delta" (those of another checkpoint, and a memory delta), "whole", or None for no Engram checkpoint.
+    "delta" is another checkpoint's weights and a memory delta; "whole" is a whole checkpoint; None is no Engram
+    checkpoint.
 
     Raises:
-        `FileNotFoundError`: if the delta is not there.
-        [`EngramFormatError`]: if there is a delta, or an index, that does not fit what is said.
+        `FileNotFoundError`: if the delta is missing.
+        [`EngramFormatError`]: if a delta or an index contradicts `config.json`.
     """
     finish_saves(folder)
     said, has_index, has_delta = (
@@ -96,36 +91,36 @@ def checkpoint_in(folder: Path) -> str | None:
         )
     if has_index:
         return "whole"
-    # Before `config.json` said it, a delta without an index was the sign.
+    # Older deltas are not named in `config.json`.
     return "delta" if said or (has_delta and (folder / CONFIG_NAME).is_file()) else None
 
 
 def named_delta(settings: Path) -> bool:
-    """Whether a `config.json`, or an adapter's settings, says that a memory delta belongs to it."""
+    """Whether a `config.json`, or an adapter's settings, names a memory delta."""
     try:
         said = json.loads(settings.read_text(encoding="utf-8"))
         return any(said.get(key) is not None for key in (DELTA_KEY, OLD_DELTA_KEY))
-    except (OSError, ValueError, AttributeError):  # not there, or not ours: whoever reads the rest of it says so
+    except (OSError, ValueError, AttributeError):  # missing or not ours: other readers of the file report it
         return False
 
 
 def delta_file(folder: Path) -> Path | None:
-    """A folder's delta, by its name of today or the one of before; None if there is none."""
+    """Returns a folder's delta, under its present or its old name; None if there is none."""
     return next((folder / name for name in (DELTA_NAME, OLD_DELTA_NAME) if (folder / name).is_file()), None)
 
 
 def _has_own_delta(folder: Path) -> bool:
-    """Whether a folder has a delta that is not an adapter's."""
+    """Whether a folder has a delta that does not belong to an adapter."""
     return delta_file(folder) is not None and not named_delta(folder / ADAPTER_NAME)
 
 
 def _is_own(name: str) -> bool:
-    """Whether a file of this name in a checkpoint's folder is read as a part of it."""
+    """Whether a file of this name in a checkpoint's folder is read as part of it."""
     return name in (DELTA_NAME, OLD_DELTA_NAME, *ADAPTER_FILES) or WEIGHT_FILE.fullmatch(name) is not None
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes the configuration, indexes, weights, delta and adapter of a checkpoint; what is not ours stays."""
+    """Removes the configuration, indexes, weights, delta and adapter of a checkpoint; other files stay."""
     with locked(folder):
         for name in (CONFIG_NAME, *INDEX_NAMES):
             (folder / name).unlink(missing_ok=True)
@@ -134,26 +129,21 @@ def remove_checkpoint(folder: Path) -> None:
                 path.unlink()
 
 
-# What systems and file systems answer that do not flush folders.
+# Errors of systems that cannot flush folders.
 NOT_FLUSHED = (errno.EACCES, errno.EBADF, errno.EINVAL)
 
 
 @contextmanager
 def whole_save(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files replace a checkpoint's when the block ends well, and vanish when it does not.
+    """Yields a temporary folder whose files replace a checkpoint's if the block succeeds, and are removed if it fails.
 
-    A save that fails while files are moved is finished by the next one, or by whoever reads the folder.
-
-    Args:
-        folder (`Path`): the checkpoint's folder, made if needed.
-
-    Yields:
-        `Path`: an empty folder on the same file system.
+    It is on the file system of `folder`, which is created if needed. A save that fails while files are moved is
+    finished by the next save or read of the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for left in folder.glob(f"{SAVING_PREFIX}*"):
-            settle(left, folder)
+            finish_draft(left, folder)
         draft = Path(tempfile.mkdtemp(prefix=SAVING_PREFIX, dir=folder))
         try:
             yield draft
@@ -161,13 +151,13 @@ def whole_save(folder: Path) -> Iterator[Path]:
         except BaseException:
             discard(draft)
             raise
-        settle(draft, folder)
+        finish_draft(draft, folder)
 
 
 def finish_saves(folder: Path) -> None:
-    """Finishes saves that died while their files were moved, before the folder is read.
+    """Finishes saves that died while files were moved, before the folder is read.
 
-    Nothing is done where the old checkpoint is still whole, where a save is running, or where nothing can be written.
+    Does nothing if the old checkpoint is still whole, a save is running, or the folder is not writable.
     """
     drafts = list(folder.glob(f"{SAVING_PREFIX}*/{COMPLETE_NAME}"))
     if not drafts:
@@ -175,7 +165,7 @@ def finish_saves(folder: Path) -> None:
     with suppress(OSError), locked(folder, wait=False):
         for marker in drafts:
             if _is_begun(marker, folder) and marker.exists():
-                settle(marker.parent, folder)
+                finish_draft(marker.parent, folder)
 
 
 def _is_begun(marker: Path, folder: Path) -> bool:
@@ -184,14 +174,10 @@ def _is_begun(marker: Path, folder: Path) -> bool:
 
 
 def read_undisturbed(folder: Path, read: Callable):
-    """What `read()` returns, called again if a save moved files of the folder meanwhile.
-
-    Args:
-        folder (`Path`): a checkpoint's folder.
-        read (callable): reads it.
+    """Returns what `read()` returns, calling it again if a save moved files of the folder meanwhile.
 
     Raises:
-        `BlockingIOError`: if the folder was saved again and again.
+        `BlockingIOError`: if that happened several times.
     """
     problem = None
     for _ in range(TRIES):
@@ -213,7 +199,7 @@ def read_undisturbed(folder: Path, read: Callable):
 
 
 def _wait_for_moves(folder: Path) -> tuple | None:
-    """Waits until no save is moving files, for some seconds; the `identity` of what is there then."""
+    """Waits, up to a limit, until no save is moving files; returns the folder's `identity` then."""
     end = time.monotonic() + SECONDS_TO_WAIT
     while True:
         finish_saves(folder)
@@ -225,7 +211,7 @@ def _wait_for_moves(folder: Path) -> tuple | None:
 
 
 def identity(folder: Path) -> tuple | None:
-    """What is another after each save: its configuration is a new file, and the first that is moved."""
+    """Returns a value that differs after each save: its configuration is a new file, and is moved first."""
     try:
         status = (folder / CONFIG_NAME).stat()
     except FileNotFoundError:
@@ -235,10 +221,10 @@ def identity(folder: Path) -> tuple | None:
 
 @contextmanager
 def locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Keeps saves into one folder apart; the system lets go of a dead process's lock.
+    """Locks a folder for saving; the system releases the lock of a dead process.
 
     Raises:
-        `BlockingIOError`: if another process or thread has it, and nobody is to wait.
+        `BlockingIOError`: if another process or thread holds the lock and `wait` is False.
     """
     if fcntl is None:
         yield
@@ -256,22 +242,22 @@ def locked(folder: Path, wait: bool = True) -> Iterator[None]:
         os.close(handle)
 
 
-def settle(draft: Path, folder: Path) -> None:
-    """Moves a draft that is complete into place, from wherever that stopped, and removes one that is not."""
+def finish_draft(draft: Path, folder: Path) -> None:
+    """Moves the remaining files of a complete draft into place, and removes the draft."""
     if (draft / COMPLETE_NAME).is_file():
         publish(draft, folder)
     discard(draft)
 
 
 def discard(draft: Path) -> None:
-    """Removes a draft; its mark first, because half of it must never be taken for the whole."""
+    """Removes a draft, its mark first, so that half of it is never taken for the whole."""
     with suppress(OSError):
         (draft / COMPLETE_NAME).unlink(missing_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def mark_complete(draft: Path) -> None:
-    """Flushes a draft to the disk, then says that it is whole."""
+    """Flushes a draft to disk, then marks it complete."""
     files = _draft_files(draft)
     for path in files.values():
         flush(path)
@@ -285,10 +271,9 @@ def mark_complete(draft: Path) -> None:
 
 
 def publish(draft: Path, folder: Path) -> None:
-    """Moves a complete draft's files into place, or those that are left of them.
+    """Moves the remaining files of a complete draft into place.
 
-    The configuration goes first (see above), then the old indexes, without which a folder does not load; the new ones
-    come last.
+    The configuration goes first (see the module); the old indexes are removed next, and the new ones come last.
     """
     left = _draft_files(draft)
     if not left:
@@ -314,16 +299,16 @@ def publish(draft: Path, folder: Path) -> None:
 
 
 def _draft_files(draft: Path) -> dict[str, Path]:
-    """The files of a draft by their names in the checkpoint's folder."""
+    """Returns the files of a draft by their names in the checkpoint's folder."""
     files = (path for path in draft.rglob("*") if path.is_file() and path.parent.joinpath(COMPLETE_NAME) != path)
     return {path.relative_to(draft).as_posix(): path for path in files}
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until a file, or the names in a folder, are on disk."""
     is_folder = path.is_dir()
     try:
-        # Windows flushes what can be written to alone, and does not open folders.
+        # Windows flushes only writable files, and cannot open folders.
         handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
         try:
             os.fsync(handle)

@@ -1,8 +1,8 @@
-"""Loading and saving: one checkpoint of ordinary Transformers files, with the memory in shards of its own.
+"""Loading and saving: one checkpoint of ordinary Transformers files, with the memory in its own shards.
 
 Promises: `save_pretrained` replaces a folder's checkpoint whole or not at all and removes what an earlier save left;
-`from_pretrained` checks files before and constants after loading, and never fills a memory with random rows; tables in
-their own dtype are mapped from the file on a CPU, not copied. Never writes into the files of another checkpoint.
+`from_pretrained` checks files before and constants after loading, and never fills a memory with random rows; on a CPU,
+tables in their stored dtype are mapped from the file, not copied. Never writes into files of another checkpoint.
 Source: docs/format.md.
 """
 
@@ -72,13 +72,13 @@ from .rows_storage_engram import CheckpointTables
 
 logger = logging.get_logger(__name__)
 
-# What of a configuration says that rows mean the same n-grams.
+# Fields of a configuration that are equal where rows mean the same n-grams.
 DIGESTS = ("engram_hash_sha256", "engram_token_map_sha256")
 
-# Fields of a configuration that `from_pretrained` takes as arguments with a meaning of their own.
+# Fields of a configuration that are arguments of `from_pretrained` with another meaning.
 LOADERS_OWN = ("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "quantization_config")
 
-# Classes of this package that a checkpoint's own copy of the code offers to `trust_remote_code=True`.
+# Classes that a checkpoint's copy of the code offers to `trust_remote_code=True`.
 AUTO_MAP = {
     "AutoConfig": "configuration_engram.EngramConfig",
     "AutoModel": "modeling_engram.EngramModel",
@@ -89,28 +89,29 @@ AUTO_MAP = {
 class EngramCheckpointMixin:
     """`from_pretrained`, `load_adapter`, `save_pretrained` and `push_to_hub` for models with a memory."""
 
-    # The deltas of loaded adapters, by adapter: SHA-256. A class attribute, so that every model has one.
+    # SHA-256 of the delta of each loaded adapter.
     adapter_deltas: dict[str, str] = {}
-    # The delta of an adapter that was loaded before the tables were.
+    # Delta of an adapter that was loaded before the tables.
     due_delta: Path | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, engram_placement: str = "auto", **kwargs):
-        """As in Transformers, refusing a checkpoint whose memory is incomplete or another's.
+        """As in Transformers; refuses a checkpoint whose memory is incomplete or belongs to another one.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id, of an adapter as well.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id, also of an adapter.
             engram_placement (`str`, *optional*, defaults to `"auto"`):
-                Where tables are: "device" (with the other weights), "cpu" (host memory; rows travel), "disk" (read
-                from the checkpoint's files), "none" (not loaded, nor downloaded), or "auto" (the first of "device",
-                "cpu" and "disk" with room to spare, or what `device_map` says about "memory.tables").
-            kwargs: arguments of `PreTrainedModel.from_pretrained`. `dtype` leaves tables in their own type.
+                Where tables are: "device" (with the other weights), "cpu" (host memory; rows are sent to the device),
+                "disk" (rows are read from the checkpoint's files), "none" (neither loaded nor downloaded), or "auto"
+                (the first of "device", "cpu" and "disk" with room to spare, or what `device_map` says about
+                "memory.tables").
+            kwargs: arguments of `PreTrainedModel.from_pretrained`. `dtype` does not change the tables' dtype.
 
         Raises:
             `FileNotFoundError`: if a file is missing.
             `BlockingIOError`: if saves replaced the folder's files again and again while they were read.
             `ImportError`: if it is a delta, or an adapter with a memory, and this is a checkpoint's copy of the code.
-            `ValueError`: for another word, or one that `device_map` contradicts.
+            `ValueError`: for an unknown placement, or one that `device_map` contradicts.
             [`EngramFormatError`]: if a file is truncated, misshapen or of another memory.
         """
         check_placement(engram_placement)
@@ -124,24 +125,24 @@ class EngramCheckpointMixin:
                 package = full_package(f"'{path}' holds what training changed in another checkpoint, and loading it")
                 found = package.from_delta(cls, delta, *model_args, engram_placement=engram_placement, **kwargs)
                 model = found[0] if isinstance(found, tuple) else found
-                model.config.name_or_path = path  # and not the base's: others load the model again by this name
+                model.config.name_or_path = path  # not the base's: the model is loaded again by this name
                 return found
             return cls.from_whole(path, *model_args, engram_placement=engram_placement, **kwargs)
 
         loaded = load() if folder is None else read_undisturbed(folder, load)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.bring_due_memory()  # until now its tables were not where they are to be
+        model.bring_due_memory()  # only now are the tables placed
         return loaded
 
     @classmethod
     def from_whole(cls, pretrained_model_name_or_path, *model_args, engram_placement: str, **kwargs):
-        """As `from_pretrained`, from a checkpoint that is whole."""
+        """As `from_pretrained`, for a whole checkpoint."""
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
         files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
         if files.revision is not None:
-            kwargs["revision"] = files.revision  # whatever is pushed meanwhile
+            kwargs["revision"] = files.revision  # unaffected by pushes meanwhile
         said = engram_placement == "auto" and files.config is not None
         placement = files.placement(engram_placement)
         if placement != "device":
@@ -163,21 +164,21 @@ class EngramCheckpointMixin:
             model.memory.hashing.check(model.config)
         model.checkpoint_tables = files.tables(placement)
         if placement != "device":
-            del model.config.transformers_weights  # it was for this load alone
+            del model.config.transformers_weights  # only for this load
             model.place_memory(placement)
         if model.config.engram_trainable is not None and registered() is not None:
             registered().apply_trainable(model, model.config.engram_trainable, adapters_must_be_there=False)
         if said:
-            # At warning level because the default verbosity hides the rest, and it decides about speed and memory.
+            # A warning, because the default verbosity hides the rest, and it decides about speed and memory.
             logger.warning(model.describe_placement())
         return (model, info) if wants_info else model
 
     def load_adapter(self, peft_model_id: str | None = None, adapter_name: str | None = None, *args, **kwargs):
-        """As in Transformers; a memory that was saved with the adapter comes back with it.
+        """As in Transformers; a memory that was saved with the adapter is loaded with it.
 
         Raises:
-            `ValueError`: if the adapter was made for a model with other layers, or with another memory than those that
-                are loaded.
+            `ValueError`: if the adapter was made for a model with other layers, or with another memory than the loaded
+                one.
             `ImportError`: if it has a memory, and this is a checkpoint's copy of the code.
             [`EngramFormatError`]: if its memory is of another token map, other constants or another checkpoint.
         """
@@ -189,7 +190,7 @@ class EngramCheckpointMixin:
         return load(peft_model_id, adapter_name, *args, **kwargs)
 
     def bring_due_memory(self) -> None:
-        """Applies the delta of an adapter that was loaded before the tables were."""
+        """Applies the delta of an adapter that was loaded before the tables."""
         if self.due_delta is not None and self.memory.placement != "none":
             delta, self.due_delta = self.due_delta, None
             full_package("a delta").load_memory_delta(self, delta)
@@ -208,22 +209,22 @@ class EngramCheckpointMixin:
         max_memory_shard_size: int | str = MAX_MEMORY_SHARD_SIZE,
         **kwargs,
     ) -> None:
-        """Saves the model, the tables in `engram-memory-*.safetensors` files of their own.
+        """Saves the model, with the tables in separate files `engram-memory-*.safetensors`.
 
-        A model that carries adapters itself saves the active one, and its memory beside it.
+        A model that carries adapters saves only the active one, with its memory.
 
         Args:
             save_directory (`str` or `os.PathLike`): a folder; an older checkpoint in it is replaced.
             is_main_process (`bool`, *optional*, defaults to `True`): other processes write nothing.
             state_dict (`dict[str, torch.Tensor]`, *optional*): what to save; `self.state_dict()` if None.
             push_to_hub (`bool`, *optional*, defaults to `False`): also upload (`repo_id`, `token`, ... in kwargs).
-            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): for the files of the rest.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): for files of the backbone.
             max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): for memory shards.
             kwargs: further arguments of `PreTrainedModel.save_pretrained`.
 
         Raises:
-            `ValueError`: for arguments that the format has no place for.
-            `ImportError`: if adapters are saved with a memory that learns, by a checkpoint's copy of the code.
+            `ValueError`: for arguments that the format does not support.
+            `ImportError`: if adapters are saved with a trainable memory, by a checkpoint's copy of the code.
         """
         if carries_adapters(self):
             with saving_adapters(self, [Path(save_directory)] if is_main_process else []):
@@ -251,7 +252,7 @@ class EngramCheckpointMixin:
         shards = {name: tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)}
         rest = {name: tensor for name, tensor in state.items() if name not in shards}
         self.config.auto_map, self.config.engram_memory_delta = dict(AUTO_MAP), None
-        # Backbone weights keep their modules' names; Transformers would go back to older names of some models.
+        # Backbone weights keep their modules' names; Transformers would restore older names of some models.
         kwargs.setdefault("save_original_format", False)
         with whole_save(folder) as draft, only_state(self, rest):
             super().save_pretrained(draft, state_dict=rest, max_shard_size=max_shard_size, **kwargs)
@@ -263,10 +264,7 @@ class EngramCheckpointMixin:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)
 
     def read_on_from(self, folder: Path, own_state: bool) -> None:
-        """After a save: takes tables that are on disk from the files that replaced theirs.
-
-        Files of another state than the model's are not read, those that they replaced are, as long as they are open.
-        """
+        """After a save: lets tables on disk read from the new files, if these hold the model's state."""
         before = self.checkpoint_tables
         if own_state and (before is None or before.folder.resolve() == folder.resolve()):
             self.checkpoint_tables = CheckpointTables(folder)
@@ -276,7 +274,7 @@ class EngramCheckpointMixin:
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         sizes = {path.name: path.stat().st_size for path in Path(working_dir).iterdir() if path.is_file()}
         memory = sum(size for name, size in sizes.items() if name.startswith(MEMORY_STEM))
-        # At warning level because the default verbosity hides the rest, and an upload may cost hours.
+        # A warning, because the default verbosity hides the rest, and an upload may take hours.
         logger.warning(
             f"Uploading {sum(sizes.values()):,} bytes in {len(sizes)} files to {repo_id}, {memory:,} of them memory "
             "shards (zeros of a sparse file are sent as bytes)."
@@ -285,13 +283,7 @@ class EngramCheckpointMixin:
 
 
 class CheckpointFiles:
-    """What is known of a checkpoint before it is loaded.
-
-    Args:
-        config_class (`type`): [`EngramConfig`].
-        path (`str` or `os.PathLike`): a folder, a Hub id, an adapter's folder, or None.
-        kwargs (`dict`): of `from_pretrained`.
-    """
+    """What is known of a checkpoint before it is loaded, from the arguments of `from_pretrained`."""
 
     def __init__(self, config_class, path, kwargs: dict):
         self.path, self.kwargs = path, kwargs
@@ -304,7 +296,7 @@ class CheckpointFiles:
         self.revision = None
         if self.folder is None and not elsewhere:
             self.revision = commit_of(self.locate(CONFIG_NAME).parent)
-        if self.revision is not None:  # the configuration too is of this commit, whatever is pushed meanwhile
+        if self.revision is not None:  # the configuration is of the same commit
             self.hub["revision"] = self.revision
         if elsewhere:
             self.config = None  # the tables are not in this checkpoint's files
@@ -312,10 +304,10 @@ class CheckpointFiles:
             self.config = config_class.from_pretrained(given or path, **self.hub)
 
     def placement(self, wanted: str) -> str:
-        """Where the tables are to be.
+        """Resolves where the tables are to be.
 
         Raises:
-            `ValueError`: if the files are not known, or the device map says something else.
+            `ValueError`: if the files are not known, or the device map contradicts `wanted`.
         """
         if self.config is None:
             if wanted not in ("auto", "device"):
@@ -344,7 +336,7 @@ class CheckpointFiles:
         return choose_placement(table_bytes, max(0, total - table_bytes), *free)
 
     def check(self, placement: str) -> None:
-        """Looks at the headers of the files that will be read."""
+        """Checks the headers of the files that will be read."""
         if self.folder is None or self.config is None:
             return
         if placement != "device":
@@ -360,9 +352,9 @@ class CheckpointFiles:
         return expected_shards(self.config)
 
     def config_without_tables(self):
-        """A configuration under which Transformers reads, and downloads, all files but those of the tables.
+        """Returns a configuration under which Transformers reads, and downloads, no tables.
 
-        Arguments of `from_pretrained` that are fields of it go into it, as Transformers does with one that it reads.
+        As in Transformers, arguments of `from_pretrained` that are its fields are moved into it.
         """
         config = copy.deepcopy(self.config)
         if not isinstance(self.kwargs.get("config"), PreTrainedConfig):
@@ -372,7 +364,7 @@ class CheckpointFiles:
         return config
 
     def tables(self, placement: str) -> CheckpointTables | None:
-        """The tables' files; from the Hub, those that a placement reads are fetched now, while the token is known."""
+        """Returns the tables' files; from the Hub, downloads those that a placement reads while the token is known."""
         if self.config is None:
             return None
         if self.folder is not None:
@@ -389,20 +381,19 @@ class CheckpointFiles:
         return self.folder if self.folder is not None else self.locate(INDEX_NAME).parent
 
     def locate(self, file_name: str) -> Path:
-        """A file of the checkpoint, downloaded if it is not here."""
+        """Returns a file of the checkpoint, downloaded if needed."""
         return Path(cached_file(self.path, file_name, **self.hub))
 
 
 class HubFiles:
-    """Files of one commit of a Hub repository by their names, fetched when they are not in the cache.
+    """Files of one commit of a Hub repository, downloaded when they are not in the cache.
 
-    It is kept on a model, and travels with every copy and pickle of it. So it knows which commit, and no token.
+    A model keeps it through copies and pickles, so it stores the commit and no token (`others` are not stored).
 
     Args:
         repository (`str`): its id.
-        folder (`Path`): where the commit's files are in the cache.
+        folder (`Path`): the commit's folder in the cache.
         cache_dir, subfolder (*optional*): as for `from_pretrained`.
-        others: further arguments of `from_pretrained`, such as `token`, which are not kept.
     """
 
     def __init__(self, repository: str, folder: Path, cache_dir=None, subfolder: str = "", **others):
@@ -410,10 +401,10 @@ class HubFiles:
         self.revision = commit_of(folder)
 
     def __call__(self, file_name: str) -> Path:
-        """Path of a file.
+        """Returns the path of a file.
 
         Raises:
-            `FileNotFoundError`: if it is not here and cannot be fetched.
+            `FileNotFoundError`: if it is not cached and cannot be downloaded.
         """
         path = self.folder / file_name
         if path.is_file():
@@ -431,21 +422,16 @@ class HubFiles:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a folder of the Hub's cache belongs to (`.../snapshots/COMMIT/...`); None for another folder."""
+    """Returns the commit of a folder in the Hub's cache (`.../snapshots/COMMIT/...`); None for other folders."""
     found = re.search(r"/snapshots/([0-9a-f]{40})(/|$)", folder.as_posix())
     return found and found[1]
 
 
 def _delta_in(path, folder: Path | None, kwargs: dict) -> Path | None:
-    """The delta that a checkpoint's configuration says its weights are; None if they are whole, or elsewhere.
+    """Returns the delta that a checkpoint's configuration names; None if its weights are whole, or not in it.
 
-    Args:
-        path (`str` or `os.PathLike`): a folder, a Hub id, or None.
-        folder (`Path`, *optional*): that of a local checkpoint.
-        kwargs (`dict`): of `from_pretrained`.
-
-    Raises:
-        As `checkpoint_in`.
+    Raises the errors of `checkpoint_in`. `folder` is that of a local checkpoint, `kwargs` are those of
+    `from_pretrained`.
     """
     if folder is not None:
         return delta_file(folder) if checkpoint_in(folder) == "delta" else None
@@ -461,7 +447,7 @@ def _delta_in(path, folder: Path | None, kwargs: dict) -> Path | None:
 
 
 def _local_checkpoint(path, subfolder: str) -> Path | None:
-    """The folder of a local checkpoint; None for a Hub id, an adapter's folder or no path at all."""
+    """Returns the folder of a local checkpoint; None for a Hub id, an adapter's folder or no path."""
     if path is None:
         return None
     folder = Path(path) / (subfolder or "")
@@ -469,7 +455,7 @@ def _local_checkpoint(path, subfolder: str) -> Path | None:
 
 
 def expected_shards(config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and safetensors type of the tables, token map and hash constants of a configuration."""
+    """Returns shape and safetensors type of the tables, token map and hash constants of a configuration."""
     with torch.device("meta"):
         memory = EngramMemory(config)
     named = {MEMORY_PREFIX + name: tensor for name, tensor in memory.state_dict().items()}
@@ -481,7 +467,7 @@ def expected_shards(config) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _refuse_incomplete_checkpoint(path, info: dict) -> None:
-    """Raises EngramFormatError if loading left anything unset: Transformers alone would fill it with random values."""
+    """Raises EngramFormatError if loading left a weight unset: Transformers would fill it with random values."""
     missing = sorted(info["missing_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"] if MEMORY_PREFIX in str(key))
     if mismatched:
@@ -502,9 +488,9 @@ def _refuse_incomplete_checkpoint(path, info: dict) -> None:
 
 
 def number_rest_files(draft: Path) -> dict[str, str]:
-    """Gives the files that Transformers wrote their place in the common index.
+    """Renames the files that Transformers wrote for the common index; returns the file of each tensor.
 
-    A lone `model.safetensors` would be read instead of the index, so it is renamed.
+    A single `model.safetensors` would be read instead of the index.
     """
     if (draft / SINGLE_NAME).exists():
         os.rename(draft / SINGLE_NAME, draft / shard_name(MODEL_STEM, 1, 1))

@@ -1,8 +1,8 @@
-"""Memory shards: the files of a checkpoint, written in one piece and checked before they are mapped.
+"""Memory shards: safetensors files, written sparsely and checked before they are mapped.
 
-Promises: a file that this module wrote is an ordinary safetensors file; zeros in it take no disk (a sparse file); a
-truncated, missing or misshapen shard is named with what to do; an index entry can only name a plain file of the folder.
-Never unpickles.
+Promises: a written file is an ordinary safetensors file; zeros in it take no disk space (a sparse file); a truncated,
+missing or misshapen shard is named with what to do; an index entry can only name a plain file of the folder. Never
+unpickles.
 Source: docs/format.md; the safetensors format (8 bytes of length, JSON header, data).
 """
 
@@ -26,10 +26,10 @@ from .files_atomic_engram import (
 )
 
 
-# A file larger than RAM and swap together cannot be mapped (safetensors maps privately), so tables are cut for laptops.
+# safetensors maps privately and cannot map a file larger than RAM and swap, so large tables are split.
 MAX_MEMORY_SHARD_SIZE = "8GB"
 
-# Zeros are looked for, and left out of the file, in blocks of this many bytes.
+# Blocks of this many bytes become holes in the file if they are zero.
 ZERO_BLOCK = 1 << 20
 
 DTYPE_NAMES = {
@@ -46,12 +46,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class ZeroTensor:
-    """A tensor of zeros that exists only as a hole in a file.
-
-    Args:
-        shape (`tuple[int, ...]`): its shape.
-        dtype (`torch.dtype`): its type.
-    """
+    """A tensor of zeros that exists only as a hole in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -59,7 +54,7 @@ class ZeroTensor:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor's line in a safetensors header: type name, shape, and first and last byte of its data."""
+    """A tensor's entry in a safetensors header: type name, shape, and first and last byte of its data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,12 +63,12 @@ class TensorEntry:
 
 
 def tensor_bytes(tensor: torch.Tensor | ZeroTensor) -> int:
-    """Bytes of a tensor's data."""
+    """Returns the bytes of a tensor's data."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a size such as 5000000 or "8GB" (decimal units, as in Transformers)."""
+    """Returns the bytes of a size such as 5000000 or "8GB" (decimal units, as in Transformers)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B\s*", str(size), re.IGNORECASE)
     count = int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else size
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -82,10 +77,10 @@ def parse_size(size: int | str) -> int:
 
 
 def group_tensors(tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int) -> list[list[str]]:
-    """Cuts tensors into files of at most `max_bytes`, keeping their order.
+    """Groups tensors into files of at most `max_bytes`, keeping their order.
 
     Raises:
-        `ValueError`: for a tensor that is larger by itself; the number of parts is fixed at the graft.
+        `ValueError`: for a single tensor that is larger; the number of parts is fixed at the graft.
     """
     groups: list[list[str]] = [[]]
     room = max_bytes
@@ -105,17 +100,12 @@ def group_tensors(tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: i
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
-    """File name of shard `number` (from 1) of `count`."""
+    """Returns the file name of shard `number` (from 1) of `count`."""
     return f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | ZeroTensor]) -> None:
-    """Writes one safetensors file, blocks of zeros as holes.
-
-    Args:
-        path (`Path`): a new file.
-        tensors (mapping of `str` to `torch.Tensor` or [`ZeroTensor`]): contents.
-    """
+    """Writes a new safetensors file, with blocks of zeros as holes."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first keeps alignment
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in ordered:
@@ -152,11 +142,7 @@ def write_data(file, tensor: torch.Tensor | ZeroTensor) -> None:
 def write_shards(
     folder: Path, stem: str, tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int
 ) -> dict[str, str]:
-    """Writes tensors into as many files as they need.
-
-    Returns:
-        `dict[str, str]`: file name of every tensor.
-    """
+    """Writes tensors into as many files as needed; returns the file name of every tensor."""
     groups = group_tensors(tensors, max_bytes)
     weight_map = {}
     for number, names in enumerate(groups, start=1):
@@ -167,7 +153,7 @@ def write_shards(
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int, tables: Collection[str] = ()) -> None:
-    """Writes the ordinary Transformers index over all files, and the one that leaves out `tables`."""
+    """Writes the ordinary Transformers index over all files, and one that leaves out `tables`."""
     rest = {name: file_name for name, file_name in weight_map.items() if name not in tables}
     for file_name, held in zip(INDEX_NAMES, (weight_map, rest), strict=True):
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(held.items()))}
@@ -176,17 +162,11 @@ def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int, tabl
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Reads the header of a safetensors file and checks that the file is as long as it says.
-
-    Args:
-        path (`Path`): the file.
-
-    Returns:
-        `dict[str, TensorEntry]`: its tensors.
+    """Reads the header of a safetensors file and checks the file's length against it.
 
     Raises:
-        `FileNotFoundError`: if it is not there.
-        [`EngramFormatError`]: if it is no safetensors file, or shorter or longer than its header says.
+        `FileNotFoundError`: if the file is missing.
+        [`EngramFormatError`]: if it is not a safetensors file, or shorter or longer than its header says.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder '{path.parent}' that could hold '{path.name}': give its path.")
@@ -220,7 +200,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def _check_layout(entries: Mapping[str, TensorEntry]) -> None:
-    """Raises ValueError unless tensors lie one behind the other, each as long as its shape says."""
+    """Raises ValueError unless tensors are contiguous and each is as long as its shape says."""
     sizes = {name: dtype.itemsize for dtype, name in DTYPE_NAMES.items()}
     begin = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
@@ -233,13 +213,13 @@ def _check_layout(entries: Mapping[str, TensorEntry]) -> None:
 
 
 def start_of_data(path: Path) -> int:
-    """First byte of a safetensors file's data, from which its header counts."""
+    """Returns the first byte of a safetensors file's data, from which its header counts."""
     with open(path, "rb") as file:
         return 8 + struct.unpack("<Q", file.read(8))[0]
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The type that a header names.
+    """Returns the dtype that a header names.
 
     Raises:
         [`EngramFormatError`]: for a type that no table has.
@@ -251,7 +231,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def _tensor_entry(entry: dict) -> TensorEntry:
-    """Checks one tensor's line of a header."""
+    """Checks one tensor's entry of a header."""
     begin, end = entry["data_offsets"]
     if not (type(begin) is int and type(end) is int and 0 <= begin <= end):
         raise ValueError(f"data_offsets {entry['data_offsets']}")
@@ -261,13 +241,10 @@ def _tensor_entry(entry: dict) -> TensorEntry:
 def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str]:
     """Reads an index of a folder: file name of every tensor.
 
-    Args:
-        folder (`Path`): a local checkpoint.
-        name (`str`, *optional*): the index over all files, or the one without tables.
-
     Raises:
-        `FileNotFoundError`: if there is no index, or a `model.safetensors` that would be read in its stead.
-        [`EngramFormatError`]: if it is no index, or names anything but a plain safetensors file of the folder.
+        `FileNotFoundError`: if there is no index.
+        [`EngramFormatError`]: if it is not an index, names anything but a plain safetensors file of the folder, or a
+            `model.safetensors` would be read instead of it.
     """
     finish_saves(folder)
     path = folder / name
@@ -296,7 +273,7 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str]:
 
 
 def total_size(folder: Path) -> int:
-    """Bytes of all tensors, as the index says; 0 if it does not."""
+    """Returns the bytes of all tensors, as the index says; 0 if it does not."""
     read_index(folder)
     return json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")).get("metadata", {}).get("total_size", 0)
 
@@ -304,12 +281,9 @@ def total_size(folder: Path) -> int:
 def check_folder(
     folder: Path, expected: Mapping[str, tuple[tuple[int, ...], str]], index_name: str = INDEX_NAME
 ) -> None:
-    """Checks every file of a checkpoint by its header, and that the memory is all there in the right shapes.
+    """Checks every file of a checkpoint by its header, and that the memory is complete and has the right shapes.
 
-    Args:
-        folder (`Path`): a local checkpoint.
-        expected (mapping): shape and safetensors type name of tensors of the memory.
-        index_name (`str`, *optional*): the index whose files are looked at.
+    `expected` has shape and safetensors type name of the memory's tensors.
 
     Raises:
         `FileNotFoundError` or [`EngramFormatError`]: naming the file and what to do.

@@ -1,8 +1,8 @@
-"""Hash constants: the multipliers, head sizes and offsets that decide where every row of a memory lies.
+"""Hash constants: multipliers, head sizes and offsets, which determine the row of every n-gram.
 
-Promises: derived from the configuration alone, the same everywhere and in every version; head sizes of 16 million rows
-are found in milliseconds. A checkpoint stores them and a model uses the stored ones; `check_constants` refuses stored
-constants that cannot belong to the configuration. Never reads a file.
+Promises: they derive only from the configuration, equally on every machine and in every version. A checkpoint stores
+them and a model uses the stored ones; `check_constants` refuses stored constants that cannot belong to the
+configuration. Never reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for multipliers and the order of the primes.
 """
 
@@ -49,21 +49,14 @@ def is_prime(n: int) -> bool:
 
 
 def multiplier_bound(compressed_vocab_size: int) -> int:
-    """Exclusive upper bound of the random halves: no product of one of the V' classes and a multiplier leaves int64."""
+    """Exclusive upper bound of half a multiplier: no class below V' times a multiplier overflows int64."""
     return max(1, (INT64_MAX // compressed_vocab_size) // 2)
 
 
 def derive_multipliers(layer_ids: list[int], orders: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
-    """Odd multipliers, one for each look-back distance.
+    """Derives odd int64 multipliers `(layers, N)`; entry i belongs to the token i positions back.
 
-    Args:
-        layer_ids (`list[int]`): Engram layers, counted from 0.
-        orders (`int`): longest n-gram N.
-        compressed_vocab_size (`int`): classes V'.
-        seed (`int`): `engram_seed`.
-
-    Returns:
-        `np.ndarray` of int64 and shape `(layers, N)`; entry i belongs to the token i places back.
+    The bound on products depends on the number of classes, `compressed_vocab_size` (V').
     """
     bound = multiplier_bound(compressed_vocab_size)
     streams = (np.random.default_rng(seed + LAYER_SEED_STEP * layer) for layer in layer_ids)
@@ -71,15 +64,9 @@ def derive_multipliers(layer_ids: list[int], orders: int, compressed_vocab_size:
 
 
 def derive_primes(layers: int, vocab_sizes: list[int], heads: int) -> np.ndarray:
-    """Rows of every head: ascending primes from the order's size on, none used twice in the whole model.
+    """Derives the rows of every head, int64 of shape `(layers, orders, heads)`.
 
-    Args:
-        layers (`int`): number of Engram layers.
-        vocab_sizes (`list[int]`): least rows of a head, one entry for each order.
-        heads (`int`): heads for each order.
-
-    Returns:
-        `np.ndarray` of int64 and shape `(layers, orders, heads)`.
+    They are ascending primes from the order's size in `vocab_sizes` on, none used twice in the model.
     """
     seen: set[int] = set()
     primes = np.zeros((layers, len(vocab_sizes), heads), dtype=np.int64)
@@ -94,7 +81,7 @@ def derive_primes(layers: int, vocab_sizes: list[int], heads: int) -> np.ndarray
 
 @dataclass(frozen=True)
 class HashConstants:
-    """What turns classes into rows, as tensors of int64.
+    """Constants that turn classes into rows, as tensors of int64.
 
     Args:
         multipliers (`torch.LongTensor` of shape `(layers, N)`): odd factors by look-back distance.
@@ -109,7 +96,7 @@ class HashConstants:
     pad_class: torch.Tensor
 
     def named(self) -> dict[str, torch.Tensor]:
-        """The tensors under the names that a checkpoint gives them."""
+        """Returns the tensors by their names in a checkpoint."""
         return {
             "multipliers": self.multipliers,
             "primes": self.primes,
@@ -118,7 +105,7 @@ class HashConstants:
         }
 
     def order_rows(self) -> list[list[int]]:
-        """Rows of every order, for each layer."""
+        """Returns the rows of every order, for each layer."""
         return self.primes.sum(-1).tolist()
 
     def sha256(self) -> str:
@@ -131,20 +118,13 @@ class HashConstants:
 
 
 def head_offsets(primes: torch.Tensor) -> torch.Tensor:
-    """First row of every head: exclusive sum of the rows before it in (order, head) order, for each layer."""
+    """Returns the first row of every head: the exclusive sum of rows in (order, head) order, for each layer."""
     flat = primes.flatten(1)  # (layers, orders * heads)
     return (flat.cumsum(1) - flat).view_as(primes)  # (layers, orders, heads)
 
 
 def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:
-    """Derives all hash constants from a configuration.
-
-    Args:
-        config ([`EngramConfig`]): sizes, layers and seed.
-        token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): None where every id is its own class.
-
-    Returns:
-        [`HashConstants`]
+    """Derives all hash constants from a configuration and a token map `(vocab_size,)`; without one every id is a class.
 
     Raises:
         `ValueError`: if the pad id is dead in the token map.
@@ -172,15 +152,7 @@ def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:
 
 
 def check_constants(constants: HashConstants, config) -> None:
-    """Refuses stored constants that cannot belong to the configuration.
-
-    Args:
-        constants ([`HashConstants`]): as read from a checkpoint.
-        config ([`EngramConfig`]): the configuration saved beside it.
-
-    Raises:
-        [`EngramFormatError`]: naming the constant, its value and what is needed.
-    """
+    """Raises EngramFormatError for stored constants that cannot belong to the configuration."""
     if config.engram_hash_sha256 not in (None, constants.sha256()):
         raise EngramFormatError(
             f"the stored hash constants have SHA-256 {constants.sha256()[:16]}..., config.json says "
@@ -213,7 +185,7 @@ def check_constants(constants: HashConstants, config) -> None:
 
 
 def _check_primes(primes: torch.Tensor, vocab_sizes: list[int]) -> None:
-    """Head sizes `(layers, orders, heads)` must be prime, distinct, and at least their order's configured size."""
+    """Checks that head sizes `(layers, orders, heads)` are prime, distinct and at least their order's size."""
     flat = primes.flatten().tolist()
     for size in flat:
         if not is_prime(size):

@@ -1,7 +1,7 @@
 """N-gram hashing: classes of token ids to table rows.
 
-Promises: pure integer arithmetic in int64, the same rows on every device, dtype, batch shape and chunking; tables on
-disk depend on it. `naive_hash_ids` is its readable twin in plain Python. Never reads a file.
+Promises: int64 integer arithmetic only, the same rows on every device, dtype, batch shape and chunking; stored tables
+depend on it. `naive_hash_ids` is its readable twin in plain Python. Never reads a file.
 Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's NgramHashMapping for the heads' order.
 """
 
@@ -15,7 +15,7 @@ from .hash_constants_engram import HashConstants, check_constants, derive_consta
 from .hash_tokens_engram import DEAD, appended_from, token_map_sha256
 
 
-# Kinds of device on which a PyTorch that we allow may round int64 to float32: MPS before PyTorch 2.8.
+# Devices on which a supported PyTorch may round int64 to float32: MPS before PyTorch 2.8.
 IN_DOUBT = {"mps"}
 
 
@@ -25,9 +25,9 @@ def on_meta() -> bool:
 
 
 def identity_map(config) -> torch.Tensor:
-    """The token map of a memory without compression: every id of the vocabulary is a class of its own.
+    """Returns the token map of a memory without compression: every id is its own class.
 
-    Without storage where modules are made so: a checkpoint's map is to come, and this one must not be taken for it.
+    It has no storage if modules are made so, and cannot be mistaken for the checkpoint's map.
     """
     return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
 
@@ -35,17 +35,17 @@ def identity_map(config) -> torch.Tensor:
 @torch.compiler.assume_constant_result
 @functools.cache
 def has_exact_remainders(kind: str) -> bool:
-    """Whether a kind of device divides products of the size that hashing makes as integers; computed once on it."""
+    """Whether a kind of device divides large int64 products exactly; computed once on it."""
     factors, prime = (2**40 + 3, 2**22 + 1), 1_000_003
     first, second = (torch.tensor([factor], device=kind) for factor in factors)
     return torch.remainder(first * second, torch.tensor([prime], device=kind)).item() == factors[0] * factors[1] % prime
 
 
 class NgramHasher(nn.Module):
-    """Token ids to table rows, for all Engram layers and heads in a few tensor operations.
+    """Maps token ids to table rows, for all Engram layers and heads in a few tensor operations.
 
-    Heads come in (order, head) order: all heads of bigrams, then all of trigrams, and so on. A dead position (pad,
-    non-text, id without tokenizer entry) turns itself and everything older into the pad class.
+    Heads are in (order, head) order: all heads of bigrams, then all of trigrams, and so on. A dead position (pad,
+    non-text, id without tokenizer entry) counts as the pad class, and so does every older position of the n-gram.
 
     Args:
         layer_ids (`list[int]`): Engram layers, in the order of the constants.
@@ -76,14 +76,8 @@ class NgramHasher(nn.Module):
     def from_config(cls, config, token_map: torch.Tensor | None = None) -> "NgramHasher":
         """Makes the hasher of a new memory.
 
-        Args:
-            config ([`EngramConfig`]): sizes, layers and seed.
-            token_map (`torch.LongTensor` of shape `(tokens,)`, *optional*):
-                Class of every id, as `TokenCompressor.lookup_table` or `.token_map(vocab_size)` gives it. None makes
-                every id a class of its own.
-
-        Returns:
-            [`NgramHasher`]
+        `token_map`, `(tokens,)`, is from `TokenCompressor.lookup_table` or `.token_map(vocab_size)`; None makes every
+        id its own class.
         """
         constants = derive_constants(config, token_map)
         return cls(config.engram_layer_ids, identity_map(config) if token_map is None else token_map, constants)
@@ -95,19 +89,11 @@ class NgramHasher(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """Classes of earlier tokens that a position needs: N - 1."""
+        """Number of earlier classes that an n-gram needs: N - 1."""
         return self.multipliers.shape[1] - 1
 
     def compress(self, input_ids: torch.Tensor, alive: torch.Tensor | None = None) -> torch.Tensor:
-        """Classes of token ids; negative ids and positions that are not alive are dead.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): ids inside the vocabulary, or negative.
-            alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False at pads.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, length)`.
-        """
+        """Returns the classes of ids `(batch, length)`; negative ids and positions that are not alive are dead."""
         text = input_ids >= 0
         if alive is not None:
             text = text & alive
@@ -116,17 +102,17 @@ class NgramHasher(nn.Module):
     def lookback(
         self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Every position's n-gram, with everything at or before a dead position replaced by the pad class.
+        """Returns every position's n-gram, with everything at or before a dead position replaced by the pad class.
 
         Args:
             classes (`torch.LongTensor` of shape `(batch, length)`): from `compress`.
-            history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position;
-                None at the start of a text.
+            history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): earlier classes; None at the start of a
+                text.
             segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*):
-                Number of the document that each place belongs to; another document counts as nothing.
+                Document number of each position; positions of another document count as the pad class.
 
         Returns:
-            `torch.LongTensor` of shape `(N, batch, length)`; entry i is i places back.
+            `torch.LongTensor` of shape `(N, batch, length)`; entry i is i positions back.
         """
         batch, length = classes.shape
         n = self.context_length + 1
@@ -135,31 +121,24 @@ class NgramHasher(nn.Module):
         shifted = _shift_back(torch.cat([history, classes], dim=1), n, length)  # (N, batch, length)
         blocked = shifted < 0  # (N, batch, length)
         for i in range(1, n):
-            blocked[i] |= blocked[i - 1]  # something dead at or after this place (cummin takes four times as long)
+            blocked[i] |= blocked[i - 1]  # something dead at or after this position (faster than cummin)
         if segments is not None:
             places = _shift_back(segments, n, length)  # (N, batch, length)
             blocked = blocked | (places != places[0])
         return torch.where(blocked, self.pad_class, shifted)
 
     def hash_lookback(self, lookback: torch.Tensor) -> torch.Tensor:
-        """Hashes of all layers and heads.
-
-        Args:
-            lookback (`torch.LongTensor` of shape `(N, batch, length)`): from `lookback`.
-
-        Returns:
-            `torch.LongTensor` of shape `(layers, batch, length, orders, heads)`, before offsets.
-        """
+        """Hashes n-grams `(N, batch, length)` to `(layers, batch, length, orders, heads)`, before offsets."""
         hashes = self.divided(mix(lookback * self.multipliers[:, :, None, None]))
         return hashes.permute(0, 3, 4, 1, 2)  # (layers, batch, length, orders, heads)
 
     def divided(self, mixed: torch.Tensor) -> torch.Tensor:
-        """Hashes `(layers, orders, heads, batch, length)` of mixed products.
+        """Returns hashes `(layers, orders, heads, batch, length)` of mixed products.
 
-        Positions are last: one divisor for many numbers in a row takes half as long as one for each.
+        Positions are the last dimension, because one divisor for many contiguous numbers is faster.
 
         Raises:
-            `RuntimeError`: on a device whose remainders are rounded.
+            `RuntimeError`: on a device that rounds remainders.
         """
         if mixed.device.type in IN_DOUBT and not has_exact_remainders(mixed.device.type):
             raise RuntimeError(
@@ -169,14 +148,7 @@ class NgramHasher(nn.Module):
         return torch.remainder(mixed[:, :, None], self.primes[..., None, None])
 
     def hash_ids(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:
-        """Hashes of one layer, each within its own head.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): token ids, negative where there is no text.
-            layer_id (`int`): an Engram layer.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, length, orders * heads)`.
+        """Hashes ids `(batch, length)` for one layer: `(batch, length, orders * heads)`, each within its own head.
 
         Raises:
             `ValueError`: for a layer without a memory.
@@ -185,15 +157,7 @@ class NgramHasher(nn.Module):
         return hashes[self.layer_index(layer_id)].flatten(-2)  # (batch, length, orders * heads)
 
     def rows(self, input_ids: torch.Tensor, layer_id: int) -> torch.Tensor:
-        """Rows of one layer's table: `hash_ids` plus the head's first row.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): token ids, negative where there is no text.
-            layer_id (`int`): an Engram layer.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, length, orders * heads)`.
-        """
+        """Returns rows `(batch, length, orders * heads)` of one layer's table: `hash_ids` plus the head's first row."""
         return self.hash_ids(input_ids, layer_id) + self.offsets[self.layer_index(layer_id)].flatten()
 
     def forward(
@@ -203,17 +167,15 @@ class NgramHasher(nn.Module):
         history: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes of a batch and its rows of all layers at once, each counted from the first row of its order.
+        """Returns the classes of a batch and its rows in all layers, each counted from the first row of its order.
 
-        All buffers are read in this one call, in which accelerate's hooks can bring them.
+        All buffers are read in this one call, so that accelerate's hooks can bring them. Inputs may be on any device.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): ids inside the vocabulary, or negative.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False at pads.
             history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position.
             segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*): see `lookback`.
-
-        Inputs may be on any device.
 
         Returns:
             `tuple`: classes `(batch, length)`, and rows `(layers, batch, length, orders, heads)`.
@@ -227,13 +189,13 @@ class NgramHasher(nn.Module):
     def rows_of_classes(
         self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`forward` for classes that `compress` gave: rows `(layers, batch, length, orders, heads)`."""
+        """As `forward`, for given classes: rows `(layers, batch, length, orders, heads)`."""
         hashes = self.hash_lookback(self.lookback(classes, history, segments))
-        # A head's first row, counted from that of its order: (layers, 1, 1, orders, heads).
+        # The head's first row within its order: (layers, 1, 1, orders, heads).
         return hashes + (self.offsets - self.offsets[:, :, :1])[:, None, None]
 
     def layer_index(self, layer_id: int) -> int:
-        """Place of a layer among the constants."""
+        """Returns the index of a layer among the constants."""
         if layer_id not in self.layer_ids:
             raise ValueError(f"layer {layer_id} has no memory; the Engram layers are {self.layer_ids}.")
         return self.layer_ids.index(layer_id)
@@ -254,14 +216,10 @@ class NgramHasher(nn.Module):
             )
 
     def resize(self, vocab_size: int, compressed_vocab_size: int) -> None:
-        """Follows a resized vocabulary: new ids get classes of their own after all others, old addresses stay.
+        """Follows a resized vocabulary: new ids get their own classes after all others, old addresses stay.
 
-        Ids behind the tokenizer's last one, with which a donor's vocabulary was padded, count as new: whoever asks for
-        a size that holds them has added tokens there.
-
-        Args:
-            vocab_size (`int`): rows of the resized input embedding.
-            compressed_vocab_size (`int`): classes V' at the graft.
+        Ids after the tokenizer's last one (a padded vocabulary) count as new. `compressed_vocab_size` is V' at the
+        graft.
 
         Raises:
             `ValueError`: if ids that have rows in the memory would go.
@@ -281,12 +239,12 @@ class NgramHasher(nn.Module):
             )
 
     def original_token_map(self, compressed_vocab_size: int) -> torch.Tensor:
-        """The map as it was at the graft: without the ids that a later resize appended (classes at or above V')."""
+        """Returns the map as it was at the graft, without ids that a resize appended (classes at or above V')."""
         return self.token_map[: appended_from(self.token_map, compressed_vocab_size)]
 
 
 def mix(products: torch.Tensor) -> torch.Tensor:
-    """XOR of each order's products, `(layers, N, batch, length)` to `(layers, orders, batch, length)`."""
+    """XORs each order's products, `(layers, N, batch, length)` to `(layers, orders, batch, length)`."""
     last, *others = products.unbind(1)
     mixes = []
     for product in others:
@@ -296,11 +254,7 @@ def mix(products: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:
-    """The last `length` columns of `(batch, places - 1 or more + length)`, and the same 1, 2, ... columns earlier.
-
-    Returns:
-        `torch.Tensor` of shape `(places, batch, length)`.
-    """
+    """Stacks the last `length` columns of `(batch, time)` and the same 1, 2, ... earlier: `(places, batch, length)`."""
     first = full.shape[1] - length
     return torch.stack([full[:, first - i : first - i + length] for i in range(places)])
 
@@ -308,7 +262,7 @@ def _shift_back(full: torch.Tensor, places: int, length: int) -> torch.Tensor:
 def naive_hash_ids(
     classes: list[int], multipliers: list[int], primes: list[list[int]], pad_class: int
 ) -> list[list[int]]:
-    """The hash of one layer for a reader to check by eye: plain Python integers, one position at a time.
+    """The hash of one layer in plain Python integers, one position at a time, to check by eye.
 
     Args:
         classes (`list[int]`): classes of one sequence, -1 for dead positions.
@@ -325,7 +279,7 @@ def naive_hash_ids(
         for i, multiplier in enumerate(multipliers):
             blocked = blocked or t - i < 0 or classes[t - i] < 0
             product = (pad_class if blocked else classes[t - i]) * multiplier
-            mix ^= (product + 2**63) % 2**64 - 2**63  # wraps in int64; only ids that a resize appended get that far
+            mix ^= (product + 2**63) % 2**64 - 2**63  # int64 overflow, which only appended ids can reach
             if i > 0:
                 position += [mix % prime for prime in primes[i - 1]]
         hashes.append(position)

@@ -1,9 +1,9 @@
-"""Token compression: token ids that read the same become one class, so that " Apple", "apple" and "APPLE" share rows.
+"""Token compression: maps token ids that read the same to one class, so that " Apple", "apple" and "APPLE" share rows.
 
-Promises: the map depends on the tokenizer alone and is built once, at the graft; a checkpoint stores it as integers, so
+Promises: the map depends only on the tokenizer and is built once, at the graft; a checkpoint stores it as integers, so
 loading needs no tokenizer. Never guesses for ids without a tokenizer entry: they are dead (class -1), break the n-gram
 and shut the gate.
-Source: Engram (arXiv 2601.07372), section 2.1 and appendix C; exact procedure of the demo's CompressedTokenizer.
+Source: Engram (arXiv 2601.07372), section 2.1 and appendix C; the demo's CompressedTokenizer.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ import torch
 from tokenizers import Regex, normalizers
 
 
-# Class of an id that has no tokenizer entry, and of every position that is no text.
+# Class of an id without a tokenizer entry, and of every position that is not text.
 DEAD = -1
 
-# Stands for a text that is exactly one space while the others are stripped (a private-use character).
+# A private-use character that protects a text of exactly one space from being stripped.
 LONE_SPACE = "\ue000"
 
 NORMALIZER = normalizers.Sequence(
@@ -33,7 +33,7 @@ NORMALIZER = normalizers.Sequence(
 
 
 def normalize_text(text: str) -> str:
-    """The key under which a decoded token is merged; the text itself where nothing would be left of it."""
+    """Returns the key under which a decoded token is merged; the text itself if normalisation leaves nothing."""
     return NORMALIZER.normalize_str(text) or text
 
 
@@ -65,13 +65,9 @@ class TokenCompressor:
 
     @classmethod
     def from_tokenizer(cls, tokenizer) -> "TokenCompressor":
-        """Builds the map from a tokenizer's own decoding, special and added tokens included.
+        """Builds the map from a tokenizer's own decoding, including special and added tokens.
 
-        Args:
-            tokenizer (`PreTrainedTokenizerBase`): the donor's tokenizer.
-
-        Returns:
-            [`TokenCompressor`] over all ids up to the tokenizer's highest; ids between that have no token are dead.
+        It covers all ids up to the tokenizer's highest; ids without a token are dead.
         """
         classes: dict[str, int] = {}
         ids = _token_ids(tokenizer)
@@ -81,13 +77,8 @@ class TokenCompressor:
         return cls(table)
 
     def token_map(self, vocab_size: int) -> torch.Tensor:
-        """The map as a checkpoint stores it, one entry for every row of the backbone's vocabulary.
-
-        Args:
-            vocab_size (`int`): rows of the backbone's input embedding.
-
-        Returns:
-            `torch.LongTensor` of shape `(vocab_size,)`, -1 where the tokenizer has no entry.
+        """Returns the map as a checkpoint stores it, `(vocab_size,)` rows of the embedding; -1 for ids without an
+        entry.
 
         Raises:
             `ValueError`: if the tokenizer has more ids than the backbone has embeddings.
@@ -105,12 +96,12 @@ class TokenCompressor:
 
 
 def _token_ids(tokenizer) -> list[int]:
-    """The ids that have a token, ascending. Some tokenizers skip ids: their length is not the highest id plus 1."""
+    """Returns the ids that have a token, ascending; some tokenizers skip ids."""
     return sorted({*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder})
 
 
 def token_key(tokenizer, token_id: int) -> str:
-    """What one token is merged by: its normalised text, or its raw form where it is no complete UTF-8."""
+    """Returns the key of one token: its normalised text, or its raw form if it is not complete UTF-8."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
     if "\ufffd" in text:
         return str(tokenizer.convert_ids_to_tokens(token_id))
@@ -120,7 +111,7 @@ def token_key(tokenizer, token_id: int) -> str:
 def token_map_sha256(token_map: torch.Tensor) -> str:
     """SHA-256 of a token map: entries up to the last live one, little-endian int64, in order of the ids.
 
-    Dead entries at the end do not count, so that a donor whose vocabulary is padded may be trimmed.
+    Dead entries at the end do not count, so that a padded vocabulary may be trimmed.
     """
     entries = token_map.to("cpu", torch.int64).numpy()
     live = (entries != DEAD).nonzero()[0]
@@ -129,7 +120,7 @@ def token_map_sha256(token_map: torch.Tensor) -> str:
 
 
 def appended_from(token_map: torch.Tensor, compressed_vocab_size: int) -> int:
-    """First id that a resize appended, by its class at or above V'; the map's length if there is none."""
+    """Returns the first id that a resize appended (class at or above V'); the map's length if there is none."""
     added = (token_map.cpu().numpy() >= compressed_vocab_size).nonzero()[0]
     return int(added[0]) if len(added) else len(token_map)
 
@@ -137,11 +128,9 @@ def appended_from(token_map: torch.Tensor, compressed_vocab_size: int) -> int:
 def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int | None = None) -> None:
     """Refuses a tokenizer whose ids do not mean what a memory's rows were trained for.
 
-    Args:
-        stored (`torch.LongTensor` of shape `(vocab_size,)`): a checkpoint's token map.
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer to be used with it.
-        compressed_vocab_size (`int`, *optional*): classes V' at the graft. Ids that a resize appended have classes of
-            their own, whatever they read like: they need to be the tokenizer's, but say nothing else about it.
+    `stored` is a checkpoint's token map, `(vocab_size,)`, made at the graft with `compressed_vocab_size` classes. Ids
+    that a resize appended are classes by themselves: the tokenizer must have them, but what they read like is not
+    compared.
 
     Raises:
         `ValueError`: naming the first ids that differ.
@@ -166,7 +155,7 @@ def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int 
 
 
 def _what_to_do(stored: torch.Tensor, different: list[int], length: int) -> str:
-    """What helps if a tokenizer differs from a token map at these ids, of which there are `length`."""
+    """Returns the advice for a tokenizer of `length` ids that differs from a token map at these ids."""
     live = torch.nonzero(stored != DEAD).flatten()
     if len(live) and different[0] > int(live[-1]):
         return (

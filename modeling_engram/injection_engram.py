@@ -1,9 +1,9 @@
-"""Injection: the objects that add a memory to the residual stream of a backbone's decoder layers.
+"""Injection: pre-hooks that add a memory to the residual stream of a backbone's decoder layers.
 
-Promises: what a pass carries belongs to that pass and that thread; a layer that runs without its pass's rows raises an
-error, and never leaves its memory out by itself. Never finds layers by name.
-Source: Engram (arXiv 2601.07372), section 2.3; insertion by pre-hook objects because closures would survive `deepcopy`
-pointing at the first model.
+Promises: the data of a pass belong to that pass and that thread; a layer that runs without its pass's rows raises an
+error, and never silently omits its memory. Never finds layers by name.
+Source: Engram (arXiv 2601.07372), section 2.3. Hooks are objects, because a closure would still refer to the first
+model after `deepcopy`.
 """
 
 import threading
@@ -20,7 +20,7 @@ from .memory_engram import EngramMemory, MemoryReads, layer_device
 
 
 class WithoutMemory(Enum):
-    """Marks of passes that are to run without memory."""
+    """Reasons to run a pass without memory."""
 
     SWITCHED_OFF = "disable_memory() was called, or the tables are placed nowhere"
     BACKBONE_ALONE = "the backbone was called, and not the Engram model"
@@ -30,17 +30,16 @@ WITHOUT_MEMORY = WithoutMemory.SWITCHED_OFF
 
 
 class _ThreadMark(threading.local):
-    # Compiled code looks it up too, anew in each thread and pass. Set here, which runs once in each thread, and not in
-    # the class: compilers check whether an instance has the attribute.
+    # Set here, which runs once in each thread, and not in the class: compilers check the instance for the attribute.
     def __init__(self):
         self.mark: MemoryReads | WithoutMemory | None = None
 
 
 class ReadsInFlight:
-    """What the forward pass that is running in this thread has for its Engram layers.
+    """The state of the forward pass that is running in this thread.
 
-    Its mark is the reads of a pass, a reason to run without memory, or None where nothing is running. The absence of a
-    mark is never taken for permission to leave the memory out: a decoder layer that runs without one raises an error.
+    Its mark is the pass's reads, a reason to run without memory, or None where nothing is running. A decoder layer that
+    runs without a mark raises an error.
     """
 
     def __init__(self):
@@ -52,21 +51,21 @@ class ReadsInFlight:
         return self._thread.mark
 
     def begin(self, mark: MemoryReads | WithoutMemory) -> MemoryReads | WithoutMemory | None:
-        """Sets the mark of a pass; returns the one before it, for `end`.
+        """Sets the mark of a pass; returns the previous one, for `end`.
 
-        No context manager: compilers before torch 2.8 do not trace through one that is made from a generator.
+        Not a context manager: compilers before torch 2.8 do not trace through one made from a generator.
         """
         before = self._thread.mark
         self._thread.mark = mark
         return before
 
     def end(self, before: MemoryReads | WithoutMemory | None) -> None:
-        """Puts back the mark of the pass around the one that ends."""
+        """Restores the previous mark."""
         self._thread.mark = before
 
     @contextmanager
     def hold(self, mark: MemoryReads | WithoutMemory):
-        """Lets decoder layers run with a mark while the block runs, those of the backbone by itself included."""
+        """Sets a mark while the block runs, also for decoder layers that are called directly."""
         before = self.begin(mark)
         try:
             yield
@@ -74,7 +73,7 @@ class ReadsInFlight:
             self.end(before)
 
     def mark_backbone(self, *_) -> None:
-        """Forward pre-hook of a backbone's base model: without a pass of the Engram model it runs alone."""
+        """Forward pre-hook of a backbone's base model: outside of a pass of the Engram model it runs without memory."""
         if self._thread.mark is None:
             self._thread.mark = WithoutMemory.BACKBONE_ALONE
 
@@ -88,15 +87,7 @@ class ReadsInFlight:
 
 
 class InsertMemory:
-    """Forward pre-hook of one decoder layer: adds the memory to the residual stream.
-
-    An object and no closure, so that `deepcopy` and pickle carry the copied layer.
-
-    Args:
-        layer ([`EngramLayer`]): what computes the addition.
-        layer_id (`int`): its decoder layer.
-        in_flight ([`ReadsInFlight`]): shared by the hooks of one model.
-    """
+    """Forward pre-hook of one decoder layer: adds the memory to the residual stream."""
 
     def __init__(self, layer: EngramLayer, layer_id: int, in_flight: ReadsInFlight):
         self.layer, self.layer_id, self.in_flight = layer, layer_id, in_flight
@@ -111,22 +102,22 @@ class InsertMemory:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         self.check_stream(decoder_layer, hidden_states, reads.shape)
         vectors, alive, segments = reads.vectors(self.layer_id), reads.alive, reads.segments
-        # A model over several devices: the layer computes where its weights are, and the stream stays where it is.
+        # With several devices the layer computes where its weights are, and the stream stays where it is.
         came_from, home, stream = hidden_states.device, layer_device(self.layer), hidden_states
-        if not came_from == vectors.device == reads.device == home:  # 10 microseconds each to find out in `.to`
+        if not came_from == vectors.device == reads.device == home:  # cheaper than calling `.to` on each
             stream, vectors, alive = stream.to(home), vectors.to(home), alive.to(home)
             segments = None if segments is None else segments.to(home)
         added = self.layer(stream, vectors, alive, cache=reads.cache, segments=segments)
         if added.device != came_from:
             added = added.to(came_from)
-        # An addition and no update in place: the backbone may keep its stream for other uses.
+        # Not in place: the backbone may use its stream elsewhere.
         hidden_states = hidden_states + added
         if args:
             return (hidden_states, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden_states}
 
     def lost(self, decoder_layer: nn.Module, again: bool) -> str:
-        """What to say where a layer runs and has nothing to add."""
+        """Returns the error message for a layer that runs and has nothing to add."""
         name = f"{type(decoder_layer).__name__} {self.layer_id}"
         if again:
             return (
@@ -142,11 +133,11 @@ class InsertMemory:
         )
 
     def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, shape: torch.Size) -> None:
-        """Raises ValueError if the residual stream has a shape that the memory was not made for."""
+        """Raises ValueError if the residual stream has another shape than the memory was made for."""
         layer = self.layer
         streams = () if layer.streams == 1 and hidden_states.ndim == 3 else (layer.streams,)
         expected = (*shape, *streams, layer.hidden_size)
-        if hidden_states.shape != expected:  # of which a torch.Size is one
+        if hidden_states.shape != expected:
             raise ValueError(
                 f"{type(decoder_layer).__name__} {self.layer_id} gets a residual stream of shape "
                 f"{tuple(hidden_states.shape)}, Engram needs {expected}: this backbone's streams are not supported."
@@ -154,19 +145,14 @@ class InsertMemory:
 
 
 def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> ReadsInFlight:
-    """Registers a pre-hook on every Engram layer of a backbone.
-
-    Args:
-        backbone (`nn.Module`): taken over, not copied.
-        depth (`int`): its number of decoder layers.
-        memory ([`EngramMemory`]): what to insert.
+    """Registers a pre-hook on every Engram layer of a backbone with `depth` decoder layers.
 
     Returns:
-        [`ReadsInFlight`] through which forward passes hand their reads over.
+        [`ReadsInFlight`] through which forward passes hand over their reads.
 
     Raises:
-        `ValueError`: if the layers cannot be found or carry a memory already, or the backbone's history is kept
-            elsewhere than in a `Cache` that it is given.
+        `ValueError`: if the layers cannot be found or have a memory already, or the backbone keeps its history outside
+            of a `Cache`.
     """
     if not counts_positions(backbone.config.get_text_config(decoder=True)):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What a forward pass may be given: which ids the memory reads, which positions are alive, where documents end.
+"""Inputs of a forward pass: which ids the memory reads, which positions are alive, where documents end.
 
-Promises: every input that would read a wrong row is refused with a message, as far as that costs nothing (values are
-looked at in eager mode, on an accelerator only before passes of more than one token). Never changes an input.
+Promises: every input that would read a wrong row is refused, where checking is cheap (values are checked in eager mode;
+on an accelerator only before passes of more than one token). Never changes an input.
 Source: docs/design.md, "Pads and other positions that are no text" and "Documents packed into one row".
 """
 
@@ -13,15 +13,7 @@ from .cache_engram import seen_positions
 
 
 def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor:
-    """The ids that the memory reads.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): the model's ids.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*): the model's embeddings.
-        engram_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): ids given for the memory.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, length)`.
+    """Returns the ids that the memory reads, `(batch, length)`: `engram_input_ids`, else `input_ids`.
 
     Raises:
         `ValueError` or `TypeError`: if there are none, or of a wrong shape or type.
@@ -51,15 +43,9 @@ def _check_integers(values, name: str) -> None:
 
 
 def check_ids(ids: torch.Tensor, token_map: torch.Tensor, may_be_absent: bool) -> None:
-    """Refuses ids outside the vocabulary, where looking costs nothing.
+    """Raises IndexError for ids `(batch, length)` outside the vocabulary of `token_map`, on a CPU in eager mode.
 
-    Args:
-        ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
-        token_map (`torch.LongTensor` of shape `(vocab_size,)`): what they index.
-        may_be_absent (`bool`): whether -1 is allowed, for positions that are no text.
-
-    Raises:
-        `IndexError`: naming the id and the vocabulary.
+    `may_be_absent` allows -1, for positions that are not text.
     """
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -72,17 +58,10 @@ def check_ids(ids: torch.Tensor, token_map: torch.Tensor, may_be_absent: bool) -
 
 
 def alive_positions(ids, attention_mask, engram_attention_mask, cache: Cache | None) -> torch.Tensor | None:
-    """Which of this pass's positions are no pads.
+    """Returns which positions of this pass are not pads, `(batch, length)`; None if no mask was given.
 
-    Args:
-        ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
-        attention_mask (`torch.Tensor`, *optional*): the backbone's mask.
-        engram_attention_mask (`torch.Tensor` of shape `(batch, length)` or `(batch, past + length)`, *optional*):
-            Goes before it.
-        cache (`Cache`, *optional*): tells how many positions came before.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, length)`, or None if no mask was given.
+    `engram_attention_mask`, `(batch, length)` or `(batch, past + length)`, takes precedence over the backbone's mask;
+    the cache says how many positions came before.
 
     Raises:
         `ValueError`: for a mask that does not say which positions are pads.
@@ -119,28 +98,29 @@ def document_ends(
     seq_idx=None,
     cu_seq_lens=None,
 ) -> torch.Tensor | None:
-    """Where the documents end that are packed into the rows of this pass.
+    """Finds where documents end that are packed into the rows of this pass.
 
     Args:
         ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
         alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
         attention_mask (`torch.Tensor`, *optional*): the backbone's mask.
-        position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): documents begin where they do
-            not go on by one, as Transformers' masks see it.
-        engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): goes before all others.
-        cache (`Cache`, *optional*): leaves no room for packed documents.
+        position_ids (`torch.LongTensor` of shape `(batch or 1, length)`, *optional*): documents begin where they do not
+            rise by one, as in Transformers' masks.
+        engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): takes precedence over all
+            others.
+        cache (`Cache`, *optional*): excludes packed documents.
         seq_idx (`torch.IntTensor` of shape `(batch, length)`, *optional*): the document of each token, as collators
             give it for state space models.
-        cu_seq_lens (`torch.IntTensor` of shape `(documents + 1,)`, *optional*): where documents begin in the batch's
-            tokens one row after the other, as collators give it for flash attention.
+        cu_seq_lens (`torch.IntTensor` of shape `(documents + 1,)`, *optional*): where documents begin in the flattened
+            batch, as collators give it for flash attention.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch, length)`, True at the last position of every document but the row's
-        last; None if every row is one document.
+        `torch.BoolTensor` of shape `(batch, length)`, True at the last position of every document but the row's last;
+        None if every row is one document.
 
     Raises:
-        `ValueError`: if there is a cache, or a mask that keeps the backbone from seeing the documents; if two inputs
-            name other borders; if a document begins in the middle.
+        `ValueError`: if there is a cache, or a mask that hides the documents from the backbone; if two inputs
+            contradict each other; if a document begins in the middle.
     """
     if engram_segment_ids is not None:
         told = _ends_of_segments(engram_segment_ids, ids, "engram_segment_ids")
@@ -175,7 +155,7 @@ def document_ends(
 
 
 def _ends_of_segments(segments, ids, name: str) -> torch.Tensor:
-    """Flags `(batch, length)` from the document of each token."""
+    """Returns flags `(batch, length)` from the document of each token."""
     _check_integers(segments, name)
     if segments.shape != ids.shape:
         raise ValueError(f"{name} has shape {tuple(segments.shape)}, the ids have {tuple(ids.shape)}.")
@@ -183,7 +163,7 @@ def _ends_of_segments(segments, ids, name: str) -> torch.Tensor:
 
 
 def _ends_of_lengths(cu_seq_lens, ids) -> torch.Tensor:
-    """Flags `(batch, length)` from the places where documents begin, `(documents + 1,)`."""
+    """Returns flags `(batch, length)` from the positions where documents begin, `(documents + 1,)`."""
     _check_integers(cu_seq_lens, "cu_seq_lens_q")
     if cu_seq_lens.ndim != 1 or len(cu_seq_lens) < 2:
         raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seq_lens.shape)}: it must be (documents + 1,).")
@@ -193,7 +173,7 @@ def _ends_of_lengths(cu_seq_lens, ids) -> torch.Tensor:
 
 
 def _checked_borders(told, name: str, position_ids, cache: Cache | None, looks: bool) -> torch.Tensor | None:
-    """Borders `(batch, length)` that an argument names, if the positions name the same and no cache is in the way."""
+    """Returns borders `(batch, length)` if positions agree with them and there is no cache; None if there are none."""
     if not looks:
         return told
     if not bool(told.any()):
@@ -211,20 +191,19 @@ def _checked_borders(told, name: str, position_ids, cache: Cache | None, looks: 
 
 
 def _is_flat(attention_mask) -> bool:
-    """Whether a mask is of shape (batch, length): it names pads, and hides documents from the backbone."""
+    """Whether a mask is of shape (batch, length), which names pads and hides documents from the backbone."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 def _ends_where(borders: torch.Tensor) -> torch.Tensor:
-    """Flags `(batch, length)` from borders `(batch, length - 1)` between neighbours."""
+    """Returns flags `(batch, length)` from borders `(batch, length - 1)` between neighbours."""
     return F.pad(borders, (0, 1))  # (batch, length)
 
 
 def _refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | None) -> None:
-    """Raises ValueError if a text begins at a position above 0, so that the tokens before it are missing.
+    """Raises ValueError if a text begins at a position above 0, so that earlier tokens are missing.
 
-    That is how serving engines call a model: one row with the next token of many requests, and a cache that only they
-    know. Every token would look like the first of a document.
+    Serving engines call a model so: one row with the next token of many requests, and keep the cache themselves.
     """
     if seen_positions(cache):
         return
@@ -244,10 +223,10 @@ def _refuse_beginnings(positions, steps, alive, packed: bool, cache: Cache | Non
 
 
 def _refuse_restarts(positions, alive, attention_mask, cache: Cache | None) -> None:
-    """Raises ValueError if positions of text do not rise where the backbone would read on across the restart."""
+    """Raises ValueError if positions of text restart where the backbone would attend across the restart."""
     alive = torch.ones_like(positions, dtype=torch.bool) if alive is None else alive  # (batch, length)
     restarts = (positions.diff(dim=1) < 1) & alive[:, 1:] & alive[:, :-1]  # (batch, length - 1)
-    again = alive[:, 0] & (positions[:, 0] == 0)  # (batch,): position 0 once more, after text in the cache
+    again = alive[:, 0] & (positions[:, 0] == 0)  # (batch,): position 0 again, after text in the cache
     past = seen_positions(cache)
     if not past or (attention_mask is not None and not _is_flat(attention_mask)):
         again = torch.zeros_like(again)

@@ -1,4 +1,4 @@
-"""EngramLayer: memory vectors into the residual stream.
+"""EngramLayer: adds memory vectors to the residual stream.
 
 What it chooses: one key for every residual stream and one value for all; a gate from the RMS-normed products of stream
 and key; an optional short causal convolution over the gated values, added to them. The demo, the paper and V4.1 are
@@ -18,18 +18,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .cache_engram import EngramCacheLayer, with_front
 
 
-# Below this the signed square root is held constant: its slope at 0 is infinite (the demo's value).
+# Below this the signed square root is constant, because its slope at 0 is infinite (the demo's value).
 GATE_FLOOR = 1e-6
 
 
 class Projection(nn.Module):
-    """A linear map that is no `nn.Linear`: quantisers replace those by type, and a memory stays as it was trained.
-
-    Args:
-        inputs (`int`): values in.
-        outputs (`int`): values out.
-        bias (`bool`): whether to add a bias.
-    """
+    """A linear map that is not an `nn.Linear`: quantisers replace those, and the memory must keep its precision."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool):
         super().__init__()
@@ -58,19 +52,19 @@ class EngramLayer(GradientCheckpointingLayer):
         self.norm_eps, self.conv_norm_eps = config.engram_norm_eps, config.engram_conv_norm_eps
         self.key_std, self.value_std = config.engram_initializer_range, config.engram_value_initializer_range
         self.place = config.engram_layer_ids.index(layer_id)
-        self.taps, self.dilation = config.engram_kernel_size, config.engram_max_ngram_size
+        self.kernel_size, self.dilation = config.engram_kernel_size, config.engram_max_ngram_size
         # Rows of the weight: M keys of D rows each, then the value's D rows (V4.1's `wkv`).
         self.key_value = Projection(config.engram_memory_dim, (streams + 1) * hidden, config.engram_projection_bias)
         self.key_norm = nn.Parameter(torch.ones(streams, hidden))
         self.query_norm = nn.Parameter(torch.ones(streams, hidden))
-        if self.taps:
+        if self.kernel_size:
             self.conv_norm = nn.Parameter(torch.ones(streams, hidden))
-            self.conv = nn.Parameter(torch.zeros(self.taps, streams * hidden))
+            self.conv = nn.Parameter(torch.zeros(self.kernel_size, streams * hidden))
 
     @property
-    def reach(self) -> int:
-        """Positions before a token that the convolution sees."""
-        return max(0, self.taps - 1) * self.dilation
+    def receptive_field(self) -> int:
+        """Number of positions before a token that the convolution reads."""
+        return max(0, self.kernel_size - 1) * self.dilation
 
     def forward(
         self,
@@ -80,16 +74,16 @@ class EngramLayer(GradientCheckpointingLayer):
         cache: EngramCacheLayer | None = None,
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What the memory adds to the residual stream.
+        """Computes what the memory adds to the residual stream.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, length, hidden)` or `(batch, length, streams, hidden)`):
-                The residual stream in front of the decoder layer.
+                The residual stream before the decoder layer.
             vectors (`torch.Tensor` of shape `(batch, length, orders * heads * width)`): rows read for each token.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False where the gate is shut.
             cache ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
-            segments (`torch.LongTensor` of shape `(batch, reach or more + length)`, *optional*):
-                Number of the document that each place belongs to; taps do not look into another one.
+            segments (`torch.LongTensor` of shape `(batch, receptive_field or more + length)`, *optional*):
+                Document number of each position; the convolution does not cross documents.
 
         Returns:
             `torch.Tensor` of the shape and dtype of `hidden_states`.
@@ -102,12 +96,12 @@ class EngramLayer(GradientCheckpointingLayer):
         if alive is not None:
             gate = gate * alive[:, :, None, None]
         gated = gate * value  # (B, L, M, D)
-        if self.taps:
+        if self.kernel_size:
             gated = gated + self.convolve(gated, alive, cache, segments)
         return gated.to(hidden_states.dtype).view(hidden_states.shape)
 
     def open_gate(self, stream: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Gate of every token and stream, `(B, L, M, 1)`, from stream and keys of shape `(B, L, M, D)` in float32."""
+        """Returns the gate `(B, L, M, 1)` from stream and keys of shape `(B, L, M, D)` in float32."""
         weight = self.query_norm.float() * self.key_norm.float()  # (M, D)
         score = (stream * keys * weight).sum(-1, keepdim=True) / math.sqrt(self.hidden_size)  # (B, L, M, 1)
         score = score * _rms_scale(stream, self.norm_eps) * _rms_scale(keys, self.norm_eps)
@@ -122,19 +116,20 @@ class EngramLayer(GradientCheckpointingLayer):
         cache: EngramCacheLayer | None,
         segments: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """SiLU of the causal depthwise convolution over normed gated values `(B, L, M, D)`, zero where not alive."""
+        """Applies norm, causal depthwise convolution and SiLU to gated values `(B, L, M, D)`; zero where not alive."""
         batch, length = gated.shape[:2]
         normed = gated * _rms_scale(gated, self.conv_norm_eps) * self.conv_norm.float()  # (B, L, M, D)
         inputs = normed.flatten(2)  # (B, L, M * D)
-        if cache is not None and self.reach:
-            inputs = cache.extend_convolution(inputs, 1 + self.place, self.reach)
-        window = with_front(inputs, self.reach + length)[:, -(self.reach + length) :]  # (B, reach + L, M * D)
+        if cache is not None and self.receptive_field:
+            inputs = cache.extend_convolution(inputs, 1 + self.place, self.receptive_field)
+        width = self.receptive_field + length
+        window = with_front(inputs, width)[:, -width:]  # (B, receptive_field + L, M * D)
         mixed = torch.zeros_like(window[:, :length])  # (B, L, M * D)
-        for tap, weight in enumerate(self.conv.float()):
-            start = tap * self.dilation
+        for step, weight in enumerate(self.conv.float()):
+            start = step * self.dilation
             seen = window[:, start : start + length]  # (B, L, M * D)
             if segments is not None:
-                back = segments.shape[1] - length - self.reach + start
+                back = segments.shape[1] - length - self.receptive_field + start
                 seen = seen * (segments[:, back : back + length] == segments[:, -length:])[:, :, None]
             mixed += seen * weight
         added = F.silu(mixed).view(gated.shape)  # (B, L, M, D)
@@ -142,5 +137,5 @@ class EngramLayer(GradientCheckpointingLayer):
 
 
 def _rms_scale(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Factor that brings the last dimension of `x` to root mean square 1, with that dimension kept as 1."""
+    """Returns the factor that scales the last dimension of `x` to root mean square 1; that dimension is kept as 1."""
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

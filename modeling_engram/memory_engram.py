@@ -1,9 +1,8 @@
 """EngramMemory: everything that a graft adds to a backbone.
 
-Promises: token ids are hashed once and rows read once in a forward pass, for all Engram layers; what a pass carries
-belongs to that pass and that thread. Never finds layers by name and never keeps a history on a module.
-Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3; insertion by pre-hook objects because closures would survive
-`deepcopy` pointing at the first model.
+Promises: a forward pass hashes its token ids once and reads the rows of all Engram layers once. Never finds layers by
+name and never keeps a history on a module.
+Source: Engram (arXiv 2601.07372), sections 2.2 and 2.3.
 """
 
 from dataclasses import dataclass, field
@@ -17,13 +16,13 @@ from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .hash_constants_engram import derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
-from .rows_accelerate_engram import rows_hook, settle_table
+from .rows_accelerate_engram import rows_hook, take_back_table
 from .rows_placement_engram import TABLES_PREFIX, named_orders
 from .rows_prefetch_engram import RowFetch, fetch_ahead
 from .rows_table_engram import EngramTable, TablePart
 
 
-# State-dict prefix that owns every tensor of the memory, and the parts of it that a configuration fixes.
+# State-dict prefix of all tensors of the memory, and of those whose shapes the configuration determines.
 MEMORY_PREFIX = "memory."
 FIXED_PREFIXES = (TABLES_PREFIX, "memory.hashing.")
 
@@ -33,12 +32,12 @@ class MemoryReads:
     """What one forward pass hands to its Engram layers.
 
     Args:
-        tables (`nn.ModuleDict`): by layer.
-        classes (`torch.LongTensor` of shape `(batch, length)`): of the pass's tokens; dead ones have a shut gate.
+        tables (`nn.ModuleDict`): tables by layer.
+        classes (`torch.LongTensor` of shape `(batch, length)`): classes of the tokens; the gate is shut at dead ones.
         rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
-        cache ([`EngramCacheLayer`], *optional*): where histories go.
-        segments (`torch.LongTensor` of shape `(batch, span + length)`, *optional*): documents, None if there is one.
-        fetches (`dict[int, list[RowFetch]]`): rows that are on their way, by layer id.
+        cache ([`EngramCacheLayer`], *optional*): where histories are stored.
+        segments (`torch.LongTensor` of shape `(batch, lookback + length)`, *optional*): document numbers, if several.
+        fetches (`dict[int, list[RowFetch]]`): running prefetches, by layer id.
     """
 
     tables: nn.ModuleDict
@@ -59,20 +58,20 @@ class MemoryReads:
 
     @property
     def device(self) -> torch.device:
-        """Where the classes, the mask and the documents' numbers are."""
+        """Device of classes, mask and document numbers."""
         return self.classes.device
 
     def vectors(self, layer_id: int) -> torch.Tensor:
-        """Memory vectors of a layer, `(batch, length, orders * heads * width)`; waited for if they are on their way."""
+        """Returns a layer's memory vectors, `(batch, length, orders * heads * width)`; waits for their prefetch."""
         return self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
 
     def remember(self) -> None:
-        """Adds the pass's classes to the history, when the backbone has run."""
+        """Appends the pass's classes to the history, after the backbone has run."""
         if self.cache is not None:
             self.cache.remember_classes(self.classes)
 
     def drop(self) -> None:
-        """Ends what is under way when nobody will ask for it."""
+        """Cancels prefetches that nobody will wait for."""
         for fetches in self.fetches.values():
             for fetch in fetches:
                 fetch.drop()
@@ -84,7 +83,8 @@ class EngramMemory(nn.Module):
     Args:
         config ([`EngramConfig`]): sizes and variants.
         token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): None where every id is its own class.
-        hold_tables (`bool`, *optional*, defaults to `True`): whether tables are made, or left to be placed elsewhere.
+        hold_tables (`bool`, *optional*, defaults to `True`): whether to allocate tables, or leave them to be placed
+            later.
     """
 
     def __init__(self, config, token_map: torch.Tensor | None = None, hold_tables: bool = True):
@@ -101,13 +101,13 @@ class EngramMemory(nn.Module):
         )
         self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
         self.reset_token_ids = list(config.engram_reset_token_ids or [])
-        # Places before a token that convolution, and that n-grams or convolution see, and layers with such a history.
-        self.reach = self.layers[str(self.layer_ids[0])].reach
-        self.span = max(self.hashing.context_length, self.reach)
-        self.convolutions = len(self.layer_ids) if self.reach else 0
+        # Earlier positions that the convolution reads, and that either n-grams or the convolution read.
+        self.receptive_field = self.layers[str(self.layer_ids[0])].receptive_field
+        self.lookback = max(self.hashing.context_length, self.receptive_field)
+        self.convolutions = len(self.layer_ids) if self.receptive_field else 0
 
     def named_parts(self) -> dict[str, TablePart]:
-        """The parts of all tables that are anywhere, by their state-dict names."""
+        """Returns the parts of all tables by their state-dict names, unless they are placed nowhere."""
         found = {}
         for prefix, order in named_orders(self.tables):
             order.mend_parts()
@@ -116,16 +116,18 @@ class EngramMemory(nn.Module):
         return found
 
     def names_without_ddp(self) -> list[str]:
-        """State-dict names of what DDP leaves alone: rows are exchanged by themselves, hash constants never change."""
+        """Returns the state-dict names that DDP must ignore: rows are exchanged separately, hash constants never
+        change.
+        """
         tables = [f"{TABLES_PREFIX}{name}" for name, _ in self.tables.named_parameters()]
         return tables + [f"{MEMORY_PREFIX}hashing.{name}" for name, _ in self.hashing.named_buffers()]
 
     def cache_layer(self, cache: Cache | None, backbone_layers: int) -> EngramCacheLayer | None:
-        """The Engram layer of a cache, appended on first sight."""
+        """Returns the Engram layer of a cache, appended on first use."""
         if cache is None:
             return None
-        span = self.span if self.reset_token_ids else 0
-        return engram_cache_layer(cache, backbone_layers, self.convolutions, self.hashing.context_length, span)
+        lookback = self.lookback if self.reset_token_ids else 0
+        return engram_cache_layer(cache, backbone_layers, self.convolutions, self.hashing.context_length, lookback)
 
     def read(
         self,
@@ -134,16 +136,13 @@ class EngramMemory(nn.Module):
         ends: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
     ) -> MemoryReads:
-        """Hashes a batch and begins to read the rows of every layer.
+        """Hashes a batch and starts to read the rows of every layer.
 
         Args:
             ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
-            cache ([`EngramCacheLayer`], *optional*): what came before.
+            cache ([`EngramCacheLayer`], *optional*): history of earlier tokens.
             ends (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `document_ends`.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
-
-        Returns:
-            [`MemoryReads`]
         """
         history = None if cache is None else cache.recent_classes()
         segments = None if ends is None else self.segments(ends, cache)
@@ -152,24 +151,24 @@ class EngramMemory(nn.Module):
         segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
         if not torch.compiler.is_compiling():
-            self.settle()
+            self.take_back_tables()
         if self.placement != "device":
             reads.fetches = self.begin_fetches(rows)
         return reads
 
-    def settle(self) -> None:
-        """Takes tables back from accelerate's hooks, if a dispatch has put some on them."""
+    def take_back_tables(self) -> None:
+        """Takes tables back from accelerate's hooks, if a dispatch has attached any."""
         for table in self.tables._modules.values():
-            # Looked for here, because an attribute of a module costs microseconds in every step of decoding.
+            # Checked on `__dict__`, because module attributes are slow and this runs in every decoding step.
             if any("_hf_hook" in module.__dict__ for module in (table, *table._modules.values())):
-                settle_table(table)
+                take_back_table(table)
 
     @property
     def placement(self) -> str:
         """Where the tables are: "device", "cpu", "disk" or "none".
 
         Raises:
-            `RuntimeError`: if rows are missing that nobody left out.
+            `RuntimeError`: if rows are missing although they were not placed elsewhere.
         """
         order = next(iter(self.tables._modules.values()))._modules["order2"]
         if order.store is not None:
@@ -186,7 +185,7 @@ class EngramMemory(nn.Module):
 
     @torch.compiler.disable
     def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
-        """Lets rows `(layers, batch, length, orders, heads)` be read while the layers before theirs run."""
+        """Starts to prefetch rows `(layers, batch, length, orders, heads)` while earlier decoder layers run."""
         fetches, rows = {}, rows.to("cpu")  # one wait for the device, for all layers and orders
         for layer, own in zip(self.layer_ids, rows, strict=True):
             device = layer_device(self.layers[str(layer)])
@@ -197,19 +196,21 @@ class EngramMemory(nn.Module):
         return fetches
 
     def resets(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Where documents end by `engram_reset_token_ids`, `(batch, length)`; None if there are none."""
+        """Returns where documents end by `engram_reset_token_ids`, `(batch, length)`; None if the memory does not
+        reset.
+        """
         if not self.reset_token_ids:
             return None
-        # Compared with numbers: a tensor of them would be a copy to the device that the host waits for, in every pass.
+        # Compared with Python numbers: a tensor of them would be copied to the device in every pass.
         ends = ids == self.reset_token_ids[0]  # (batch, length)
         for token in self.reset_token_ids[1:]:
             ends |= ids == token
         return ends
 
     def segments(self, ends: torch.Tensor, cache: EngramCacheLayer | None) -> torch.Tensor:
-        """Numbers the documents, `(batch, span + length)`, from the flags `(batch, length)` of their last positions."""
+        """Numbers the documents, `(batch, lookback + length)`, from flags `(batch, length)` of their last positions."""
         keeps = cache is not None and self.reset_token_ids
-        full = cache.extend_ends(ends) if keeps else F.pad(ends, (self.span, 0))  # (batch, span + length)
+        full = cache.extend_ends(ends) if keeps else F.pad(ends, (self.lookback, 0))  # (batch, lookback + length)
         return full.cumsum(1) - full.long()  # the last position still belongs to its document
 
 
@@ -226,7 +227,7 @@ def refuse_copied_code(model: nn.Module) -> None:
 
 
 def layer_device(layer: EngramLayer) -> torch.device:
-    """Where a layer computes, also while accelerate or FSDP keep its weights elsewhere."""
+    """Returns where a layer computes, also while accelerate or FSDP keep its weights elsewhere."""
     projection = layer.key_value
     if projection.weight.is_meta:
         device = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)

@@ -1,11 +1,11 @@
-"""EngramModel and EngramForCausalLM: any causal language model of Transformers with an Engram memory in it.
+"""EngramModel and EngramForCausalLM: any causal language model of Transformers with an Engram memory.
 
-What it chooses: the backbone stays as it is, under `backbone.`, with the parameter names that it always had; everything
-else, under `memory.`, belongs to the memory. A forward pass hashes its ids once, reads the rows of all layers, and lets
-pre-hooks on the decoder layers add them to the residual stream.
-Promises: a fresh graft gives the donor's logits; decoding with a cache equals decoding without; a memory is never
+What it chooses: the backbone is unchanged, under `backbone.`, with its own parameter names; everything under `memory.`
+belongs to the memory. A forward pass hashes its ids once, reads the rows of all layers, and lets pre-hooks on the
+decoder layers add them to the residual stream.
+Promises: a fresh graft gives the backbone's logits; decoding with a cache equals decoding without; a memory is never
 silently random. Never keeps state of a text on a module.
-Source: Engram (arXiv 2601.07372), section 2; docs/design.md for what differs.
+Source: Engram (arXiv 2601.07372), section 2; docs/design.md for differences.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import inspect
 from .configuration_engram import EngramConfig, saying_what_to_install
 
 
-with saying_what_to_install():  # every other file of a checkpoint's own code is imported from here
+with saying_what_to_install():  # imports every other file of a checkpoint's own code
     import torch
     from torch import nn
     from transformers import GenerationMixin, PreTrainedModel
@@ -29,7 +29,7 @@ with saying_what_to_install():  # every other file of a checkpoint's own code is
 
 
 class EngramModel(EngramPreTrainedModel):
-    """The backbone without its language-model head, with memory; the same state-dict keys as [`EngramForCausalLM`].
+    """The backbone without its language-model head, with memory; same state-dict keys as [`EngramForCausalLM`].
 
     Args:
         config ([`EngramConfig`]): the configuration.
@@ -66,27 +66,7 @@ class EngramModel(EngramPreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the backbone with memory.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*): token ids.
-            attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*):
-                0 at pads, which break n-grams and shut the gate.
-            position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Handed to the backbone. Where they restart, a packed document begins (`attention_mask=None` and
-                `use_cache=False`).
-            cache (`Cache`, *optional*):
-                Holds the memory's histories with keys and values; `past_key_values` is its old name.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
-                Needs `engram_input_ids`.
-            use_cache (`bool`, *optional*): defaults to the backbone's setting.
-            engram_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Ids for the memory, -1 where a position is no text. Defaults to `input_ids`.
-            engram_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                The two-dimensional mask, needed when `attention_mask` is not; with or without the past's columns.
-            engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Documents packed into one row, for n-grams and convolution alone: what the backbone attends to is up to
-                `attention_mask` and `position_ids`. Defaults to where `position_ids` restart.
-            kwargs (`TransformersKwargs`): further arguments of the backbone, such as `output_hidden_states`: states
-                between layers are those before the memory is added, but the first is what layer 0 is given.
+        Takes the arguments of [`EngramForCausalLM.forward`] but `labels` and `logits_to_keep`.
 
         Returns:
             `BaseModelOutputWithPast`, as the backbone returns it.
@@ -139,14 +119,15 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         trust_remote_code: bool = False,
         **kwargs,
     ) -> "EngramForCausalLM":
-        """Grafts a fresh memory onto a model, in memory and trainable at once; the logits stay the donor's.
+        """Grafts a fresh memory onto a model, in memory and trainable at once; the logits stay the backbone's.
 
         Args:
-            donor (`PreTrainedModel` or `str`): a causal language model (taken over, not copied), a folder or a Hub id.
-            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): the donor's; found by itself for a folder or id.
+            donor (`PreTrainedModel` or `str`): a causal language model (used, not copied), a folder or a Hub id.
+            tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): the backbone's; found for a folder or id if
+                None.
             engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and middle if None.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
-                Runs the code of a tokenizer that brings its own. A donor that does is refused: a graft cannot carry it.
+                Runs the code of a custom tokenizer. A model with custom code is refused: a graft cannot carry it.
             kwargs: other fields of [`EngramConfig`] (`engram_vocab_size=200_000`, `engram_head_dim=48`, ...), or
                 `**PRESETS["engram-27b"]`; for a folder or id also arguments of `from_pretrained` (`dtype`, ...).
                 Without `engram_vocab_size`, all tables together take at most 2 bytes for each parameter of the
@@ -156,10 +137,10 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             [`EngramForCausalLM`] in evaluation mode.
 
         Raises:
-            `TypeError`: if the donor is no model, or a model comes without its tokenizer.
-            `ValueError`: if the donor cannot take a memory, or tables whose size was not given would take more than
-                half of the free memory.
-            `ImportError`: for a donor that carries adapters, in a checkpoint's copy of the code.
+            `TypeError`: if the backbone is not a model, or a model comes without its tokenizer.
+            `ValueError`: if the backbone cannot take a memory, or tables of the default size would take more than half
+                of the free memory.
+            `ImportError`: for a backbone that carries adapters, in a checkpoint's copy of the code.
 
         Example:
 
@@ -194,22 +175,22 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch, past + length)`, *optional*):
                 0 at pads, which break n-grams and shut the gate.
             position_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Handed to the backbone. Where they restart, a packed document begins (`attention_mask=None` and
+                Passed to the backbone. Where they restart, a packed document begins (with `attention_mask=None` and
                 `use_cache=False`).
             cache (`Cache`, *optional*):
-                Holds the memory's histories with keys and values; `past_key_values` is its old name.
+                Holds the memory's history with keys and values; `past_key_values` is its old name.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, hidden)`, *optional*):
                 Needs `engram_input_ids`.
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): for the loss; -100 is left out.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*): for the loss; -100 is ignored.
             use_cache (`bool`, *optional*): defaults to the backbone's setting.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): last positions to compute; 0 for all.
             engram_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Ids for the memory, -1 where a position is no text. Defaults to `input_ids`.
+                Ids for the memory, -1 where a position is not text. Defaults to `input_ids`.
             engram_attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
-                The two-dimensional mask, needed when `attention_mask` is not; with or without the past's columns.
+                A two-dimensional mask, needed if `attention_mask` is not one; with or without the past's columns.
             engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                Documents packed into one row, for n-grams and convolution alone: what the backbone attends to is up to
-                `attention_mask` and `position_ids`. Defaults to where `position_ids` restart.
+                Documents packed into one row, only for n-grams and convolution: attention depends on `attention_mask`
+                and `position_ids`. Defaults to where `position_ids` restart.
             kwargs (`TransformersKwargs`): further arguments of the backbone, such as `output_hidden_states`: states
                 between layers are those before the memory is added, but the first is what layer 0 is given.
 
@@ -231,8 +212,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         return self.run_with_memory(self.backbone, inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
-        # `inputs_embeds` is named because `generate` looks for it in this signature. The backbone prepares: some types
-        # (phi3, falcon_h1) do it in ways of their own.
+        # `generate` looks for `inputs_embeds` in this signature. The backbone prepares its inputs, because some types
+        # (phi3, falcon_h1) override it.
         engram_ids = kwargs.pop("engram_input_ids", None)
         prepare = self.backbone.prepare_inputs_for_generation
         name = cache_argument(prepare) or CACHE
@@ -245,8 +226,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         inputs = with_cache_named(inputs, CACHE)
         embeds = inputs.get("inputs_embeds")
         batch, length = (inputs["input_ids"] if embeds is None else embeds).shape[:2]
-        # Compilable caches get a mask of four dimensions; no mask at all says that there are no pads. Only this pass's
-        # columns, so that the shape stays the same in every step of a compiled decoding.
+        # Compilable caches get a mask of four dimensions; no mask means no pads. Only this pass's columns, so that the
+        # shape is constant in compiled decoding.
         if attention_mask is not None and attention_mask.ndim == 2:
             inputs["engram_attention_mask"] = attention_mask[:, -length:]  # (batch, length)
         elif attention_mask is None and inputs.get("attention_mask") is not None:
@@ -256,7 +237,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         elif engram_ids is not None:
             cache = inputs.get(CACHE)
             first = 0 if cache is None else seen_tokens(cache)
-            given = engram_ids[:, first : first + length]  # (batch, up to length): what was generated is text
+            given = engram_ids[:, first : first + length]  # (batch, up to length): generated ids are text
             inputs["engram_input_ids"] = torch.cat([given, inputs["input_ids"][:, given.shape[1] :]], dim=1)
         return inputs
 
@@ -271,13 +252,13 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         if self.runs_as_donor:
             return result
         layer = self.memory.cache_layer(model_kwargs.get(CACHE), self.config.text_config.num_hidden_layers)
-        # Before anything is recorded: `generate` has already asked the other layers of an assistant's cache to.
+        # `generate` has already done so for the other layers of an assistant's cache.
         if layer is not None and generation_config.is_assistant:
             layer.activate_past_recording()
         return result
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        # Recorded histories grow with every pass, so that each would be compiled anew and have no fixed address.
+        # Recorded histories grow with every pass, so that each pass would be recompiled.
         cache = model_kwargs.get(CACHE)
         if isinstance(cache, Cache) and any(getattr(layer, "record_past", False) for layer in cache.layers):
             return False
@@ -296,7 +277,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
 
 class WithoutHead:
-    """A language model's base model: its hidden states, memory included; every other attribute is the backbone's.
+    """A language model's base model: returns hidden states, memory included; other attributes are the backbone's.
 
     Args:
         model ([`EngramForCausalLM`]): the model.
@@ -313,7 +294,7 @@ class WithoutHead:
 
 
 def _drop_head(backbone: PreTrainedModel) -> None:
-    """Takes the language-model head off a backbone; the other names stay what they were."""
+    """Removes the language-model head from a backbone; the other names stay."""
     head = backbone.get_output_embeddings()
     names = [name for name, module in backbone.named_modules() if module is head]
     backbone.set_output_embeddings(nn.Identity())

@@ -1,7 +1,7 @@
-"""EngramPreTrainedModel: what both Engram models share - the memory, its insertion, and what a forward pass reads.
+"""EngramPreTrainedModel: what both Engram models share: the memory, its insertion, and the inputs of a forward pass.
 
-Promises: every parameter that is not under `backbone.` is under `memory.` and belongs to the memory; a backbone keeps
-the names that it always had. Never keeps state of a text on a module.
+Promises: every parameter is under `backbone.`, with the backbone's own name, or under `memory.`. Never keeps state of a
+text on a module.
 Source: docs/design.md, "Any backbone".
 """
 
@@ -60,7 +60,7 @@ logger = logging.get_logger(__name__)
 
 
 class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
-    """What both Engram models share: the memory, its insertion, and loading and saving it with the backbone."""
+    """Shared by both Engram models: the memory, its insertion, and loading and saving it with the backbone."""
 
     config_class = EngramConfig
     config: EngramConfig
@@ -90,16 +90,16 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         take_over_attention(config, self.backbone.config)
         self.backbone.is_custom_code = leaves_conversions_to_base_model
         take_over_quantiser(self, self.backbone)
-        # Transformers leaves out modules of custom code that have no tensor of their own left to fill; falcon_h1 fills
-        # its layers' buffers from such a one. What counts is whose code the backbone is.
+        # Transformers does not initialise modules of custom code whose tensors are all loaded, but falcon_h1 fills its
+        # layers' buffers from such a module. So this says whose code the backbone is.
         self.is_custom_code = type(self.backbone).is_custom_code
         take_over_traits(self, self.backbone)
         self.memory = EngramMemory(config, token_map, hold_tables)
         self.checkpoint_tables: CheckpointTables | None = None
-        # Where DDP looks, under the names that the model has alone and inside of PEFT's.
+        # For DDP, under the names that parameters have with and without PEFT.
         left_out = self.memory.names_without_ddp()
         leave_out_of_ddp(self, left_out + [f"base_model.model.{name}" for name in left_out])
-        # By whether the whole backbone runs, or its base model.
+        # True: the whole backbone runs; False: its base model.
         self.cache_arguments = {
             True: cache_argument(self.backbone.forward) or CACHE,
             False: cache_argument(self.backbone.base_model.forward) or CACHE,
@@ -118,7 +118,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for experts in a class's own source; here they are the backbone's, and it is asked next.
+        # Transformers looks for experts in this class's source; they are the backbone's, which is asked next.
         return True
 
     @torch.no_grad()
@@ -134,13 +134,13 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             super()._init_weights(module)
 
     def init_hasher(self, hasher: NgramHasher) -> None:
-        """Hash constants of a model that was made without storage and is not filled from a checkpoint.
+        """Fills hash constants of a model that was made without storage and is not loaded from a checkpoint.
 
         Raises:
-            [`EngramFormatError`]: if the token map is lost, which the configuration knows by its digest alone.
+            [`EngramFormatError`]: if the token map is lost, of which the configuration has only the digest.
         """
         if hasher.token_map.device.type == "meta" or is_loaded(hasher.token_map):
-            return  # not there yet, or from a checkpoint, and checked when that is loaded
+            return  # not loaded yet, or checked when it is
         if self.config.engram_token_map_sha256 is not None:
             hasher.check(self.config)
             return
@@ -150,7 +150,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             initialization.copy_(getattr(hasher, name), tensor)
 
     def init_engram_layer(self, layer: EngramLayer) -> None:
-        """Fresh dense weights: keys and value normal with deviations of their own, norms 1, convolution 0."""
+        """Initialises dense weights: keys and value normal, each with its own deviation; norms 1; convolution 0."""
         weight = layer.key_value.weight
         if not is_loaded(weight):
             keys, value = weight.split([len(weight) - layer.hidden_size, layer.hidden_size])
@@ -160,19 +160,16 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             initialization.zeros_(layer.key_value.bias)
         for norm in (layer.key_norm, layer.query_norm):
             initialization.ones_(norm)
-        if layer.taps:
+        if layer.kernel_size:
             initialization.ones_(layer.conv_norm)
             initialization.zeros_(layer.conv)
 
     def run_with_memory(
         self, module: nn.Module, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids
     ):
-        """Runs a forward pass of the backbone, or of its base model, with what the memory holds for it.
+        """Runs the backbone, or its base model, with memory; cache and `use_cache` are filled in.
 
-        Args:
-            module (`nn.Module`): the backbone or its base model.
-            inputs (`dict`): its arguments; cache and `use_cache` are filled in.
-            engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
+        `engram_input_ids`, `engram_attention_mask` and `engram_segment_ids` are those of [`EngramForCausalLM.forward`].
         """
         if is_replica(self):
             raise RuntimeError(
@@ -201,11 +198,11 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         if reads is WITHOUT_MEMORY:
             return outputs
         self.refuse_lost_layers(reads.left)
-        reads.remember()  # not before: hybrid backbones ask the cache's last layer whether anything came before
+        reads.remember()  # last, because hybrid backbones ask the cache's last layer whether it has a history
         return outputs
 
     def refuse_lost_layers(self, left: set[int]) -> None:
-        """Raises RuntimeError if a pass ended and some Engram layers that it ran never asked for their rows."""
+        """Raises RuntimeError if a pass ended and some of its Engram layers never asked for their rows."""
         text_config = self.backbone.config.get_text_config(decoder=True)
         if not left or (self.training and getattr(text_config, "layerdrop", 0)):
             return
@@ -218,12 +215,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             )
 
     def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> MemoryReads:
-        """Checks what a pass is given, hashes it, and begins to fetch its rows.
-
-        Args:
-            inputs (`dict`): arguments of the backbone.
-            engram_input_ids, engram_attention_mask, engram_segment_ids: see [`EngramForCausalLM.forward`].
-        """
+        """Checks and hashes the inputs of a pass, and starts to prefetch rows; arguments as for `run_with_memory`."""
         refuse_engine(self.backbone.config)
         memory, cache = self.memory, inputs["cache"]
         ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
@@ -247,14 +239,14 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         return memory.read(ids, layer, ends, alive)
 
     def outputs_wanted(self) -> dict[str, bool]:
-        """Arguments for what the configuration asks to be returned: the backbone looks at its own configuration."""
-        config = self.config  # looked up once: an attribute of a module or a configuration costs microseconds
+        """Returns arguments for the outputs that our configuration asks for: the backbone reads only its own."""
+        config = self.config  # looked up once, because module attributes are slow
         wanted = {name: True for name in ("output_hidden_states", "output_attentions") if getattr(config, name)}
         return wanted if config.return_dict else {**wanted, "return_dict": False}
 
     @contextmanager
     def disable_memory(self):
-        """Runs the model as its donor while the block runs, for this thread: no row is read, nothing is added.
+        """Runs the model as its backbone while the block runs, for this thread: no row is read, nothing is added.
 
         A cache that was begun with memory cannot be continued without it, nor the other way round.
 
@@ -262,23 +254,24 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         ```python
         >>> with model.disable_memory():
-        ...     donor_logits = model(**inputs).logits
+        ...     backbone_logits = model(**inputs).logits
         ```"""
         with self.reads_in_flight.hold(WITHOUT_MEMORY):
             yield self
 
-    def set_trainable(self, word: str) -> "EngramPreTrainedModel":
-        """Says what is trained; everything else is frozen. Kept in the configuration, and restored when it is loaded.
+    def set_trainable(self, trainable: str) -> "EngramPreTrainedModel":
+        """Sets which parameters are trained and freezes the others. Stored in the configuration and restored on
+        loading.
 
         Args:
-            word (`str`): "memory" (tables, projections, norms, convolution), "tables" (rows alone), "memory+lora" (the
-                memory and the adapters that PEFT has put into the backbone) or "all".
+            trainable (`str`): "memory" (tables, projections, norms, convolution), "tables" (only rows), "memory+lora"
+                (the memory and the PEFT adapters in the backbone) or "all".
 
         Returns:
             The model.
 
         Raises:
-            `ValueError`: for another word, or for "memory+lora" without an adapter.
+            `ValueError`: for another value, or for "memory+lora" without an adapter.
             `ImportError`: in a checkpoint's copy of the code.
 
         Example:
@@ -286,8 +279,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         ```python
         >>> model = model.set_trainable("memory")
         ```"""
-        full_package("training").apply_trainable(self, word)
-        self.config.engram_trainable = word
+        full_package("training").apply_trainable(self, trainable)
+        self.config.engram_trainable = trainable
         return self
 
     def save_memory_delta(self, path: str | os.PathLike, base: str | os.PathLike | None = None, **provenance) -> Path:
@@ -296,7 +289,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Args:
             path (`str` or `os.PathLike`): a file, or a folder for `memory_delta.safetensors`.
             base (`str` or `os.PathLike`, *optional*): the checkpoint that it changes; that of the model if None.
-            provenance: anything that JSON can hold, kept in the file.
+            provenance: anything that JSON can hold, stored in the file.
 
         Returns:
             `Path` of the file.
@@ -316,7 +309,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def load_memory_delta(
         self, path: str | os.PathLike, base: str | os.PathLike | None = None
     ) -> "EngramPreTrainedModel":
-        """Makes the memory what it was when a delta was saved, whatever was trained since.
+        """Restores the memory of a saved delta, whatever was trained since.
 
         Args:
             path (`str` or `os.PathLike`): the file, or its folder.
@@ -327,8 +320,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             The model.
 
         Raises:
-            `FileNotFoundError`: if the delta or its base is not there.
-            [`EngramFormatError`]: if it is damaged, of another memory or another base; nothing is changed then.
+            `FileNotFoundError`: if the delta or its base is missing.
+            [`EngramFormatError`]: if it is damaged, of another memory or another base; the model is unchanged then.
 
         Example:
 
@@ -338,7 +331,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         return full_package("loading a delta").load_memory_delta(self, path, base)
 
     def memory_summary(self) -> str:
-        """A table of the memory: rows and bytes of each layer's orders, where they are, and what is trainable.
+        """Returns a table of the memory: rows, bytes and placement of each layer's orders, and what is trainable.
 
         Example:
 
@@ -368,19 +361,19 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
 
         Args:
             placement (`str`):
-                "device" (parameters, with the other weights), "cpu" (host memory; rows travel), "disk" (rows are read
-                from the checkpoint's files), "none" (not loaded; the model runs as its donor), or "auto" (the first of
-                "device", "cpu", "disk" with room to spare).
+                "device" (parameters, with the other weights), "cpu" (host memory; rows are sent to the device), "disk"
+                (rows are read from the checkpoint's files), "none" (not loaded; the model runs as its backbone), or
+                "auto" (the first of "device", "cpu", "disk" with room to spare).
             folder (`str` or `os.PathLike`, *optional*):
-                A checkpoint of this very memory to take tables from that are not loaded, or to leave them in; where the
-                model came from, or was saved first, if None.
+                A checkpoint of this memory to load tables from, or to leave them in; where the model came from, or was
+                saved first, if None.
             settings: of [`EngramRowsHook`] (`prefetch`, `verify`, `execution_device`).
 
         Returns:
             The model.
 
         Raises:
-            `ValueError`: for another word, for "disk" if the tables are in no file or were trained since.
+            `ValueError`: for another placement; for "disk" if the tables are in no file or were trained since.
 
         Example:
 
@@ -390,7 +383,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         tables = self.memory.tables
         devices = {name: layer_device(layer) for name, layer in self.memory.layers.items()}
         check_placement(placement)
-        self.memory.settle()
+        self.memory.take_back_tables()
         files = self.checkpoint_tables if folder is None else self.tables_of(Path(folder))
         if placement == "auto":
             others = sum(p.nbytes for name, p in self.named_parameters() if not name.startswith(TABLES_PREFIX))
@@ -402,7 +395,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         return self
 
     def tables_of(self, folder: Path) -> CheckpointTables:
-        """The tables in a folder.
+        """Returns the tables in a folder.
 
         Raises:
             `FileNotFoundError`: if there is no checkpoint.
@@ -420,7 +413,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         return CheckpointTables(folder)
 
     def describe_placement(self) -> str:
-        """One line: where the tables are, and how large."""
+        """Returns one line: where the tables are, and how large."""
         size, placement = placed_bytes(self.memory.tables), self.memory.placement
         where = {
             "device": "with the other weights",
@@ -434,21 +427,16 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def fresh_cache(
         self, cache: Cache | None, use_cache: bool | None, checkpointing: bool
     ) -> tuple[Cache | None, bool]:
-        """The cache of a forward pass, and whether the backbone is to use one.
-
-        Args:
-            cache (`Cache`, *optional*): what the caller gave.
-            use_cache (`bool`, *optional*): what the caller asked for.
-            checkpointing (`bool`): whether layers will be run again in the backward pass, if there is one.
+        """Returns the cache of a forward pass, and whether the backbone uses one, from what the caller gave.
 
         Raises:
             `ValueError`: for a cache that holds tokens where gradient checkpointing keeps the backbone from reading it.
         """
         if use_cache is None:
-            # Trainer and users set it on the model's own configuration, which otherwise has none.
+            # Only Trainer and users set it on the outer configuration.
             backbones = getattr(self.config.text_config, "use_cache", False)
             use_cache = bool(getattr(self.config, "use_cache", backbones))
-        if checkpointing and torch.is_grad_enabled():  # the backbone's layers will drop the cache
+        if checkpointing and torch.is_grad_enabled():  # the backbone's layers drop the cache
             if cache is not None and seen_tokens(cache):
                 raise ValueError(
                     f"the cache holds {seen_tokens(cache)} tokens, and gradient checkpointing keeps layers from "
@@ -472,8 +460,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         check_token_map(self.memory.hashing.token_map, tokenizer, self.config.engram_compressed_vocab_size)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
-        # What all public names for it come to in every version: `gradient_checkpointing_enable` up to 5.22 and
-        # `activation_checkpointing_enable` after it.
+        # Called by the public names: `gradient_checkpointing_enable`, since 5.23 `activation_checkpointing_enable`.
         if enable:
             refuse_checkpointing()
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
@@ -481,10 +468,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
     ) -> nn.Module:
-        """As in Transformers; new ids get classes of their own after all others, so old addresses stay."""
+        """As in Transformers; new ids get their own classes after all others, so old addresses stay."""
         if new_num_tokens is not None:
             multiple = pad_to_multiple_of or 1
-            # Before anything is changed.
             self.memory.hashing.check_shrinking(-(-new_num_tokens // multiple) * multiple)
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         self.memory.hashing.resize(self.config.text_config.vocab_size, self.config.engram_compressed_vocab_size)

@@ -1,11 +1,10 @@
-"""Accelerate's hooks on tables: the one of ours that brings rows, and what undoes accelerate's own.
+"""Accelerate's hooks on tables: ours, which copies rows to the device, and code that removes accelerate's own.
 
-What it chooses: accelerate's own hooks bring a module's whole table to the device in every forward pass; ours brings
-the rows. It is attached to what gathers rows, the `OrderRows` of a memory. After the first forward pass of a model that
-`dispatch_model`, `cpu_offload`, `disk_offload` or a device map has put hooks on, tables are read by rows from where
-accelerate keeps them.
-Promises: results, state dict and saved files are those of the module without it; an order's parts hold no row while it
-is on, so no `.to`, no broadcast and no sharding moves a table; detaching undoes attaching; hooks of others stay. Never
+What it chooses: accelerate's hooks copy a whole table to the device in every forward pass; ours copies rows. It is
+attached to the `OrderRows` of a memory. After `dispatch_model`, `cpu_offload`, `disk_offload` or a device map, the next
+forward pass takes tables back: rows are then read from where accelerate keeps them.
+Promises: results, state dict and saved files are those of the module without it; parts hold no row while it is
+attached, so that `.to`, broadcasts and sharding move no table; detaching undoes attaching; other hooks stay. Never
 keeps rows of an earlier pass, and never moves a table.
 Source: accelerate 1.15, `hooks.py` and `utils/offload.py`; docs/offload.md.
 """
@@ -30,12 +29,12 @@ from .rows_table_engram import BroughtRows, EngramTable, OrderRows
 
 
 class EngramRowsHook(ModelHook):
-    """Brings the rows that an order is asked for to where they are needed; the table stays where it is.
+    """Copies the rows that an order is asked for to the device that needs them; the table stays where it is.
 
     Args:
         store ([`RowStore`], *optional*): where the rows are; the order's own, moved to the host, if None.
-        execution_device (`torch.device` or `str`, *optional*): where rows are needed; where the ids are if None.
-        prefetch (`bool`, *optional*, defaults to `True`): let a memory fetch rows before the layers that need them.
+        execution_device (`torch.device` or `str`, *optional*): where rows are needed; the device of the ids if None.
+        prefetch (`bool`, *optional*, defaults to `True`): read rows before the layers that need them.
         verify (`bool`, *optional*, defaults to `False`): for debugging: read all rows again when they are used.
     """
 
@@ -86,12 +85,12 @@ class EngramRowsHook(ModelHook):
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
             many = brought.places.numel() > FEW_ROWS  # their rows are unique and ascending
             if many and isinstance(module.store, RowOverlay) and brought.values.is_cpu:
-                module.store.see(brought.rows, brought.values)  # its optimizer will ask for them
+                module.store.see(brought.rows, brought.values)  # for the optimizer
             brought = BroughtRows(brought.values, brought.places, brought.rows, parts)
         return (ids,), {"brought": brought}
 
     def ask(self, module: OrderRows, ids: torch.Tensor, device: torch.device) -> RowFetch:
-        """A fetch of rows that has not begun."""
+        """Returns a prefetch that has not started."""
         return RowFetch(module.store, ids, self.execution_device or device)
 
     def compare(self, module: OrderRows, ids: torch.Tensor, brought: BroughtRows) -> None:
@@ -99,7 +98,7 @@ class EngramRowsHook(ModelHook):
         rows = ids.to("cpu").flatten()
         given = brought.values.detach().to("cpu")[brought.places.to("cpu").flatten()]  # (reads, width)
         right = module.store.read(rows)  # (reads, width)
-        # As bytes: a row may hold NaN.
+        # As bytes, because a row may hold NaN.
         differs = (given.view(torch.uint8) != right.view(torch.uint8)).any(1) if len(rows) == len(given) else rows >= 0
         if bool(differs.any()):
             first = int(torch.nonzero(differs)[0])
@@ -110,7 +109,7 @@ class EngramRowsHook(ModelHook):
 
 
 class HookedForward:
-    """What accelerate puts in place of a hooked module's `forward`, as an object: accelerate's cannot be pickled.
+    """Replaces a hooked module's `forward` as accelerate does, but can be pickled.
 
     Args:
         module (`nn.Module`): a module with a hook.
@@ -125,14 +124,14 @@ class HookedForward:
 
 
 def attach_rows_hook(module: nn.Module, hook: EngramRowsHook) -> None:
-    """Puts our hook behind those that a module has."""
+    """Appends our hook to those that a module has."""
     add_hook_to_module(module, hook, append=True)
     if module._hf_hook is hook:
         module.forward = HookedForward(module)
 
 
 def _held_hooks(module: nn.Module) -> list[ModelHook]:
-    """The hooks on a module; accelerate puts sequences into sequences."""
+    """Returns the hooks on a module; accelerate nests sequences."""
 
     def flat(hook) -> list[ModelHook]:
         return [inner for held in hook.hooks for inner in flat(held)] if isinstance(hook, SequentialHook) else [hook]
@@ -141,12 +140,12 @@ def _held_hooks(module: nn.Module) -> list[ModelHook]:
 
 
 def rows_hook(module: nn.Module) -> EngramRowsHook | None:
-    """Our hook on a module, if any."""
+    """Returns our hook on a module, if any."""
     return next((hook for hook in _held_hooks(module) if isinstance(hook, EngramRowsHook)), None)
 
 
 def detach_rows_hook(module: nn.Module) -> None:
-    """Takes our hook off a module; other hooks stay."""
+    """Removes our hook from a module; other hooks stay."""
     ours = rows_hook(module)
     if ours is None:
         return
@@ -156,10 +155,10 @@ def detach_rows_hook(module: nn.Module) -> None:
         add_hook_to_module(module, hook, append=True)
 
 
-def settle_table(table: EngramTable) -> None:
-    """Takes a table back from accelerate's hooks, which would bring it to the device as a whole.
+def take_back_table(table: EngramTable) -> None:
+    """Takes a table back from accelerate's hooks, which would copy it to the device as a whole.
 
-    Called at the begin of a forward pass, when all dispatching is done.
+    Called at the start of a forward pass, when dispatching is done.
     """
     orders = table.orders()
     if not any("_hf_hook" in module.__dict__ for module in (table, *orders)):
@@ -175,26 +174,26 @@ def settle_table(table: EngramTable) -> None:
             _drop_align_hooks(order)
             order.mend_parts()
         elsewhere = elsewhere or not order.is_resident
-    if elsewhere and _align_hooks(table):  # it would carry the rows' numbers to the device and back
+    if elsewhere and _align_hooks(table):  # it would copy row numbers to the device and back
         _drop_align_hooks(table)
 
 
 def _align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    """Accelerate's own hooks on a module."""
+    """Returns accelerate's own hooks on a module."""
     return [hook for hook in _held_hooks(module) if isinstance(hook, AlignDevicesHook)]
 
 
 def computing_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where accelerate's hooks bring it, or where its first tensor is."""
+    """Returns where a module computes: the device of accelerate's hooks, or of its first tensor."""
     hooks = [hook for inner in module.modules() for hook in _align_hooks(inner)]
     device = next((hook.execution_device for hook in hooks if hook.execution_device is not None), None)
     if device is not None:
-        return torch.empty(0, device=device).device  # accelerate says `0` for the first accelerator
+        return torch.empty(0, device=device).device  # accelerate writes `0` for the first accelerator
     return next(module.parameters()).device
 
 
 def _drop_align_hooks(module: nn.Module) -> None:
-    """Takes accelerate's own hooks off a module without moving anything; other hooks stay."""
+    """Removes accelerate's own hooks without moving anything; other hooks stay."""
     kept = [hook for hook in _held_hooks(module) if not isinstance(hook, AlignDevicesHook)]
     if kept:
         module._hf_hook = kept[0] if len(kept) == 1 else SequentialHook(*kept)
@@ -204,10 +203,10 @@ def _drop_align_hooks(module: nn.Module) -> None:
 
 
 def _waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
-    """Where accelerate keeps the rows of an order between passes.
+    """Returns the store where accelerate keeps the rows of an order between passes.
 
     Raises:
-        `RuntimeError`: if they are nowhere.
+        `RuntimeError`: if there is none.
     """
     weights = hook.weights_map
     dataset, prefix = getattr(weights, "dataset", weights), getattr(weights, "prefix", "")
@@ -228,7 +227,7 @@ def _waiting_rows(order: OrderRows, hook: AlignDevicesHook) -> RowStore:
 
 
 def _offloaded_part(dataset, entry: dict, name: str, order: OrderRows, opened: dict[Path, ShardFile]) -> FilePart:
-    """A part in accelerate's offload folder, or in the safetensors file that its index names."""
+    """Returns the location of a part in accelerate's offload folder, or in the safetensors file of its index."""
     if "safetensors_file" in entry:
         path = Path(entry["safetensors_file"])
         if path not in opened:

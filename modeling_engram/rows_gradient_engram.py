@@ -1,10 +1,10 @@
-"""RowGradient: the gradient of a table, which is the rows that were read and their values.
+"""RowGradient: the gradient of a table: the rows that were read and their gradients.
 
-What it chooses: it is the parameter's own `.grad`, a tensor that claims the table's shape and stores its rows alone. So
-whatever measures, clips or unscales gradients (torch's clipping, Trainer, Accelerate, gradient scalers) reaches rows
-without knowing of them, and an optimizer that cannot update a table by rows raises an error instead of skipping it.
-Promises: its size is that of the rows that were read, whatever the size of the table; a gradient that no optimizer will
-ever apply is an error and does not grow. Never becomes a dense tensor.
+What it chooses: it is the parameter's own `.grad`, a tensor with the table's shape that stores only its rows. So
+everything that measures, clips or unscales gradients (torch's clipping, Trainer, Accelerate, gradient scalers) works on
+rows, and an optimizer that cannot update a table by rows raises an error instead of skipping it.
+Promises: its size is that of the rows that were read; a gradient that no optimizer will apply raises an error and does
+not grow. Never becomes a dense tensor.
 Source: Engram (arXiv 2601.07372), section 2.5 (gradients of active rows go back to the table).
 """
 
@@ -29,11 +29,11 @@ class RowGradient(torch.Tensor):
     """Gradient of a part of a table at the rows that were read.
 
     Args:
-        part (`torch.Tensor` of shape `(rows of the part, width)`): what it is the gradient of.
+        part (`torch.Tensor` of shape `(rows of the part, width)`): the parameter.
         rows (`torch.LongTensor` of shape `(touched,)`): ascending and unique.
         row_values (`torch.FloatTensor` of shape `(touched, width)`): float32.
 
-    `applied` says whether an optimizer has used it, `exchanged` whether it is that of all processes.
+    `applied` says whether an optimizer has used it, `exchanged` whether it is summed over all processes.
     """
 
     @staticmethod
@@ -56,13 +56,13 @@ class RowGradient(torch.Tensor):
 
     @property
     def dtype(self) -> torch.dtype:
-        # Of the values, whatever the table's: GradScaler refuses gradients of float16, and groups them by this.
+        # That of the values: GradScaler refuses float16 gradients, and groups them by dtype.
         return self.row_values.dtype
 
     @property
     def is_sparse(self) -> bool:
-        # Torch's optimizers ask this first of all. Later would be too late: AdamW decays a whole table, and makes a
-        # state of its size, before it looks at the gradient.
+        # Torch's optimizers ask this first; later, AdamW would already have decayed the whole table and allocated a
+        # state of its size.
         asking = sys._getframe(1).f_globals.get("__name__", "")
         if asking.startswith("torch.optim."):
             raise TypeError(ROWS_ALONE)
@@ -70,7 +70,7 @@ class RowGradient(torch.Tensor):
 
 
 def _on_values(func, gradient: RowGradient, *args, **kwargs):
-    """A measure of the values, such as their norm."""
+    """Measures the values, for example their norm."""
     return func(gradient.row_values, *args, **kwargs)
 
 
@@ -81,7 +81,7 @@ def _in_place(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
 
 
 def _same_rows(func, gradient: RowGradient, *args, **kwargs) -> RowGradient:
-    """Another handle on the same values."""
+    """Returns another gradient with the same values."""
     return RowGradient(gradient, gradient.rows, gradient.row_values)
 
 
@@ -93,10 +93,9 @@ def unscaled(func, gradients, found_inf: torch.Tensor, inv_scale: torch.Tensor):
 
 
 def _wait_for_accelerators() -> None:
-    """Waits for GradScaler's copies of its numbers to the host, which are asynchronous and which it never waits for.
+    """Waits for GradScaler's asynchronous copies of its numbers to the host, which it does not wait for itself.
 
-    Torch has no gradients on the host beside others on a device. Which device holds the scale is not said: so every
-    one that this process uses is waited for, and no other is woken.
+    The device of the scale is not known here, so this waits for every device that the process uses.
     """
     if not torch.accelerator.is_available():
         return
@@ -119,16 +118,12 @@ ON_VALUES = {
 
 
 def row_gradient(part: torch.Tensor) -> RowGradient | None:
-    """The row gradient of a parameter; None if it has none, or a dense one."""
+    """Returns the row gradient of a parameter; None if it has none, or a dense one."""
     return part.grad if isinstance(part.grad, RowGradient) else None
 
 
 def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds up the values of equal rows.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(reads,)`): any order, with repeats.
-        values (`torch.Tensor` of shape `(reads, width)`): one gradient for each read.
+    """Sums the values `(reads, width)` of equal rows `(reads,)`.
 
     Returns:
         `tuple`: unique rows, ascending, `(touched,)`, and their sums in float32, `(touched, width)`.
@@ -139,10 +134,7 @@ def sum_rows(rows: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def add_row_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    """Accumulates unique rows' gradients into `part.grad`, as autograd does with dense ones.
-
-    Where `part.selected` names the rows that may change (a `RowSelection`), the others get none.
-    """
+    """Accumulates gradients of unique rows into `part.grad`; rows outside of `part.selected`, if set, get none."""
     selected = getattr(part, "selected", None)
     if selected is not None:
         kept = are_among(rows, selected.to(rows.device))
@@ -156,7 +148,7 @@ def add_row_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tenso
 
 
 def are_among(rows: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Which of `rows` `(rows,)` are in `known` `(known,)`, ascending; a boolean each."""
+    """Returns for each of `rows` `(rows,)` whether it is in `known` `(known,)`, ascending."""
     if not len(known):
         return torch.zeros_like(rows, dtype=torch.bool)
     near = torch.searchsorted(known, rows).clamp_(max=len(known) - 1)
@@ -164,5 +156,5 @@ def are_among(rows: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 
 
 def with_row_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The parameters that hold a row gradient."""
+    """Yields the parameters that have a row gradient."""
     return (p for p in parameters if row_gradient(p) is not None)

@@ -1,9 +1,9 @@
-"""Changed rows over a table that stays as it is: what lets a table in a file be trained.
+"""Copy-on-write rows over a table in files, so that it can be trained.
 
-What it chooses: rows that were written are kept beside the table, in the order in which they were first written, and
-read in its stead. So training takes memory for the rows that it touches, where writing into a mapping of the file takes
-a page for each (4096 bytes for a row of 320), and what has changed is known without looking at the table.
-Promises: a row is the last that was written, or the file's; the files are never written to. Never holds a table.
+What it chooses: written rows are stored in memory, in the order of their first write, and read instead of the file's.
+Memory grows with the rows that training touches (writing into a mapping takes a whole page for each), and the changes
+are known without a look at the table.
+Promises: a row is the last one written, or the file's; the files are never written to. Never holds a table.
 Source: docs/training.md.
 """
 
@@ -17,17 +17,17 @@ from .rows_table_engram import check_range, part_of
 
 
 class ChangedRows:
-    """Rows of one part that differ from its file, or once did.
+    """Copy-on-write rows of one part.
 
     Args:
-        part ([`FilePart`]): where the others are.
+        part ([`FilePart`]): where unchanged rows are.
     """
 
     def __init__(self, part: FilePart):
         self.part, self.stored = part, FileRows([part])
         self.index = RowIndex()
         self.values = torch.empty(0, part.shape[1], dtype=part.dtype, device="cpu")  # (capacity, width)
-        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # rows that a pass has read, ascending, and values
+        self.seen: tuple[torch.Tensor, torch.Tensor] | None = None  # last rows read, ascending, and their values
 
     def __len__(self) -> int:
         return len(self.index)
@@ -38,7 +38,7 @@ class ChangedRows:
         return self.part.shape
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `(reads,)` as they are now: `(reads, width)`."""
+        """Returns the current rows `(reads,)` as `(reads, width)`."""
         places, known = self.index.find(rows)
         if not bool(known.any()):
             return self.unchanged(rows)
@@ -48,7 +48,7 @@ class ChangedRows:
         return values
 
     def unchanged(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `(reads,)` that were never written, `(reads, width)`: a step's own rows are not read a second time."""
+        """Returns rows `(reads,)` that were never written, `(reads, width)`; those in `seen` are not read again."""
         if self.seen is not None and len(self.seen[0]):
             near = torch.searchsorted(self.seen[0], rows).clamp_(max=len(self.seen[0]) - 1)  # (reads,)
             if torch.equal(self.seen[0][near], rows):
@@ -56,19 +56,19 @@ class ChangedRows:
         return self.stored.read(rows)
 
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Changes rows `(rows,)`, ascending and unique, to `values`."""
+        """Writes `values` to rows `(rows,)`, ascending and unique."""
         check_range(rows, self.part.shape[0])
         places = self.index.slots(rows)
         self.reserve(len(self.index))
         self.values.index_copy_(0, places, values.to(self.values.dtype))
 
     def expect(self, rows: torch.Tensor) -> None:
-        """Makes room for rows `(rows,)` that will be written, piece by piece."""
+        """Allocates memory for rows `(rows,)` that will be written."""
         _, known = self.index.find(rows)
         self.reserve(len(self.index) + int((~known).sum()))
 
     def reserve(self, count: int) -> None:
-        """Makes room for so many changed rows: exactly so many at first, then by halves, which costs little in all."""
+        """Allocates memory for `count` changed rows: exactly as many at first, then half as many again."""
         if count > len(self.values):
             room = max(count, len(self.values) * 3 // 2)
             grown = self.values.new_empty(room, self.values.shape[1])  # (capacity, width)
@@ -76,19 +76,19 @@ class ChangedRows:
             self.values = grown
 
     def clear(self) -> None:
-        """Forgets all changes."""
+        """Discards all changes."""
         self.index, self.values, self.seen = RowIndex(), self.values[:0].clone(), None
 
     def named(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows `(changed,)`, ascending, and their values `(changed, width)`."""
+        """Returns the changed rows `(changed,)`, ascending, and their values `(changed, width)`."""
         return self.index.rows, self.values[self.index.places]
 
 
 class RowOverlay(RowStore):
-    """Rows of one order in a checkpoint's files, with those that were changed in memory.
+    """Rows of one order in a checkpoint's files, with changed rows in memory.
 
     Args:
-        stored ([`FileRows`]): the rows as they are in the files.
+        stored ([`FileRows`]): the rows in the files.
     """
 
     kind = "disk"
@@ -100,20 +100,17 @@ class RowOverlay(RowStore):
 
     @property
     def files(self) -> list[ShardFile]:
-        """See [`RowStore`]."""
         return self.stored.files
 
     def part(self, number: int) -> ChangedRows:
-        """See [`RowStore`]."""
         return self.changes[number]
 
     @property
     def changed(self) -> int:
-        """How many rows were written."""
+        """Number of changed rows."""
         return sum(len(changes) for changes in self.changes)
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `(reads,)` in any order, as they are now: `(reads, width)`."""
         if not self.changed:
             return self.stored.read(rows)
         values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")  # (reads, width)
@@ -122,18 +119,16 @@ class RowOverlay(RowStore):
         return values
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """As `read`, for a few rows that need no disk; None if they do."""
         values = self.stored.read_resident(rows)
         if values is not None and self.changed:
             self.lay_over(rows, values)
         return values
 
     def see(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Takes note of what a pass that learns has read, until the next one: its optimizer will ask for it.
+        """Keeps the rows `(rows,)`, ascending and unique, that a training pass has read, and their `values` `(rows,
+        width)`.
 
-        Args:
-            rows (`torch.LongTensor` of shape `(rows,)`): ascending and unique.
-            values (`torch.Tensor` of shape `(rows, width)`): what they are.
+        The optimizer reads them again before the next pass.
         """
         height = self.heights[0]
         starts = torch.arange(1, len(self.heights), device="cpu") * height  # (parts - 1,)
@@ -143,7 +138,7 @@ class RowOverlay(RowStore):
             changes.seen = rows[own] - number * height, values[own]
 
     def lay_over(self, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Writes changed rows over `values` `(reads, width)`; which of them were, `(reads,)`."""
+        """Writes changed rows over `values` `(reads, width)`; returns which were changed, `(reads,)`."""
         over = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
         height = self.heights[0]
         place = part_of(rows, height, len(self.heights))
@@ -156,7 +151,7 @@ class RowOverlay(RowStore):
         return over
 
     def tensors(self, mappings: dict | None = None) -> list[torch.Tensor]:
-        """The parts as tensors that are mapped from the files, changed rows written into private pages."""
+        """Returns the parts as tensors mapped from the files, with changed rows in private pages."""
         tensors = self.stored.tensors(mappings)
         for tensor, changes in zip(tensors, self.changes, strict=True):
             if len(changes):
@@ -173,7 +168,7 @@ class RowOverlay(RowStore):
 
 
 def _overlay_from(stored: FileRows, changes: list) -> RowOverlay:
-    """An overlay that was copied or pickled."""
+    """Restores a copied or pickled overlay."""
     overlay = RowOverlay(stored)
     for own, (index, values) in zip(overlay.changes, changes, strict=True):
         own.index, own.values = index, values

@@ -1,13 +1,13 @@
-"""Placement: where the tables of a memory are, in one word.
+"""Placement: where the tables of a memory are.
 
 - "device": parameters of the model, like its other weights.
-- "cpu": in host memory, mapped from the checkpoint until they are trained; rows travel to where they are needed.
+- "cpu": in host memory, mapped from the checkpoint until they are trained; rows are sent to the device.
 - "disk": in the checkpoint's own files; rows are read when they are needed.
-- "none": nowhere; the model runs as its donor.
+- "none": nowhere; the model runs as its backbone.
 - "auto": the first of "device", "cpu" and "disk" that has room to spare.
 
-Promises: results, state dict and saved files are the same in every place; a move that would lose trained rows is
-refused; nothing is changed before everything that is needed is there. Never copies a file.
+Promises: results, state dict and saved files are the same for every placement; a move that would lose trained rows is
+refused; nothing is changed before everything needed is available. Never copies a file.
 Source: Engram (arXiv 2601.07372), section 2.5; docs/offload.md.
 """
 
@@ -31,43 +31,37 @@ PLACEMENTS = ("auto", "device", "cpu", "disk", "none")
 # State-dict prefix of tables.
 TABLES_PREFIX = "memory.tables."
 
-# What "auto" leaves free: caches of a generation, activations, the system.
+# Share that "auto" leaves free for caches, activations and the system.
 ROOM_TO_SPARE = 0.2
 
 # Tables that are about to be trained are copied out of their files if they take at most this share of free host memory.
-# Others are written in place, where each row that is first touched costs a page of 4096 bytes and about 8 microseconds.
+# Others are written in place, where the first write to a row costs a page fault and a whole page.
 COPIED_AT_ONCE = 0.25
 
-# Controller, root, limit and what counts against it for good (pages of files are given back) of the control groups that
-# a container runs in, whose limits the system's own figures do not show: version 2, version 1.
+# Control groups of a container, versions 2 and 1: controller, root, limit, and the use that cannot be reclaimed. The
+# system's own figures do not show their limits.
 GROUPS = (
     ("", "/sys/fs/cgroup", "memory.max", "anon"),
     ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "total_rss"),
 )
 
 
-# Words of a device map that mean every accelerator there is.
+# Device maps that use every accelerator.
 ALL_DEVICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_placement(placement: str) -> str:
-    """Raises ValueError for a word that is no placement."""
+    """Raises ValueError for an unknown placement."""
     if placement not in PLACEMENTS:
         raise ValueError(f"engram_placement={placement!r} must be one of {', '.join(map(repr, PLACEMENTS))}.")
     return placement
 
 
 def choose_placement(table_bytes: int, other_bytes: int, device_free: int | None, host_free: int) -> str:
-    """What "auto" means on a machine.
+    """Resolves "auto" to "device", "cpu" or "disk".
 
-    Args:
-        table_bytes (`int`): size of all tables.
-        other_bytes (`int`): size of the model's other weights, which go to the device.
-        device_free (`int`, *optional*): free bytes of the accelerators; None if the model runs on the CPU.
-        host_free (`int`): free bytes of host memory.
-
-    Returns:
-        `str`: "device", "cpu" or "disk".
+    `other_bytes` are the model's other weights, which go to the device; `device_free` is None if the model runs on the
+    CPU.
     """
     room = 1 - ROOM_TO_SPARE
     if device_free is None:
@@ -78,20 +72,16 @@ def choose_placement(table_bytes: int, other_bytes: int, device_free: int | None
 
 
 def free_memory(device_map, max_memory: Mapping | None = None) -> tuple[int | None, int]:
-    """Free bytes of the accelerators that a device map may use, and of the host.
+    """Returns free bytes of the accelerators that a device map uses, and of the host.
 
-    None for the accelerators if it uses none, or if they share the host's memory (Apple's, NVIDIA's integrated ones):
-    what is free of it is one number. Accelerators that the map does not use are not asked.
-
-    Args:
-        device_map (`str`, `int`, `torch.device`, `dict`, *optional*): as for `from_pretrained`.
-        max_memory (mapping, *optional*): as for `from_pretrained`.
+    None for the accelerators if none is used, or if they share the host's memory. Unused accelerators are not queried.
+    `device_map` and `max_memory` are as for `from_pretrained`.
     """
     budget = get_max_memory(dict(max_memory)) if max_memory else {}
     host = min(budget.get("cpu", 0) if max_memory else host_memory(), group_limit())
     if isinstance(device_map, str) and device_map in ALL_DEVICES:
-        budget = budget or get_max_memory()  # it asks every accelerator, as whoever loads the model to all of them does
-        shared = not max_memory and "cpu" not in budget  # accelerate counts memory that two places share once
+        budget = budget or get_max_memory()  # queries every accelerator
+        shared = not max_memory and "cpu" not in budget  # accelerate counts shared memory once
         sizes = [] if shared else [size for place, size in budget.items() if place not in ("cpu", "disk", "mps")]
     else:
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
@@ -102,14 +92,14 @@ def free_memory(device_map, max_memory: Mapping | None = None) -> tuple[int | No
 
 
 def host_memory() -> int:
-    """Free bytes of host memory, without a look at any accelerator."""
+    """Returns free bytes of host memory, without querying an accelerator."""
     return psutil.virtual_memory().available
 
 
 def device_memory(place: int | str) -> int | None:
-    """Free bytes of one accelerator, 0 if it is not there; None if it shares the host's memory.
+    """Returns free bytes of one accelerator, 0 if it does not exist; None if it shares the host's memory.
 
-    To ask makes a context on the accelerator, half a gigabyte on a GPU: the others are left alone.
+    The query creates a context, half a gigabyte on a GPU, so it is not made for unused ones.
     """
     try:
         device = torch.device(place)
@@ -118,12 +108,12 @@ def device_memory(place: int | str) -> int | None:
             return None
         properties = getattr(accelerator, "get_device_properties", lambda device: None)(device)
         return None if getattr(properties, "is_integrated", False) else accelerator.mem_get_info(device)[0]
-    except (AssertionError, RuntimeError):  # no such device, or torch was built without it
+    except (AssertionError, RuntimeError):  # no such device, or torch has no support for it
         return 0
 
 
 def place_number(place) -> int | str:
-    """The key of `get_max_memory` for a device."""
+    """Returns the key of `get_max_memory` for a device."""
     if isinstance(place, int):
         return place
     device = torch.device(place)
@@ -133,14 +123,14 @@ def place_number(place) -> int | str:
 
 
 def group_limit() -> float:
-    """Bytes that this process' control group, and those above it, leave beside what they use; infinite without one."""
+    """Returns the bytes that this process's control group and its parents leave free; infinite without a limit."""
     try:
         lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
         lines = []
     free = [float("inf")]
     for controller, root, limit, used in GROUPS:
-        # In a container the path may be one that only the host sees: then there is no such folder, and the root counts.
+        # In a container the path may exist only on the host; then the root counts.
         own = next((path for _, names, path in lines if controller in names.split(",")), "/")
         group = Path(root, own.strip("/"))
         for folder in (group, *(above for above in group.parents if above.is_relative_to(root))):
@@ -155,7 +145,7 @@ def group_limit() -> float:
 
 
 def mapped_place(device_map, name: str):
-    """Where a hand-written device map puts a module: the entry of the longest name; None if it has none."""
+    """Returns a device map's entry for a module, that of the longest matching name; None without one."""
     if not isinstance(device_map, dict):
         return None
     fitting = [key for key in device_map if key == "" or name == key or name.startswith(f"{key}.")]
@@ -163,7 +153,7 @@ def mapped_place(device_map, name: str):
 
 
 def without_tables(device_map):
-    """A hand-written device map without its entries for tables, which are not there to be placed."""
+    """Returns a device map without its entries for tables."""
     if not isinstance(device_map, dict):
         return device_map
     prefix = TABLES_PREFIX.rstrip(".")
@@ -171,7 +161,7 @@ def without_tables(device_map):
 
 
 def named_orders(tables: nn.ModuleDict) -> list[tuple[str, OrderRows]]:
-    """What holds rows, with its state-dict prefix."""
+    """Returns all `OrderRows` with their state-dict prefixes."""
     return [
         (f"{TABLES_PREFIX}{layer}.{name}.", order)
         for layer, table in tables.items()
@@ -187,21 +177,19 @@ def place_tables(
     elsewhere: bool = False,
     **settings,
 ) -> None:
-    """Moves the rows of all tables.
+    """Moves the rows of all tables, with `settings` of [`EngramRowsHook`].
 
     Args:
         tables (`nn.ModuleDict`): by layer.
-        placement (`str`): where to, not "auto".
+        placement (`str`): target, not "auto".
         checkpoint ([`CheckpointTables`], *optional*): files to read from or to map.
         devices (mapping of `str` to `torch.device`): where each layer computes.
-        elsewhere (`bool`, *optional*, defaults to `False`): whether these are other files than rows are read from now.
-        settings: of [`EngramRowsHook`].
+        elsewhere (`bool`, *optional*, defaults to `False`): whether rows are now read from other files than these.
 
-    Raises:
-        `ValueError`: if rows have no file to be read from, or differ from it.
-        `FileNotFoundError` or [`EngramFormatError`]: if files are missing or damaged.
+    Raises ValueError if rows are in no file, or differ from it; FileNotFoundError or [`EngramFormatError`] if files are
+    missing or damaged.
     """
-    # Everything that can fail comes before the first change.
+    # Everything that can fail is done before the first change.
     ready, mappings = [], {}
     for prefix, order in named_orders(tables):
         store = _store_at(placement, prefix, order, checkpoint, elsewhere, mappings)
@@ -221,7 +209,7 @@ def place_tables(
 
 
 def held_rows(order: OrderRows) -> RowStore | None:
-    """The rows of an order, wherever they are; None if they were left out."""
+    """Returns the rows of an order, wherever they are; None if they were left out."""
     return HostRows(order.tensors()) if order.is_resident else order.store
 
 
@@ -233,7 +221,7 @@ def _store_at(
     elsewhere: bool,
     mappings: dict[ShardFile, mmap.mmap],
 ) -> RowStore | None:
-    """The rows of an order as they are to be kept; None for nowhere. Mappings are shared with other orders."""
+    """Returns the store of an order's rows at a placement; None for nowhere. Mappings are shared between orders."""
     held = held_rows(order)
     if isinstance(held, HostRows) and any(part.is_meta for part in held.parts):
         raise ValueError(
@@ -246,7 +234,7 @@ def _store_at(
         if isinstance(held, RowOverlay) and not elsewhere and (placement == "disk" or not held.changed):
             return held if placement == "disk" else None
         stored = stored_rows(prefix, order, checkpoint)
-        # Nothing to compare if it is these very files that are mapped, and no page of them was written to.
+        # Mappings of these files without a written page need no comparison.
         mapped = isinstance(held, HostRows) and set(stored.files) <= set(held.files)
         if held is not None and not (mapped and not any(map(written_to, held.parts))):
             check_same_rows(prefix, stored, held)
@@ -258,7 +246,7 @@ def _store_at(
 
 
 def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | None) -> FileRows:
-    """The rows of an order in the files of a checkpoint."""
+    """Returns the rows of an order in the files of a checkpoint."""
     if checkpoint is None:
         raise ValueError(
             "this memory was made here and has no files yet: save_pretrained(folder) first, or load it with "
@@ -275,7 +263,7 @@ def stored_rows(prefix: str, order: OrderRows, checkpoint: CheckpointTables | No
 
 
 def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
-    """Lets tables on disk be read from other files; parts stay the same objects, for an optimizer that holds them."""
+    """Makes tables on disk read from other files; parts stay the same objects, because optimizers hold them."""
     ready = [(order, RowOverlay(stored_rows(prefix, order, checkpoint))) for prefix, order in named_orders(tables)]
     for order, store in ready:
         order.store = rows_hook(order).store = store
@@ -283,14 +271,7 @@ def reread_tables(tables: nn.ModuleDict, checkpoint: CheckpointTables) -> None:
 
 
 def own_rows(tables: nn.ModuleDict) -> int:
-    """Copies small tables that are mapped from their files, and learn, into memory of their own.
-
-    Args:
-        tables (`nn.ModuleDict`): by layer.
-
-    Returns:
-        `int`: how many bytes were copied; 0 for tables that stay where they are.
-    """
+    """Copies small trainable tables that are mapped from files into anonymous memory; returns the bytes copied."""
     held = [(order, held_rows(order)) for _, order in named_orders(tables) if order.parts[0].requires_grad]
     mapped = [(order, rows) for order, rows in held if isinstance(rows, HostRows) and any(map(is_mapped, rows.parts))]
     copied = sum(order.nbytes for order, _ in mapped)
@@ -305,7 +286,7 @@ def own_rows(tables: nn.ModuleDict) -> int:
 
 
 def check_same_rows(prefix: str, stored: FileRows, held: RowStore) -> None:
-    """Raises ValueError if stored rows are not what the model holds: those were trained since."""
+    """Raises ValueError if stored rows are not the model's, which then were trained since."""
     for number, (part, kept) in enumerate(zip(stored.tensors(), held.tensors(), strict=True)):
         for first in range(0, len(part), 1 << 16):
             block, own = part[first : first + (1 << 16)], kept.detach()[first : first + (1 << 16)].to("cpu")
@@ -317,5 +298,5 @@ def check_same_rows(prefix: str, stored: FileRows, held: RowStore) -> None:
 
 
 def placed_bytes(tables: nn.ModuleDict) -> int:
-    """Bytes of all tables."""
+    """Returns the bytes of all tables."""
     return sum(table.nbytes for table in tables.values())

@@ -1,12 +1,12 @@
-"""Fetches: rows on their way from host memory or disk to the device that asked for them.
+"""Prefetch: copies rows from host memory or disk to the device before the layers that need them run.
 
-What it chooses: one short-lived thread for each forward pass, not a pool: it ends when its rows are there, so that a
-fork, a dropped model or an interrupt leaves nothing behind. Few rows that are in memory are read at once, without one.
-Promises: unique rows travel, and one small number for each read; what is there at once goes to a device in one copy, on
-that device's one stream for rows; a fetch that fails raises where its rows are needed,
-and one whose thread died is done again there; a wait never hangs. Never changes a table.
+What it chooses: one short-lived thread for each forward pass, not a pool: it ends when its rows are read, so a fork, a
+dropped model or an interrupt leaves nothing behind. Few rows that are in memory are read at once, without a thread.
+Promises: only unique rows are copied, and one small number for each read; rows that are ready together go to a device
+in one copy, on that device's one stream for rows; an error is raised where the rows are needed; rows of a thread that
+died are read again there; a wait never hangs. Never changes a table.
 Source: Engram (arXiv 2601.07372), section 2.5 (addresses are known before the first layer runs, so reads can be hidden
-behind the layers in front).
+behind earlier layers).
 """
 
 import functools
@@ -22,19 +22,19 @@ from .rows_table_engram import BroughtRows
 
 logger = logging.get_logger(__name__)
 
-# Numbers of rows that take more than this share of the rows' own bytes are worth a second step.
+# Row indices that take more than this share of the rows' bytes are compressed in a second step.
 LEAST_SHARE = 0.03
 
-# A thread that dies without a word is noticed after this many seconds.
+# A thread that dies silently is noticed after this many seconds.
 WAIT_SECONDS = 0.5
 
 
 class RowFetch:
-    """Rows of one order that a pass will need.
+    """A prefetch of the rows of one order for one pass.
 
     Args:
-        store ([`RowStore`]): where they are.
-        rows (`torch.LongTensor` of any shape): which; a wait for the device if they are on one.
+        store ([`RowStore`]): where the rows are.
+        rows (`torch.LongTensor` of any shape): which rows; on a device, this waits for it.
         device (`torch.device`): where they are needed.
     """
 
@@ -50,7 +50,7 @@ class RowFetch:
         self.numbers: list[torch.Tensor] = []
 
     def read_at_once(self) -> bool:
-        """Reads a few rows if no disk must be waited for; whether they were read and wait for `deliver`."""
+        """Reads a few rows if that needs no disk; returns whether they were read and can be sent by `deliver`."""
         if len(self.rows) > FEW_ROWS:
             return False
         unique, places = self.unique_rows()
@@ -61,23 +61,23 @@ class RowFetch:
         return True
 
     def run(self) -> None:
-        """Fetches the rows; an error is kept for whoever waits for them."""
+        """Reads the rows; an error is stored for the caller of `result`."""
         try:
             unique, places = self.unique_rows()
             self.brought = BroughtRows(self.store.read(unique), places.view(self.shape), unique)
             deliver([self])
-        except Exception as error:  # what ends a thread without one is seen by whoever waits
+        except Exception as error:  # `result` detects threads that ended otherwise
             self.error = error
             self.there.set()
 
     def unique_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows without repeats, and which of them each read is."""
+        """Returns the rows without repeats, and each read's index among them."""
         if self.device.type == "cpu" and (len(self.rows) <= FEW_ROWS or self.store.kind == "cpu"):
-            return self.rows, torch.arange(len(self.rows), device="cpu")  # finding repeats costs more than reading them
+            return self.rows, torch.arange(len(self.rows), device="cpu")  # reading repeats is cheaper than finding them
         return torch.unique(self.rows, return_inverse=True)
 
     def result(self) -> BroughtRows:
-        """The rows, waited for, in the order of what is computed on their device.
+        """Waits for the rows and returns them, ordered with the computation on their device.
 
         Raises:
             [`EngramFormatError`] or `OSError`: if they could not be read.
@@ -101,12 +101,12 @@ class RowFetch:
         return self.brought
 
     def drop(self) -> None:
-        """Says that nobody will ask for the rows."""
+        """Cancels the prefetch."""
         self.dropped = True
 
 
 def fetch_ahead(fetches: list[RowFetch]) -> None:
-    """Begins fetches in their order, in the background unless they are there at once."""
+    """Starts prefetches in their order, in the background unless their rows are ready."""
     read = [fetch.read_at_once() for fetch in fetches]
     deliver([fetch for fetch, there in zip(fetches, read, strict=True) if there])
     waiting = [fetch for fetch, there in zip(fetches, read, strict=True) if not there]
@@ -117,29 +117,24 @@ def fetch_ahead(fetches: list[RowFetch]) -> None:
         fetch.thread = thread
     try:
         thread.start()
-    except RuntimeError:  # no more threads to be had: read where they are needed
+    except RuntimeError:  # no more threads: rows are read where they are needed
         for fetch in waiting:
             fetch.thread = None
 
 
 def _run_all(fetches: list[RowFetch]) -> None:
-    """What the thread does."""
+    """Body of the thread."""
     while fetches:
-        fetch = fetches.pop(0)  # whoever waits for a fetch holds it; the thread does not keep what nobody wants
+        fetch = fetches.pop(0)  # the thread must not keep what its caller has dropped
         if not fetch.dropped:
             fetch.run()
 
 
 def _numbers_of(places: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-    """What says to a device which of the rows each read is, in few bytes.
+    """Returns compact indices that tell a device which of the rows `(unique, width)` each read is.
 
-    Args:
-        places (`torch.LongTensor` of any shape): each read's row among `values`.
-        values (`torch.Tensor` of shape `(unique, width)`): the rows.
-
-    Returns:
-        `list[torch.Tensor]`: the places; where texts repeat each other, the different lists of places along the last
-        dimension (heads), and for each position which of them it has.
+    They are the indices in `places`; or, where positions repeat, the distinct lists of indices along the last dimension
+    (heads) and each position's index among the lists.
     """
     numbers = narrow(places, len(values))
     if numbers.ndim < 2 or numbers.nbytes <= LEAST_SHARE * values.nbytes:
@@ -150,7 +145,7 @@ def _numbers_of(places: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor
 
 
 def narrow(places: torch.Tensor, count: int) -> torch.Tensor:
-    """Numbers below `count` in the smallest type that holds them: they travel with the rows."""
+    """Casts numbers below `count` to the smallest integer type that holds them."""
     for dtype in (torch.uint8, torch.int16, torch.int32):
         if count - 1 <= torch.iinfo(dtype).max:
             return places.to(dtype)
@@ -158,7 +153,7 @@ def narrow(places: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def deliver(fetches: list[RowFetch]) -> None:
-    """Sends rows that were read on to their devices, all rows for one device in one copy."""
+    """Sends rows that were read to their devices, all rows for one device in one copy."""
     for device in dict.fromkeys(fetch.device for fetch in fetches):
         group = [fetch for fetch in fetches if fetch.device == device]
         if device.type != "cpu":
@@ -173,12 +168,7 @@ def deliver(fetches: list[RowFetch]) -> None:
 
 
 class SideCopy:
-    """A copy that was made on a device's stream for rows, and the event behind it.
-
-    Args:
-        packed (`torch.Tensor`): bytes on the host.
-        device (`torch.device`): where they go, with its index.
-    """
+    """A copy of packed bytes from the host on a device's stream for rows, and the event after it."""
 
     def __init__(self, packed: torch.Tensor, device: torch.device):
         self.streams, self.device = getattr(torch, device.type), device
@@ -188,27 +178,27 @@ class SideCopy:
             self.event.record(stream)
 
     def wait(self, sent: list[torch.Tensor]) -> None:
-        """Lets what is computed from now on wait for the copy."""
+        """Makes later computation wait for the copy."""
         current = self.streams.current_stream(self.device)
         current.wait_event(self.event)
         for tensor in sent:
-            tensor.record_stream(current)  # its memory is not reused before that is done
+            tensor.record_stream(current)  # its memory is not reused before that
 
 
 @functools.cache
 def _side_stream(device: torch.device):
-    """The one stream on which rows go to a device: a caching allocator reuses memory within a stream alone."""
+    """Returns the one stream on which rows go to a device: a caching allocator reuses memory within a stream."""
     return getattr(torch, device.type).Stream(device=device)
 
 
 def send(tensors: list[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], SideCopy | None]:
-    """Sends host tensors to a device, beside what it computes if it can: the copies, and what to wait for."""
+    """Sends host tensors to a device, on a side stream if it has any: the copies, and what to wait for."""
     streams = getattr(torch, device.type, None)
     if not all(hasattr(streams, name) for name in ("Stream", "Event", "stream", "current_stream", "current_device")):
         return [tensor.to(device) for tensor in tensors], None
     if device.index is None:
         device = torch.device(device.type, streams.current_device())
-    # The widest types first: then each tensor begins at a multiple of its items' size, with nothing in between.
+    # The widest types first, so that each tensor is aligned without padding.
     order = sorted(range(len(tensors)), key=lambda place: -tensors[place].itemsize)
     packed, slots, begin = _pinned_bytes(sum(tensor.nbytes for tensor in tensors)), {}, 0
     for place in order:
@@ -222,7 +212,7 @@ def send(tensors: list[torch.Tensor], device: torch.device) -> tuple[list[torch.
 
 
 def _pinned_bytes(size: int) -> torch.Tensor:
-    """Room `(size,)` in memory that a device can read by itself; in any memory where there is none to be had."""
+    """Allocates `(size,)` bytes of pinned memory; pageable memory if there is none."""
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError as error:

@@ -1,12 +1,11 @@
 """Rows outside of a model: in host memory, or in the files of a checkpoint.
 
-What it chooses: rows on disk are read by position (`preadv`) and never through a mapping, because a mapping of a file
-that shrinks or cannot be read kills the process, where a read gives an error. Rows that are in the page cache are read
-at once (`RWF_NOWAIT`); for the others the kernel is told all their places before the first of them is waited for.
-Promises: a row that is read is the file's or an error is raised; files are opened once, shared by copies and forks, and
-closed with the last who reads them; nothing is copied to another file and no page is made dirty. Never holds a table.
-Source: Engram (arXiv 2601.07372), section 2.5 (tables beyond accelerator memory); docs/performance.md for the measured
-ways of reading.
+What it chooses: rows on disk are read with `preadv`, not through a mapping: if a mapped file shrinks or cannot be read,
+the process dies, where a read raises an error. Rows in the page cache are read at once (`RWF_NOWAIT`); the kernel is
+told of all others before the first is waited for.
+Promises: a row that is read is the file's, or an error is raised; files are opened once, shared by copies and forks,
+and closed with their last user; nothing is copied to another file and no page is made dirty. Never holds a table.
+Source: Engram (arXiv 2601.07372), section 2.5 (tables beyond accelerator memory); docs/performance.md for measurements.
 """
 
 import copy
@@ -25,45 +24,44 @@ from .files_safetensors_engram import read_header, read_index, start_of_data, to
 from .rows_table_engram import check_range, part_of, read_parts
 
 
-# Reads of at most this many rows are tried at once, before a thread is made for them (about 60 microseconds).
+# Reads of at most this many rows are tried at once, before a thread is started for them.
 FEW_ROWS = 256
 
-# Rows at most this many bytes apart are read by one call: copying those between costs less than another call (1.4
-# microseconds). Rows of one page need no more: the page is there after the first.
+# Rows at most this many bytes apart are read by one call: copying the gap is cheaper than another call.
 NEAR = 512
 
-# As bytes (Windows would change line ends), and not by processes that are started.
+# Binary (Windows would change line ends), and not inherited by new processes.
 OPEN = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 NO_WAIT = getattr(os, "RWF_NOWAIT", None)  # Linux
-# A private mapping is counted against RAM and swap unless it says that it needs none.
+# Without this flag a private mapping is counted against RAM and swap.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0) if os.name == "posix" else 0
 
 
 class ShardFile:
-    """An open file of a checkpoint, which is read as long as it stays what it was.
+    """Read-only handle of a checkpoint's file; reads fail once its size or modification time changes.
 
-    A file that is replaced or deleted is read on as it was when it was opened. One that is written into or cut is not.
+    A file that was replaced or deleted stays readable through the handle.
 
     Args:
         path (`str` or `os.PathLike`): a file that does not change while it is in use.
 
     Raises:
-        `FileNotFoundError`: if it is not there.
+        `FileNotFoundError`: if it does not exist.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.descriptor = os.open(self.path, OPEN)
-        self.one_at_a_time = threading.Lock()  # where a read moves the place of the next one
+        self.one_at_a_time = threading.Lock()  # where a read moves the file position
         self.identity = self.seen()
 
     def seen(self) -> tuple[int, int]:
-        """Length and time of the last change."""
+        """Returns size and modification time."""
         status = os.fstat(self.descriptor)
         return status.st_size, status.st_mtime_ns
 
     def check(self) -> None:
-        """Raises [`EngramFormatError`] if the file is not what it was when it was opened."""
+        """Raises [`EngramFormatError`] if the file changed since it was opened."""
         seen = self.seen()
         if seen != self.identity:
             what = f"has {seen[0]:,} bytes, {self.identity[0]:,} when it was opened"
@@ -78,7 +76,7 @@ class ShardFile:
         """Fills a buffer from `offset` on.
 
         Raises:
-            [`EngramFormatError`]: if the file ends before.
+            [`EngramFormatError`]: if the file is too short.
             `OSError`: if the disk cannot be read, naming the file.
         """
         done = 0
@@ -98,7 +96,7 @@ class ShardFile:
             done += count
 
     def read_some(self, buffer: memoryview, offset: int) -> int:
-        """Reads as many bytes at a place as the system gives at once; how many."""
+        """Reads up to `len(buffer)` bytes; returns how many."""
         if hasattr(os, "preadv"):
             return os.preadv(self.descriptor, [buffer], offset)
         with self.one_at_a_time:  # Windows
@@ -108,12 +106,12 @@ class ShardFile:
         return len(found)
 
     def read_resident(self, buffer: memoryview, offset: int) -> bool:
-        """Fills a buffer if all of it is in the page cache; whether it was."""
+        """Fills a buffer if all of it is in the page cache; returns whether it was."""
         if NO_WAIT is None or not hasattr(os, "preadv"):
             return False
         try:
             return os.preadv(self.descriptor, [buffer], offset, NO_WAIT) == len(buffer)
-        except OSError:  # EAGAIN: not there. Everything else is for the read that waits to report.
+        except OSError:  # EAGAIN: not in the cache; the blocking read reports other errors
             return False
 
     def expect(self, offset: int, length: int) -> None:
@@ -122,10 +120,7 @@ class ShardFile:
             os.posix_fadvise(self.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def map(self) -> mmap.mmap:
-        """The file as memory that is none before it is written to; writes stay out of the file.
-
-        Unlike safetensors' mapping it may be larger than RAM and swap.
-        """
+        """Maps the file copy-on-write; unlike safetensors' mapping it may be larger than RAM and swap."""
         self.check()
         if os.name != "posix":
             return mmap.mmap(self.descriptor, self.identity[0], access=mmap.ACCESS_COPY)
@@ -145,7 +140,7 @@ class ShardFile:
 
 
 def _reopen(path: Path, identity: tuple[int, int]) -> ShardFile:
-    """A file that was pickled, if it still is what it was."""
+    """Reopens a pickled file and checks that it has not changed."""
     file = ShardFile(path)
     file.identity = identity
     file.check()
@@ -154,7 +149,7 @@ def _reopen(path: Path, identity: tuple[int, int]) -> ShardFile:
 
 @dataclass(frozen=True)
 class FilePart:
-    """Where a part of a table lies: a file, the first byte, and the shape `(rows, width)` and type of what is there."""
+    """Location of a part of a table: file, first byte, shape `(rows, width)` and dtype."""
 
     file: ShardFile
     offset: int
@@ -162,18 +157,18 @@ class FilePart:
     dtype: torch.dtype
 
     def within(self, mapping: mmap.mmap) -> torch.Tensor:
-        """The part as a tensor of shape `(rows, width)` of the mapped file."""
+        """Returns the part as a tensor `(rows, width)` on the mapped file."""
         size = math.prod(self.shape) * self.dtype.itemsize
         data = torch.frombuffer(mapping, dtype=torch.uint8, count=size, offset=self.offset)  # (bytes,)
         return data.view(self.dtype).view(self.shape)  # (rows, width)
 
 
 class CheckpointTables:
-    """Parts of tables by their state-dict names, in the files of a local checkpoint; files are opened when needed.
+    """Parts of tables by state-dict name, in the files of a local checkpoint; files are opened when needed.
 
     Args:
         folder (`Path`): the folder of the index.
-        locate ([`HubFiles`], *optional*): of a checkpoint on the Hub; fetches a file of the index by its name.
+        locate ([`HubFiles`], *optional*): for a checkpoint on the Hub: downloads a file by its name.
     """
 
     def __init__(self, folder: Path, locate=None):
@@ -184,24 +179,24 @@ class CheckpointTables:
 
     @property
     def name(self) -> str:
-        """By which another process finds the checkpoint: a Hub id, or a folder."""
+        """Name by which another process finds the checkpoint: a Hub id, or a folder."""
         return os.path.abspath(self.folder) if self.locate is None else self.locate.repository
 
     @property
     def revision(self) -> str | None:
-        """The commit of a checkpoint on the Hub."""
+        """Commit of a checkpoint on the Hub."""
         return None if self.locate is None else self.locate.revision
 
     @property
     def subfolder(self) -> str:
-        """Where in its repository a checkpoint on the Hub is."""
+        """Subfolder of a checkpoint on the Hub."""
         return "" if self.locate is None else self.locate.subfolder
 
     def part(self, name: str) -> FilePart:
-        """Where a tensor lies.
+        """Returns the location of a tensor.
 
         Raises:
-            `FileNotFoundError` or [`EngramFormatError`]: if the checkpoint does not hold it whole.
+            `FileNotFoundError` or [`EngramFormatError`]: if the checkpoint does not hold it.
         """
         if name not in self.weight_map:
             raise EngramFormatError(f"the index of '{self.folder}' does not name '{name}': the memory is incomplete.")
@@ -214,11 +209,7 @@ class CheckpointTables:
 
 
 def file_part(file: ShardFile, header: dict, name: str) -> FilePart:
-    """Where a tensor lies in a safetensors file.
-
-    Raises:
-        [`EngramFormatError`]: if it is not there.
-    """
+    """Returns the location of a tensor in a safetensors file; raises [`EngramFormatError`] if it is missing."""
     if name not in header:
         raise EngramFormatError(f"'{file.path}' does not hold '{name}', as the index says: restore the file.")
     entry = header[name]
@@ -245,11 +236,11 @@ class RowStore(ABC):
 
     @abstractmethod
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Copies rows `(reads,)` in any order out: `(reads, width)`.
+        """Copies rows `(reads,)`, in any order, to `(reads, width)`.
 
         Raises:
             `IndexError`: for rows that the table does not have.
-            [`EngramFormatError`] or `OSError`: if a file changed, ends too early, or cannot be read.
+            [`EngramFormatError`] or `OSError`: if a file changed, is too short, or cannot be read.
         """
 
     @abstractmethod
@@ -258,19 +249,19 @@ class RowStore(ABC):
 
     @abstractmethod
     def tensors(self) -> list[torch.Tensor]:
-        """The parts as tensors of shape `(part rows, width)`, for a state dict."""
+        """Returns the parts as tensors of shape `(part rows, width)`, for a state dict."""
 
     @abstractmethod
     def part(self, number: int):
-        """What reads and writes the rows of one part: `shape`, `read(rows)`, `write(rows, values)`, `expect(rows)`."""
+        """Returns access to one part: `shape`, `read(rows)`, `write(rows, values)`, `expect(rows)`."""
 
 
 class HostRows(RowStore):
-    """Rows of one order in host memory: tensors of their own, or a mapping of the checkpoint's.
+    """Rows of one order in host memory, allocated or mapped from the checkpoint.
 
     Args:
-        parts (`list[torch.Tensor]`): of shape `(part rows, width)`, each but the last of the same height.
-        files (`list[ShardFile]`, *optional*): what they are mapped from.
+        parts (`list[torch.Tensor]`): of shape `(part rows, width)`, all but the last of the same height.
+        files (`list[ShardFile]`, *optional*): the files that they are mapped from.
     """
 
     kind = "cpu"
@@ -282,17 +273,15 @@ class HostRows(RowStore):
         self.width, self.dtype = parts[0].shape[1], parts[0].dtype
 
     def tensors(self) -> list[torch.Tensor]:
-        """See [`RowStore`]."""
         self.check()
         return self.parts
 
     def check(self) -> None:
-        """Raises [`EngramFormatError`] if a mapped file changed; one that was cut would kill the process."""
+        """Raises [`EngramFormatError`] if a mapped file changed: reading a truncated one would kill the process."""
         for file in self.files:
             file.check()
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """See [`RowStore`]."""
         check_range(rows, sum(self.heights))
         self.check()
         values = read_parts(rows, self.heights[0], self.parts)
@@ -300,20 +289,18 @@ class HostRows(RowStore):
         return values
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """See [`RowStore`]."""
         return self.read(rows)
 
     def part(self, number: int) -> "HostPart":
-        """See [`RowStore`]."""
         return HostPart(self, number)
 
     def own(self) -> None:
-        """Copies rows that lie in a mapped file into memory, whatever becomes of the file."""
+        """Copies file-mapped rows into anonymous memory."""
         self.parts = [part.clone() if is_mapped(part) else part for part in self.parts]
         self.files = []
 
     def __deepcopy__(self, memo) -> "HostRows":
-        return HostRows(copy.deepcopy(self.parts, memo))  # in memory, whatever becomes of the files
+        return HostRows(copy.deepcopy(self.parts, memo))  # in memory, independent of the files
 
     def __reduce__(self):
         return HostRows, (self.parts,)
@@ -332,22 +319,22 @@ class HostPart:
         return self.store.heights[self.number], self.store.width
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `(rows,)`: `(rows, width)`."""
+        """Returns rows `(rows,)` as `(rows, width)`."""
         return self.store.parts[self.number].index_select(0, rows)
 
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Changes rows `(rows,)`, ascending and unique, to `values`."""
+        """Writes `values` to rows `(rows,)`, ascending and unique."""
         self.store.parts[self.number].index_copy_(0, rows, values.to(self.store.dtype))
 
     def expect(self, rows: torch.Tensor) -> None:
-        """There is room."""
+        """Does nothing: the rows are allocated."""
 
 
 class FileRows(RowStore):
-    """Rows of one order in a checkpoint's files, as they are stored: for reading alone.
+    """Rows of one order in a checkpoint's files, read-only.
 
     Args:
-        parts (`list[FilePart]`): where the parts lie, each but the last of the same height.
+        parts (`list[FilePart]`): location of the parts, all but the last of the same height.
     """
 
     kind = "disk"
@@ -359,37 +346,27 @@ class FileRows(RowStore):
 
     @property
     def files(self) -> list[ShardFile]:
-        """The files that rows are read from."""
         return list(dict.fromkeys(part.file for part in self.parts))
 
     def tensors(self, mappings: dict[ShardFile, mmap.mmap] | None = None) -> list[torch.Tensor]:
-        """The parts as tensors that are mapped from the files, for a state dict.
-
-        Args:
-            mappings (`dict`, *optional*): of files, to which those that are missing are added.
-        """
-        # Once for each file and call: a mapping takes a descriptor, and all users of one see what is written to it.
+        """Returns the parts as tensors mapped from the files; missing mappings are added to `mappings`."""
+        # One for each file and call: a mapping takes a descriptor, and its users see each other's writes.
         mappings = {} if mappings is None else mappings
         for file in set(self.files) - mappings.keys():
             mappings[file] = file.map()
         return [part.within(mappings[part.file]) for part in self.parts]
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Reads rows `(reads,)` in any order: `(reads, width)`.
-
-        Raises:
-            [`EngramFormatError`] or `OSError`: if a file changed, ends too early, or cannot be read.
-        """
         check_range(rows, sum(self.heights))
         ascending, order = rows.sort()
         runs = self.runs(ascending)
-        # All places are told before the first is waited for.
+        # All positions are announced before the first is waited for.
         for part_runs in runs:
             part_runs.begin()
         return self.in_order(order, [part_runs.finish() for part_runs in runs])
 
     def read_resident(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """As `read`, for a few rows that are all in the page cache; None (and the kernel is told) if they are not."""
+        """As `read`, for few rows that are all in the page cache; else tells the kernel and returns None."""
         if len(rows) > FEW_ROWS:
             return None
         check_range(rows, sum(self.heights))
@@ -400,18 +377,18 @@ class FileRows(RowStore):
         return self.in_order(order, [part_runs.finish() for part_runs in runs])
 
     def in_order(self, order: torch.Tensor, found: list[torch.Tensor]) -> torch.Tensor:
-        """Rows that were read in ascending order, `(reads, width)` as they were asked for."""
+        """Puts rows that were read in ascending order into the order of the request, `(reads, width)`."""
         values = torch.empty(len(order), self.width, dtype=self.dtype, device="cpu")  # (reads, width)
         if found:
             values[order] = torch.cat(found)
         return values
 
     def part(self, number: int):
-        """Files are never written to."""
+        """Raises TypeError: files are never written to."""
         raise TypeError("rows in files are for reading alone: RowOverlay(rows) keeps changes over them.")
 
     def runs(self, rows: torch.Tensor) -> list["Runs"]:
-        """What reads ascending rows, of each part that has some; neighbours by one call."""
+        """Groups ascending rows by part; neighbours are read by one call."""
         height = self.heights[0]
         inside = part_of(rows, height, len(self.parts))  # (reads,)
         own = [rows[inside == number] - number * height for number in range(len(self.parts))]
@@ -423,7 +400,7 @@ class Runs:
 
     Args:
         part ([`FilePart`]): where they are.
-        rows (`torch.LongTensor` of shape `(rows,)`): counted in the part.
+        rows (`torch.LongTensor` of shape `(rows,)`): row numbers within the part.
     """
 
     def __init__(self, part: FilePart, rows: torch.Tensor):
@@ -440,7 +417,7 @@ class Runs:
         self.starts = (slots - begin[first])[run_of_row] + begin  # (rows,): where each row is among the runs
 
     def begin(self) -> bool:
-        """Reads what is in the page cache, and tells the kernel what else will be read; whether that was all."""
+        """Reads what is in the page cache and announces the rest to the kernel; returns whether that was all."""
         file, self.buffer = self.part.file, _as_bytes(self.scratch)
         missed = []
         for slot, length, offset in self.runs:
@@ -450,24 +427,24 @@ class Runs:
         for _, length, offset in missed:
             file.expect(offset, length)
         if missed:
-            file.check()  # it may have been cut
+            file.check()  # it may have been truncated
         return not missed
 
     def finish(self) -> torch.Tensor:
-        """Reads the rest; the rows, `(rows, width)`."""
+        """Reads the rest; returns the rows, `(rows, width)`."""
         file = self.part.file
         for slot, length, offset in self.runs:
             file.read(self.buffer[slot : slot + length], offset)
-        file.check()  # behind the reads: it may have changed among them
+        file.check()  # after the reads: it may have changed during them
         windows = self.scratch.as_strided((len(self.scratch) - self.size + 1, self.size), (1, 1))  # overlapping
         return windows[self.starts].view(self.part.dtype)  # (rows, width)
 
 
 def mapping_of(tensor: torch.Tensor) -> tuple[int, dict[str, str]] | None:
-    """What the system says of the memory in which a tensor begins; None where it does not say (other than Linux).
+    """Returns inode and page counts of the mapping that a tensor begins in; None where the system does not say (not
+    Linux).
 
-    The inode of the file that is mapped there for this process alone (0 for none, and for memory that processes share),
-    and the account of its pages by name.
+    The inode is that of a privately mapped file, 0 for other memory.
     """
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
@@ -488,20 +465,17 @@ def mapping_of(tensor: torch.Tensor) -> tuple[int, dict[str, str]] | None:
 
 
 def written_to(mapped: torch.Tensor) -> bool:
-    """Whether a mapping of a file holds anything that is not the file's; True where the system does not say.
-
-    Its private pages tell, also of writes that torch does not count.
-    """
+    """Whether a file's mapping has private pages, which differ from the file; True where the system does not say."""
     mapping = mapping_of(mapped)
     return mapping is None or any(int(mapping[1].get(field, 0)) for field in ("Private_Dirty", "Swap"))
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies in a file that is mapped privately; False where the system does not say."""
+    """Whether a tensor is in a privately mapped file; False where the system does not say."""
     mapping = mapping_of(tensor) if tensor.is_cpu else None
     return mapping is not None and mapping[0] != 0
 
 
 def _as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, to be written into."""
+    """Returns the memory of a contiguous CPU tensor, for writing."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -1,7 +1,7 @@
-"""EngramTable: the rows of one layer, and the one gradient path into them.
+"""EngramTable: the rows of one layer, and the only gradient path into them.
 
-Promises: a gather copies the rows that it was asked for and nothing else; the gradient of a table is its unique rows
-and their values ([`RowGradient`]), whatever the table's size. Never makes a dense or a sparse torch gradient.
+Promises: a gather copies only the rows that it was asked for; the gradient of a table is its unique rows and their
+values ([`RowGradient`]), whatever the table's size. Never makes a dense or a sparse torch gradient.
 Source: Engram (arXiv 2601.07372), section 2.2 (one physical table per layer) and 2.5 (rows travel, tables stay).
 """
 
@@ -17,15 +17,9 @@ from .rows_gradient_engram import add_row_gradient, row_gradient, sum_rows
 
 
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Copies rows out of a table that is kept in parts.
+    """Copies rows of a table that is stored in parts, to `(*rows.shape, width)` in the table's dtype and on its device.
 
-    Args:
-        rows (`torch.LongTensor` of any shape): rows counted over all parts.
-        part_height (`int`): rows of every part but the last.
-        parts (iterable of `torch.Tensor` of shape `(part rows, width)`): the table.
-
-    Returns:
-        `torch.Tensor` of shape `(*rows.shape, width)`, in the table's dtype and on its device.
+    `rows`, of any shape, are counted over all parts; `part_height` is the height of all parts but the last.
     """
     parts = list(parts)
     if len(parts) == 1:
@@ -39,7 +33,7 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
 
 
 def check_range(rows: torch.Tensor, height: int) -> None:
-    """Raises IndexError for rows that are not the table's: beside it others' bytes lie."""
+    """Raises IndexError for rows outside of the table, where other bytes would be read."""
     if not len(rows):
         return
     low, high = (int(bound) for bound in torch.aminmax(rows))
@@ -47,21 +41,20 @@ def check_range(rows: torch.Tensor, height: int) -> None:
         raise IndexError(f"row {low if low < 0 else high} is outside the {height} rows of the table.")
 
 
-# The gather as an operator that a compiler calls and does not look into: it sees no table that it might copy, and no
-# gradient whose size depends on data. Autograd hands gradients to inputs only, and the table must get none: so the
-# gather takes an anchor, one number that it does not read, whose gradient comes out of the operator that leaves the
-# rows' own.
+# The gather is an operator that compilers do not trace: they see no table that they might copy, and no gradient whose
+# size depends on data. Autograd passes gradients only to inputs, and the table must get none from it, so the gather has
+# an unused input, the anchor, whose backward runs the operator that sets the row gradients.
 #
-# The namespace is this module's, because a checkpoint's own copy of the code may run beside the package; the number is
-# raised whenever a backward changes, because compilers cache graphs by operators' names.
+# The namespace is unique to this module, because a checkpoint's own copy of the code may run in the same process; the
+# version number rises with every change of a backward, because compilers cache graphs by operator names.
 OPERATORS = f"engram_{hashlib.sha256(__name__.encode()).hexdigest()[:8]}"
 
 
-# Which rows lie in which part is worked out on the host: CUDA graphs cannot capture that. Older torch has no such tag.
+# Finding the part of each row needs the host, which CUDA graphs cannot capture. Older torch has no such tag.
 NOT_CAPTURED = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
-# Schemas are written out because torch 2.6 reads none off an annotation `list[torch.Tensor]`.
+# Schemas are explicit because torch 2.6 cannot infer one from `list[torch.Tensor]`.
 @torch.library.custom_op(
     f"{OPERATORS}::gather_rows_2",
     mutates_args=(),
@@ -69,7 +62,7 @@ NOT_CAPTURED = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cu
     **NOT_CAPTURED,
 )
 def gather_rows(rows: torch.Tensor, part_height: int, parts: list[torch.Tensor], anchor: torch.Tensor) -> torch.Tensor:
-    """`read_parts` with a backward that leaves a `RowGradient` on each part."""
+    """`read_parts` with a backward that sets a `RowGradient` on each part."""
     return read_parts(rows, part_height, parts)
 
 
@@ -89,7 +82,7 @@ def _leave_row_gradients(
 ) -> torch.Tensor:
     """Adds the gradient `values` of gathered `rows` to the parts' row gradients; returns the anchor's, a zero."""
     rows, values = sum_rows(rows.flatten(), values.reshape(-1, values.shape[-1]))  # (touched,), (touched, width)
-    if len(parts) == 1:  # nothing to be found, so nothing to wait for
+    if len(parts) == 1:  # no search, and so no wait for the device
         if parts[0].requires_grad and len(rows):
             add_row_gradient(parts[0], rows, values)
         return torch.zeros(1, device="cpu")
@@ -122,18 +115,18 @@ gather_rows.register_autograd(_gather_backward, setup_context=_keep_for_backward
 
 
 def part_of(rows: torch.Tensor, part_height: int, parts: int) -> torch.Tensor:
-    """Which part each row lies in; the last one also has the rows that are left over."""
+    """Returns the part of each row; the last part also has the remaining rows."""
     return (rows // part_height).clamp(max=parts - 1)
 
 
 class TablePart(nn.Parameter):
     """A part of a table, registered under its state-dict name wherever its rows are.
 
-    It holds its rows, or none of them while a store does: then it is of shape `(0, width)` and on the host, and all
-    that walks parameters (freezing, optimizers, clipping, PEFT, DDP, FSDP) finds it as ever.
+    It holds its rows, or has shape `(0, width)` on the host while a store holds them. So everything that walks
+    parameters (freezing, optimizers, clipping, PEFT, DDP, FSDP) finds it.
 
-    `store` is what holds its rows ([`HostPart`], [`ChangedRows`]), None if that is itself; `selected` the rows that may
-    change, `(rows,)`, ascending, None if all may.
+    `store` holds its rows ([`HostPart`], [`ChangedRows`]); None if the part itself does. `selected` `(rows,)`,
+    ascending, are the rows that may change; None if all may.
     """
 
     store = None
@@ -144,12 +137,12 @@ class TablePart(nn.Parameter):
 
     @classmethod
     def of(cls, parameter: nn.Parameter) -> "TablePart":
-        """A plain parameter as a part, with what others have noted on it."""
+        """Converts a plain parameter, with its attributes."""
         part = cls(parameter.detach(), parameter.requires_grad)
         part.__dict__.update(parameter.__dict__)
         return part
 
-    def __reduce_ex__(self, protocol: int):  # torch's own would make a plain parameter of it
+    def __reduce_ex__(self, protocol: int):  # torch's would unpickle a plain parameter
         return _part_from, (self.detach(), self.requires_grad, self.__dict__)
 
     @property
@@ -159,7 +152,7 @@ class TablePart(nn.Parameter):
 
     @torch.no_grad()
     def read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `(rows,)`: `(rows, width)`, a copy in the table's type."""
+        """Returns a copy of rows `(rows,)`, `(rows, width)`, in the table's dtype."""
         return self.detach().index_select(0, rows) if self.store is None else self.store.read(rows)
 
     @torch.no_grad()
@@ -171,20 +164,20 @@ class TablePart(nn.Parameter):
             self.store.write(rows, values)
 
     def expect(self, rows: torch.Tensor) -> None:
-        """Makes room where rows `(rows,)` will be written, so that it is made once."""
+        """Allocates memory for rows `(rows,)` that will be written."""
         if self.store is not None:
             self.store.expect(rows)
 
 
 def _part_from(rows: torch.Tensor, requires_grad: bool, noted: dict) -> TablePart:
-    """A part that was pickled."""
+    """Restores a pickled part."""
     part = TablePart(rows, requires_grad)
     part.__dict__.update(noted)
     return part
 
 
 class GatherBrought(torch.autograd.Function):
-    """Reads rows that were brought to the device, and leaves their gradients beside the table on the host."""
+    """Reads rows that were copied to the device, and sets their gradients on the table on the host."""
 
     @staticmethod
     def forward(ctx, anchor, values, places, rows, part_height, parts):
@@ -195,7 +188,7 @@ class GatherBrought(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradients: torch.Tensor):
         (places,) = ctx.saved_tensors
-        # Summed where they are made: only unique rows' gradients go back to the host.
+        # Summed on the device, so that only gradients of unique rows are copied to the host.
         unique, summed = sum_rows(places.flatten(), gradients.reshape(-1, gradients.shape[-1]))
         host = ctx.rows.device
         _leave_row_gradients(ctx.rows[unique.to(host)], summed.to(host), ctx.part_height, ctx.parts)
@@ -204,13 +197,13 @@ class GatherBrought(torch.autograd.Function):
 
 @dataclass
 class BroughtRows:
-    """Rows that were brought to where they are needed.
+    """Rows that were copied to the device that needs them.
 
     Args:
         values (`torch.Tensor` of shape `(unique, width)`): the rows.
-        places (`torch.LongTensor` of any shape): which of them each read is.
+        places (`torch.LongTensor` of any shape): index into `values` for each read.
         rows (`torch.LongTensor` of shape `(unique,)`): their numbers in the table, on the host.
-        parts (`list[TablePart]`, *optional*): what gets their gradients, if they learn.
+        parts (`list[TablePart]`, *optional*): the parts that get their gradients, if they are trainable.
     """
 
     values: torch.Tensor
@@ -220,18 +213,15 @@ class BroughtRows:
 
 
 class OrderRows(nn.Module):
-    """Rows of one order, in parts.
-
-    A module that is called, where a list would be read: hooks of accelerate bring what it needs when it is called.
+    """Rows of one order, in parts. A module that is called, because accelerate's hooks act on calls.
 
     Args:
         heights (`list[int]`): rows of each part.
         width (`int`): values in a row.
-        dtype (`torch.dtype`): type of the rows; no `.to(dtype)`, `.half()` or `part.data = ...` changes it for long.
-        hold (`bool`, *optional*, defaults to `True`): whether to hold rows, or leave them to be placed elsewhere.
+        dtype (`torch.dtype`): type of the rows; `.to(dtype)`, `.half()` and `part.data = ...` do not change it.
+        hold (`bool`, *optional*, defaults to `True`): whether to allocate rows, or leave them to be placed later.
 
-    `store` is where the rows are while the parts hold none ([`RowStore`]); `absent` says that they are nowhere, and on
-    purpose.
+    `store` ([`RowStore`]) holds the rows while the parts hold none; `absent` says that they were left out on purpose.
     """
 
     def __init__(self, heights: list[int], width: int, dtype: torch.dtype, hold: bool = True):
@@ -251,12 +241,12 @@ class OrderRows(nn.Module):
         return self.tensors()[number]
 
     def no_rows(self) -> torch.Tensor:
-        """What a part holds whose rows are elsewhere: `(0, width)`, on the host."""
+        """Returns the data of a part whose rows are elsewhere: `(0, width)`, on the host."""
         return torch.empty(0, self.width, dtype=self.dtype, device="cpu")
 
     @property
     def parts(self) -> list[TablePart]:
-        """The parts as they are registered."""
+        """The registered parts."""
         return list(self._parameters.values())
 
     @property
@@ -265,7 +255,7 @@ class OrderRows(nn.Module):
         return self.store is None and not self.absent
 
     def tensors(self) -> list[torch.Tensor]:
-        """The rows of all parts, wherever they are; those on disk as a mapping.
+        """Returns the rows of all parts, wherever they are; those on disk as a mapping.
 
         Raises:
             `RuntimeError`: if the table was not loaded.
@@ -278,12 +268,7 @@ class OrderRows(nn.Module):
         return self.parts
 
     def place(self, store, device: torch.device | None = None) -> None:
-        """Lets a store hold the rows, or takes them from it.
-
-        Args:
-            store ([`RowStore`], *optional*): what has them; None leaves them out.
-            device (`torch.device`, *optional*): where the parts are to hold them.
-        """
+        """Moves the rows to a store, or with `device` from a store into the parts; no store leaves them out."""
         if store is not None and store is self.store and device is None:
             return
         held = [self.no_rows()] * len(self.heights) if device is None else store.tensors()
@@ -295,10 +280,10 @@ class OrderRows(nn.Module):
         self.mend_parts()
 
     def mend_parts(self) -> None:
-        """Makes parts what they were if others have changed them.
+        """Restores parts that other code has changed.
 
-        Loaders, copies and pickles put plain parameters in their place; PEFT's `prepare_model_for_kbit_training`
-        makes every 16-bit parameter float32 by `part.data = ...`; accelerate's hooks move empty parts to a device.
+        Loaders, copies and pickles put plain parameters in their place; PEFT's `prepare_model_for_kbit_training` makes
+        every 16-bit parameter float32 by `part.data = ...`; accelerate's hooks move empty parts to a device.
         """
         for number, part in enumerate(self.parts):
             if self.store is not None and (part.shape[0] or not part.is_cpu or type(part) is not TablePart):
@@ -312,7 +297,7 @@ class OrderRows(nn.Module):
                 part.store = self.store.part(number)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As for any module; rows that somebody sets as a plain parameter become a part."""
+        """As for any module; a plain parameter becomes a part."""
         if type(param) is nn.Parameter:
             param = TablePart.of(param)
         super().register_parameter(name, param)
@@ -327,14 +312,11 @@ class OrderRows(nn.Module):
         return sum(self.heights) * self.width * self.dtype.itemsize
 
     def forward(self, rows: torch.Tensor, brought: BroughtRows | None = None) -> torch.Tensor:
-        """Reads rows of any shape.
+        """Reads rows `(*rows.shape, width)`, in the table's dtype and on its device.
 
         Args:
             rows (`torch.LongTensor` of any shape): rows to read.
             brought ([`BroughtRows`], *optional*): given by the hook of a table that is elsewhere.
-
-        Returns:
-            `torch.Tensor` of shape `(*rows.shape, width)`, in the table's dtype and on its device.
         """
         if brought is not None:
             if brought.parts is None:
@@ -347,11 +329,11 @@ class OrderRows(nn.Module):
         learns = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if learns or torch.compiler.is_compiling():
             return gather_rows(rows, self.part_height, parts, self.anchor if learns else self.anchor.detach())
-        return read_parts(rows, self.part_height, parts)  # an operator costs 10 microseconds more
+        return read_parts(rows, self.part_height, parts)  # without the overhead of an operator
 
     def _apply(self, fn, recurse=True):
         if not self.is_resident:
-            return self  # there is nothing to move, and empty parts stay on the host
+            return self  # empty parts stay on the host
 
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor.new_empty(0))
@@ -360,7 +342,7 @@ class OrderRows(nn.Module):
         held = {name: row_gradient(part) for name, part in self.named_parameters()}
         for name, part in self.named_parameters():
             if held[name] is not None:
-                part.grad = None  # torch moves the storage of a gradient, and this one has none
+                part.grad = None  # torch would move its storage, which it does not have
         super()._apply(keep_dtype, recurse)
         self.mend_parts()
         for name, part in self.named_parameters():
@@ -399,15 +381,15 @@ class OrderRows(nn.Module):
 class EngramTable(nn.Module):
     """Rows of all orders and heads of one Engram layer.
 
-    Every order is a list of parts, `order2.0`, `order2.1`, ..., each a parameter of shape `(rows, width)`. Rows
-    start at zero: a memory that was never trained contributes exactly nothing.
+    Every order is a list of parts, `order2.0`, `order2.1`, ..., each a parameter of shape `(rows, width)`. Rows start
+    at zero: a memory that was never trained contributes exactly nothing.
 
     Args:
         order_rows (`list[int]`): rows of each order, bigrams first.
         width (`int`): values in a row.
         parts (`int`): parameters for each order.
-        dtype (`torch.dtype`): type of the rows; no `.to(dtype)`, `.half()` or `dtype=` changes it.
-        hold (`bool`, *optional*, defaults to `True`): whether to make parameters, or leave rows to be placed elsewhere.
+        dtype (`torch.dtype`): type of the rows; `.to(dtype)`, `.half()` and `dtype=` do not change it.
+        hold (`bool`, *optional*, defaults to `True`): whether to allocate rows, or leave them to be placed later.
     """
 
     def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype, hold: bool = True):
@@ -424,7 +406,7 @@ class EngramTable(nn.Module):
             self.register_module(f"order{order}", OrderRows(heights, width, dtype, hold))
 
     def orders(self) -> list[OrderRows]:
-        """Parts by order, bigrams first."""
+        """Returns the rows by order, bigrams first."""
         return [getattr(self, f"order{order}") for order in range(2, 2 + len(self.part_heights))]
 
     @property
@@ -433,20 +415,17 @@ class EngramTable(nn.Module):
         return sum(order.nbytes for order in self.orders())
 
     def forward(self, rows: torch.Tensor, fetches: list | None = None) -> torch.Tensor:
-        """Reads memory vectors.
+        """Reads memory vectors `(batch, length, orders * heads * width)`, in the table's dtype and on its device.
 
         Args:
             rows (`torch.LongTensor` of shape `(batch, length, orders, heads)`):
                 Rows counted from the first of their order, on any device.
-            fetches (`list[RowFetch]`, *optional*): under way for each order of a table that is elsewhere.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, length, orders * heads * width)`, in the table's dtype and on its device.
+            fetches (`list[RowFetch]`, *optional*): prefetches of each order of a table that is elsewhere.
         """
         # (batch, length, heads) -> (batch, length, heads * width), for every order
         given = [{}] * len(self.part_heights) if fetches is None else [{"fetch": fetch} for fetch in fetches]
         vectors = [order(rows[:, :, i], **given[i]).flatten(-2) for i, order in enumerate(self.orders())]
-        if not torch.is_autocast_enabled(vectors[0].device.type):  # entering its context costs tens of microseconds
+        if not torch.is_autocast_enabled(vectors[0].device.type):  # entering its context is slow
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
-        with torch.autocast(vectors[0].device.type, enabled=False):  # it knows but one kind of half precision
+        with torch.autocast(vectors[0].device.type, enabled=False):  # it supports one half-precision dtype only
             return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)

@@ -1,4 +1,4 @@
-"""Training: optimizers that touch only the rows that were read, and a Trainer that uses them."""
+"""Training: optimizers that update only the rows that were read, and a Trainer that uses them."""
 
 from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
 from .optimizer import EngramOptimizer, create_optimizer

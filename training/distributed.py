@@ -1,7 +1,7 @@
-"""Row gradients of several processes: what each rank read, exchanged once for each optimizer step.
+"""Row gradients of several processes, exchanged once for each optimizer step.
 
-What it chooses: rows and values are gathered from all ranks, each with a length of its own, and added up in the order
-of the ranks, so that all ranks compute the very same sums; divided by their number, as DDP does with dense gradients.
+What it chooses: rows and values are gathered from all ranks, each with its own length, and summed in the order of the
+ranks, so that all ranks compute identical sums; these are divided by the number of ranks, as in DDP.
 Promises: after an exchange every rank holds the same rows and values, bit for bit, and holds rows of a table only if
 some rank read them; ranks whose tables or parts differ get an error and no update. Never sends a table.
 Source: torch's DistributedDataParallel (mean over ranks); docs/processes.md.
@@ -19,19 +19,19 @@ from ..rows_gradient_engram import RowGradient, row_gradient, with_row_gradients
 from ..rows_table_engram import TablePart
 
 
-# Rows of a part whose values are compared between the ranks in every exchange: enough to see tables that differ (any
-# part of them that is read), few enough to cost nothing.
+# Rows of a part whose values are compared between the ranks in every exchange: enough to detect tables that differ, and
+# cheap.
 COMPARED = 256
 
 
 class RankPart(TablePart):
-    """Rows of a table that this rank alone holds (`shard_tables`): their gradients come home without an exchange."""
+    """Rows of a table that only this rank holds (`shard_tables`): their gradients need no exchange."""
 
-    group = None  # the ranks that hold the others
+    group = None  # the ranks that hold the other rows
 
 
 def sync_row_gradients(trained, group=None) -> None:
-    """Makes the tables' gradients those of all ranks; without several processes it does nothing.
+    """Replaces the tables' gradients by their mean over all ranks; does nothing in a single process.
 
     Call it on every rank, after the last `backward()` of a step and before clipping. [`EngramTrainer`] does.
 
@@ -41,8 +41,8 @@ def sync_row_gradients(trained, group=None) -> None:
         group (`ProcessGroup`, *optional*): the ranks that train together; all if None.
 
     Raises:
-        `ValueError`: if the ranks do not train the same parts of tables, or hold other rows in them.
-        `TypeError`: if tables were sharded by FSDP, which knows no rows.
+        `ValueError`: if the ranks do not train the same parts of tables, or hold different rows in them.
+        `TypeError`: if FSDP has sharded the tables, which does not support row gradients.
 
     Example:
 
@@ -84,7 +84,7 @@ def _mark_exchanged(parts: list[torch.Tensor]) -> None:
 
 
 def table_parts(trained) -> list[torch.Tensor]:
-    """What an optimizer holds of the tables, in the same order on every rank."""
+    """Returns the parts of tables that a model or optimizer holds, in the same order on every rank."""
     trained = getattr(trained, "module", trained)  # DDP's
     if hasattr(trained, "param_groups"):
         return [part for group in trained.param_groups if group.get("rows") for part in group["params"]]
@@ -92,7 +92,7 @@ def table_parts(trained) -> list[torch.Tensor]:
 
 
 def refuse_unexchanged(parts: Iterable[torch.Tensor]) -> None:
-    """Raises RuntimeError if row gradients are those of one of several ranks: the ranks would go apart."""
+    """Raises RuntimeError if row gradients were not exchanged between the ranks, which would diverge."""
     if ranks_of(None) == 1:
         return
     if any(not getattr(part.grad, "exchanged", False) for part in with_row_gradients(parts)):
@@ -104,12 +104,12 @@ def refuse_unexchanged(parts: Iterable[torch.Tensor]) -> None:
 
 
 def refuse_deepspeed(args=None) -> None:
-    """Raises ValueError where DeepSpeed is to train: its buckets and partitions know no gradients of rows.
+    """Raises ValueError with DeepSpeed, whose buckets and partitions do not support row gradients.
 
     Args:
-        args (`TrainingArguments`, *optional*): what a trainer was given.
+        args (`TrainingArguments`, *optional*): a trainer's arguments.
     """
-    # The variable is what `accelerate launch` says to the processes that it starts.
+    # `accelerate launch` sets the variable.
     if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError(
             "DeepSpeed cannot train a memory: row gradients do not reach its buckets, and the tables would stay as "
@@ -119,7 +119,7 @@ def refuse_deepspeed(args=None) -> None:
 
 
 def agreed(finite: bool, parts: Iterable[torch.Tensor]) -> bool:
-    """Whether all ranks found `finite`, where some gradients are on one rank alone; elsewhere all see the same."""
+    """Whether all ranks found `finite`; asks them only about gradients that differ by rank, those of sharded rows."""
     for part in parts:
         if isinstance(part, RankPart):
             own = torch.tensor([int(finite)], device=wire_device([part], part.group))
@@ -128,12 +128,12 @@ def agreed(finite: bool, parts: Iterable[torch.Tensor]) -> bool:
 
 
 def ranks_of(group) -> int:
-    """How many processes train together."""
+    """Returns the number of processes in a group."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def wire_device(parts: list[torch.Tensor], group) -> torch.device:
-    """Where tensors must be for the group's backend to send them; where the parts are if it can be."""
+    """Returns a device from which the group's backend can send; that of the parts if possible."""
     able = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
     for part in parts:
         if part.device.type in able:
@@ -143,21 +143,21 @@ def wire_device(parts: list[torch.Tensor], group) -> torch.device:
 
 
 def gather(own: torch.Tensor, group) -> list[torch.Tensor]:
-    """A tensor of every rank, all of one shape."""
+    """Gathers tensors of equal shape from all ranks."""
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own.contiguous(), group=group)
     return gathered
 
 
 def _gather_rows_of_ranks(parts, held, counts, device, group) -> tuple[list, list]:
-    """Rows and values by rank and part, `[ranks][parts]`: `(touched,)` and `(touched, width)`."""
+    """Returns rows and values by rank and part, `[ranks][parts]`: `(touched,)` and `(touched, width)`."""
     widths = [part.table_shape[1] for part in parts]
     given = [gradient for gradient in held if gradient is not None]
     rows = torch.cat([g.rows.to(device) for g in given] or [torch.empty(0, dtype=torch.int64, device=device)])
     values = torch.cat([g.row_values.flatten().to(device) for g in given] or [torch.empty(0, device=device)])
     most = max(sum(lengths) for lengths in counts)
     cells = [[length * width for length, width in zip(lengths, widths, strict=True)] for lengths in counts]
-    # All ranks send as many as the longest does: what is over is cut off.
+    # All ranks send as many as the longest; the padding is cut off.
     all_rows = gather(padded(rows, most), group)
     all_values = gather(padded(values, max(map(sum, cells))), group)
     by_rank = [own[: sum(lengths)].split(lengths) for own, lengths in zip(all_rows, counts, strict=True)]
@@ -169,12 +169,12 @@ def _gather_rows_of_ranks(parts, held, counts, device, group) -> tuple[list, lis
 
 
 def padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """A flat tensor of `length`, zeros behind."""
+    """Pads a flat tensor with zeros to `length`."""
     return torch.nn.functional.pad(tensor, (0, length - len(tensor)))
 
 
 def _mean_of_ranks(given: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unique rows of all ranks, ascending, and the sum of their values divided by the number of ranks.
+    """Returns unique rows of all ranks, ascending, and the sum of their values divided by the number of ranks.
 
     Args:
         given (`list[tuple]`): by rank, unique rows `(touched,)` and values `(touched, width)`.
@@ -182,19 +182,19 @@ def _mean_of_ranks(given: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torc
     unique = torch.unique(torch.cat([rows for rows, _ in given]))  # (union,)
     total = given[0][1].new_zeros(len(unique), given[0][1].shape[1])  # (union, width)
     for rows, values in given:
-        # A rank's rows are unique, so no two values of one addition meet: the order of sums is that of the ranks on any
-        # device, where `index_add_` of all at once has none on some.
+        # A rank's rows are unique, so the order of sums is that of the ranks; one `index_add_` of all would be
+        # nondeterministic on some devices.
         total[torch.searchsorted(unique, rows)] += values
     return unique, total.div_(len(given))
 
 
 def _is_sharded(tensor: torch.Tensor | None) -> bool:
-    """Whether a tensor is one of FSDP's or of tensor parallelism, of which this rank holds a piece."""
+    """Whether a tensor is sharded by FSDP or tensor parallelism."""
     return hasattr(tensor, "full_tensor")
 
 
 def _check_whole(parts: list[torch.Tensor]) -> None:
-    """Raises TypeError for parts that FSDP has cut up."""
+    """Raises TypeError for parts that FSDP has sharded."""
     if any(_is_sharded(part) for part in parts):
         raise TypeError(
             "FSDP has sharded the memory's tables, and row gradients do not reach them: leave them out "
@@ -217,7 +217,7 @@ def _check_same_parts(parts: list[torch.Tensor], device: torch.device, group) ->
 
 
 def check_same_rows(parts: list[torch.Tensor], device: torch.device, group) -> None:
-    """Raises ValueError, on every rank, if rows that are about to be updated differ between the ranks."""
+    """Raises ValueError, on every rank, if rows to be updated differ between the ranks."""
     digests = []
     for part in parts:
         gradient = row_gradient(part)
@@ -239,14 +239,14 @@ def check_same_rows(parts: list[torch.Tensor], device: torch.device, group) -> N
 def clip_grad_norm_(trained, max_norm: float) -> torch.Tensor:
     """`clip_grad_norm_` over everything that an optimizer trains, some of it sharded.
 
-    Torch's own takes the tables' gradients as it takes any, but not weights of FSDP beside others.
+    Torch's own accepts the tables' gradients, but not FSDP weights together with others.
 
     Args:
         trained ([`EngramForCausalLM`] or `torch.optim.Optimizer`): the model or its optimizer.
-        max_norm (`float`): the largest norm that all gradients together may have.
+        max_norm (`float`): largest norm of all gradients together.
 
     Returns:
-        `torch.Tensor`: the norm before, the same on all ranks.
+        `torch.Tensor`: the norm before clipping, the same on all ranks.
     """
     if hasattr(trained, "param_groups"):
         parameters = [p for group in trained.param_groups for p in group["params"]]
@@ -256,7 +256,7 @@ def clip_grad_norm_(trained, max_norm: float) -> torch.Tensor:
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     norms = [norm.full_tensor() if _is_sharded(norm) else norm for norm in norms]
     total = torch.stack([norm.to(norms[0].device) for norm in norms]).norm() if norms else torch.zeros((), device="cpu")
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # torch's own 1e-6
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)  # 1e-6 as in torch
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device))
     return total
@@ -265,7 +265,7 @@ def clip_grad_norm_(trained, max_norm: float) -> torch.Tensor:
 def shard_backbone(model, mesh=None, **settings):
     """Shards backbone and memory layers with torch's `fully_shard` (FSDP2), and leaves the tables whole.
 
-    Exchange the tables' gradients and clip with this module's functions.
+    Exchange the tables' gradients and clip with the functions of this module.
 
     Args:
         model ([`EngramForCausalLM`]): changed in place; make the optimizer afterwards.

@@ -1,9 +1,9 @@
-"""EngramOptimizer: one optimizer for dense weights (AdamW) and for tables (a rule over the rows that were read).
+"""EngramOptimizer: AdamW for dense weights, and a rule over the rows that were read for tables.
 
-Promises: tables are updated at the rows that their gradients name and nowhere else, wherever they are, with a learning
-rate of their own; schedulers, Trainer and Accelerate see an ordinary optimizer; its state is plain tensors and numbers,
-restored as a whole or not at all; a step whose gradients are not finite changes nothing and is counted. Never makes a
-dense gradient of a table, and no state for a row before it is touched.
+Promises: tables are updated only at the rows of their gradients, wherever they are, with their own learning rate;
+schedulers, Trainer and Accelerate see an ordinary optimizer; its state is plain tensors and numbers, restored
+completely or not at all; a step with a non-finite gradient changes nothing and is counted. Never makes a dense gradient
+of a table, and no state for a row before it is touched.
 Source: Engram (arXiv 2601.07372), section 4.1 and Table 5 (Adam, separate learning rate, no decay on tables).
 """
 
@@ -28,22 +28,22 @@ from .stochastic_rounding import rounded
 logger = logging.get_logger(__name__)
 
 
-# Of five doses on SmolLM2 and FOLDOC the one with the lowest held-out loss (docs/training.md, "What a memory learns of
-# a domain"). The paper's 5 is for training from scratch and leaves a graft's table nearly empty.
+# The best held-out loss of five values on SmolLM2 and FOLDOC (docs/training.md, "What a memory learns of a domain").
+# The paper's 5 is for training from scratch and leaves a graft's table nearly empty.
 TABLE_LR_MULTIPLIER = 50.0
 LEARNING_RATE = 2e-3  # of dense weights, in the same runs
 STATE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What PEFT puts between a module's name and its weight when it wraps the module or keeps a trained copy of it.
+# Names that PEFT inserts before a weight when it wraps its module or keeps a trained copy of it.
 PROJECTION = re.compile(r"\.key_value(\.base_layer|\.original_module|\.modules_to_save\.[^.]+)*\.weight$")
-ADAPTED = re.compile(r"\.key_value\..*\.")  # any other weight inside of a projection is an adapter's
+ADAPTED = re.compile(r"\.key_value\..*\.")  # any other weight in a projection belongs to an adapter
 
 
 class EngramOptimizer(AdamW):
     """AdamW for dense parameters, a rule for tables for groups with `rows=True`.
 
-    Row groups have these settings beside torch's: `table_optimizer` (a name in `rules.RULES`), `table_state_dtype`
-    ("float32" or "bfloat16"), and `l2_sp` (c in `w - lr c (w - start)`, applied at each touch of a row; `start` is
-    what the row was when it was first touched, and is kept for touched rows if c > 0).
+    Row groups have these settings besides torch's: `table_optimizer` (a name in `row_rules.RULES`), `table_state_dtype`
+    ("float32" or "bfloat16"), and `l2_sp` (c in `w - lr c (w - start)`, applied at each touch of a row; `start` is the
+    row's value when it was first touched, stored for touched rows if c > 0).
 
     Args:
         params: parameter groups; see [`create_optimizer`].
@@ -51,12 +51,12 @@ class EngramOptimizer(AdamW):
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of Adam's moments.
         eps (`float`, *optional*, defaults to 1e-8): epsilon of Adam and Adagrad.
         weight_decay (`float`, *optional*, defaults to 0): decoupled; in row groups at each touch of a row.
-        seed (`int`, *optional*, defaults to 0): of the chances of rounding to bfloat16 and float16.
+        seed (`int`, *optional*, defaults to 0): seed of stochastic rounding to bfloat16 and float16.
 
-    `skipped_steps` counts steps that were left out because a gradient had NaN or inf.
+    `skipped_steps` counts steps that were skipped because a gradient had NaN or inf.
     """
 
-    # A weak reference to the memory whose tables these are, from `create_optimizer`; copies and pickles have none.
+    # Weak reference to the memory that has these tables, from `create_optimizer`; copies and pickles have none.
     memory = None
 
     def __init__(
@@ -76,10 +76,10 @@ class EngramOptimizer(AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Updates what has a gradient.
+        """Updates every parameter that has a gradient.
 
         Args:
-            closure (`Callable`, *optional*): makes the gradients anew and returns the loss.
+            closure (`Callable`, *optional*): recomputes the gradients and returns the loss.
 
         Raises:
             `TypeError`: for a row gradient in a dense group, or a dense one in a row group.
@@ -106,7 +106,7 @@ class EngramOptimizer(AdamW):
         return loss
 
     def refuse_moved(self) -> None:
-        """Raises RuntimeError if the model reads other tables than this optimizer holds: those would never learn."""
+        """Raises RuntimeError if the model reads other tables than this optimizer updates."""
         memory = None if self.memory is None else self.memory()
         if memory is None:
             return
@@ -130,7 +130,7 @@ class EngramOptimizer(AdamW):
         for piece, direction in directions:
             stored = part.read(rows[piece])  # (piece, width), a copy
             values = stored.float()
-            # Both pulls are from where the row is before the step, as AdamW's decay is.
+            # Decay and l2_sp act on the row before the step, as AdamW's decay does.
             pull = direction.mul_(-lr)
             if group["weight_decay"]:
                 pull.add_(values, alpha=-lr * group["weight_decay"])
@@ -142,17 +142,17 @@ class EngramOptimizer(AdamW):
             part.write(rows[piece], rounded(values.add_(pull), stored.dtype, generator))
 
     def new_state(self, group: dict, part: torch.Tensor) -> RowState:
-        """An empty state for a part."""
+        """Makes an empty state for a part."""
         columns = RULES[group["table_optimizer"]].columns(part.table_shape[1], STATE_TYPES[group["table_state_dtype"]])
         if group["l2_sp"]:
             columns["start"] = ((part.table_shape[1],), part.dtype)
         return RowState(part.table_shape, columns, part.device)
 
     def gradients(self) -> list[tuple[dict, torch.Tensor, torch.Tensor]]:
-        """Group, parameter and gradient of each parameter that has one.
+        """Returns group, parameter and gradient of each parameter that has one.
 
         Raises:
-            `TypeError`: if a gradient is not of the kind that its group is for.
+            `TypeError`: if the kind of gradient does not fit its group.
         """
         held = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for group, parameter, gradient in held:
@@ -166,7 +166,7 @@ class EngramOptimizer(AdamW):
         return held
 
     def all_finite(self, held: list) -> bool:
-        """Whether the norms of all gradients are finite; counts and says it if one is not."""
+        """Whether the norms of all gradients are finite; if not, counts and logs it."""
         values = [gradient.row_values if isinstance(gradient, RowGradient) else gradient for _, _, gradient in held]
         norms = [torch.linalg.vector_norm(value, dtype=torch.float32) for value in values]  # cheaper than isfinite
         norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]  # of sharded weights
@@ -189,11 +189,11 @@ class EngramOptimizer(AdamW):
         return False
 
     def agree(self, finite: bool) -> bool:
-        """What all processes do where one of them found `finite`."""
+        """Whether all processes found `finite`."""
         return agreed(finite, (part for group in self.row_groups() for part in group["params"]))
 
     def called(self, parameter: torch.Tensor) -> str:
-        """What messages call a parameter."""
+        """Returns the name of a parameter in messages."""
         for group in self.param_groups:
             for number, own in enumerate(group["params"]):
                 if own is parameter:
@@ -218,18 +218,19 @@ class EngramOptimizer(AdamW):
         return False if group.get("rows") else super()._init_group(group, *lists)
 
     def generator(self, device: torch.device) -> torch.Generator:
-        """The random numbers for one kind of device."""
+        """Returns the random generator for one kind of device."""
         if device.type not in self.generators:
             self.generators[device.type] = torch.Generator(device).manual_seed(self.seed)
         return self.generators[device.type]
 
     def row_groups(self) -> list[dict]:
-        """Parameter groups that hold tables."""
+        """Returns the parameter groups that hold tables."""
         return [group for group in self.param_groups if group.get("rows")]
 
     def state_dict(self) -> dict:
-        """As for any optimizer, with the rows that were touched under the numbers of their parts, and the random
-        numbers and the count of skipped steps under "engram"."""
+        """As for any optimizer; touched rows are stored under the numbers of their parts, random generators and the
+        count of skipped steps under "engram".
+        """
         packed = super().state_dict()
         for index, parameter in self.numbered():
             if parameter in self.row_states:
@@ -242,7 +243,7 @@ class EngramOptimizer(AdamW):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Restores what `state_dict` gave, all of it or, with an error, nothing.
+        """Restores a `state_dict` completely or, with an error, not at all.
 
         Raises:
             `ValueError`: if it is of another model, of other settings, of an older version, or damaged.
@@ -274,7 +275,7 @@ class EngramOptimizer(AdamW):
                 self.generator(torch.device(kind)).set_state(numbers.cpu())
 
     def numbered(self) -> list[tuple[int, torch.Tensor]]:
-        """Parameters under the numbers that a state dict gives them."""
+        """Returns the parameters with their numbers in a state dict."""
         return list(enumerate(parameter for group in self.param_groups for parameter in group["params"]))
 
     def __getstate__(self) -> dict:
@@ -306,32 +307,31 @@ def create_optimizer(
 ) -> EngramOptimizer:
     """Makes the optimizer for a model with memory, over the parameters that require a gradient.
 
-    A small table that is mapped from its file is copied into memory, so that no step pays a page for each of its rows.
-    If nothing was chosen (every parameter requires a gradient, no `model.set_trainable(...)`), the memory alone is.
+    A small table that is mapped from its file is copied into memory, which avoids a page fault for each touched row. If
+    nothing was chosen (every parameter requires a gradient, no `model.set_trainable(...)`), only the memory is trained.
 
     Args:
         model ([`EngramForCausalLM`]): the model, also in a PEFT model.
         lr (`float`, *optional*, defaults to 2e-3): learning rate of dense weights.
         table_lr_multiplier (`float`, *optional*, defaults to 50): times `lr`, the learning rate of tables.
-        weight_decay (`float`, *optional*, defaults to 0): for projection matrices and the backbone's matrices alone.
+        weight_decay (`float`, *optional*, defaults to 0): only for projection matrices and the backbone's matrices.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): decay of Adam's moments.
         eps (`float`, *optional*, defaults to 1e-8): epsilon of Adam and Adagrad.
         table_optimizer (`"adam"`, `"adagrad"` or `"sinkhorn"`, *optional*, defaults to `"adam"`):
-            What tables are updated by; a touched row keeps 2 numbers a value, 1 number, or 1 number a value.
+            Rule for tables; its state has 2 numbers a value, 1 number, or 1 number a value for each touched row.
         table_state_dtype (`"float32"` or `"bfloat16"`, *optional*, defaults to `"float32"`):
-            Type of what is kept for each value of a touched row; bfloat16 is rounded by chance.
+            Type of that state; bfloat16 uses stochastic rounding.
         l2_sp (`float`, *optional*, defaults to 0, which is off):
-            c in `w - lr c (w - start)`: at each touch a row is pulled to what it was when it was first touched.
-        seed (`int`, *optional*, defaults to 0): of the chances of rounding.
+            c in `w - lr c (w - start)`: at each touch a row is pulled to its value when it was first touched.
+        seed (`int`, *optional*, defaults to 0): seed of stochastic rounding.
 
     Returns:
         [`EngramOptimizer`] with the groups "tables", "projections", "vectors" (norms, biases, convolution) and
-        "backbone" (adapters included), as far as they have parameters.
+        "backbone" (adapters included), if they have parameters.
 
     Raises:
         `TypeError`: for a model with its checkpoint's own copy of the code.
-        `ValueError`: with DeepSpeed, if nothing requires a gradient, a setting is none of those named here, or a rate
-            is negative.
+        `ValueError`: with DeepSpeed, if nothing requires a gradient, for an unknown setting or a negative rate.
 
     Example:
 
@@ -352,8 +352,8 @@ def create_optimizer(
     _choose_what_learns(model)
     memory = getattr(model, "memory", None)
     if memory is not None:
-        memory.settle()
-        memory.named_parts()  # as they are from now on
+        memory.take_back_tables()
+        memory.named_parts()  # restores parts that others have replaced
     selection = getattr(memory, "row_selection", None)
     if selection is not None:  # parts are new objects after place_memory or a copy
         selection.apply(model)
@@ -373,13 +373,13 @@ def create_optimizer(
     optimizer.names = names
     if memory is not None:
         optimizer.memory = weakref.ref(memory)
-        if ranks_of(None) == 1:  # several have a table's pages in common, until one writes them
+        if ranks_of(None) == 1:  # several processes share a mapped table's pages until one writes them
             own_rows(memory.tables)
     return optimizer
 
 
 def _choose_what_learns(model) -> None:
-    """Lets the memory alone learn where nobody has chosen: never silently everything."""
+    """Makes only the memory trainable if nothing was chosen."""
     config = getattr(model, "config", None)
     if getattr(config, "engram_trainable", None) or not hasattr(model, "set_trainable"):
         return
@@ -393,7 +393,7 @@ def _choose_what_learns(model) -> None:
 
 
 def group_of(name: str, parameter: torch.Tensor) -> str:
-    """Optimizer group of a parameter by its state-dict name."""
+    """Returns the optimizer group of a parameter by its state-dict name."""
     if "memory.tables." in name:
         return "tables"
     if "memory.layers." in name:
@@ -415,6 +415,6 @@ def _check_parts(params) -> None:
 
 
 def _check_choice(name: str, value, choices) -> None:
-    """Raises ValueError if a setting is none of its words."""
+    """Raises ValueError for an unknown value of a setting."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")

@@ -1,16 +1,16 @@
-"""What an optimizer checks of a saved state before it keeps any of it.
+"""Checks of a saved optimizer state before any of it is restored.
 
-Promises: an error names what was found, what is needed and what to do; the optimizer is as it was.
+Promises: an error names what was found, what is needed and what to do; the optimizer is unchanged then.
 """
 
 DENSE = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def check_state(optimizer, state_dict: dict) -> None:
-    """Checks groups, dense states and the presence of everything; rows are checked as they are restored.
+    """Checks groups, dense states and completeness; rows are checked as they are restored.
 
     Args:
-        optimizer ([`EngramOptimizer`]): what the state is to be loaded into.
+        optimizer ([`EngramOptimizer`]): the optimizer to load the state into.
         state_dict (`dict`): from `EngramOptimizer.state_dict`.
 
     Raises:
@@ -21,9 +21,9 @@ def check_state(optimizer, state_dict: dict) -> None:
     mine, saved = optimizer.param_groups, state_dict["param_groups"]
     if [_outline(group) for group in mine] != [_outline(group) for group in saved]:
         raise ValueError(
-            f"the optimizer state is for parameter groups {told(saved)}, this optimizer has {told(mine)}: it was saved "
-            "with another choice of what is trained, or another model. Choose as then (model.set_trainable), or go on "
-            "without its state."
+            f"the optimizer state is for parameter groups {_describe_groups(saved)}, this optimizer has "
+            f"{_describe_groups(mine)}: it was saved with another choice of what is trained, or another model. Choose "
+            "as then (model.set_trainable), or go on without its state."
         )
     for own, other in zip(mine, saved, strict=True):
         if own.get("rows"):
@@ -47,12 +47,12 @@ def check_state(optimizer, state_dict: dict) -> None:
 
 
 def _outline(group: dict) -> tuple:
-    """What must be equal in a group: its name, whether it holds tables, and how many parameters."""
+    """Returns what must be equal in a group: its name, whether it holds tables, and the number of parameters."""
     return group.get("name"), bool(group.get("rows")), len(group["params"])
 
 
-def told(groups: list[dict]) -> str:
-    """Groups in an error's words."""
+def _describe_groups(groups: list[dict]) -> str:
+    """Describes groups in an error."""
     return ", ".join(f"{group.get('name', 'without name')} ({len(group['params'])})" for group in groups)
 
 
@@ -60,7 +60,7 @@ def _check_rule(own: dict, other: dict) -> None:
     """Raises ValueError if tables were trained by another rule."""
     for name in ("table_optimizer", "table_state_dtype", "l2_sp"):
         missing = name not in other
-        # How strong an l2_sp is may be changed, as a learning rate may; whether there is one decides what was kept.
+        # The strength of l2_sp may change, as a learning rate may; whether it is used determines the stored columns.
         differs = not missing and (
             bool(own[name]) != bool(other[name]) if name == "l2_sp" else own[name] != other[name]
         )

@@ -1,13 +1,11 @@
-"""How rows learn: Adam, Adagrad, and momentum balanced by Sinkhorn, each over the rows of one step.
+"""Update rules of rows: Adam, Adagrad, and momentum balanced by Sinkhorn, each over the rows of one step.
 
-A rule names the columns that it keeps for a touched row and gives directions, which are multiplied by minus the
-learning rate. It works in pieces, so that no more than a few of them are in memory beside its state.
+A rule names the columns of its state and yields directions, which are multiplied by minus the learning rate. It works
+in pieces, so that only a few of them are in memory besides its state.
 
-| rule | state of a row of `width` values | direction |
-|---|---|---|
-| `adam` | 2 `width` numbers and a count | `m' / (sqrt(v') + eps)`, bias corrected by the row's own number of updates |
-| `adagrad` | 1 number | `g / (sqrt(sum of mean squares) + eps)` |
-| `sinkhorn` | `width` numbers | balanced momentum, see `RowSinkhorn` |
+| rule | state of a row of `width` values | direction | |---|---|---| | `adam` | 2 `width` numbers and a count | `m' /
+(sqrt(v') + eps)`, bias corrected by the row's own number of updates | | `adagrad` | 1 number | `g / (sqrt(sum of mean
+squares) + eps)` | | `sinkhorn` | `width` numbers | balanced momentum, see `RowSinkhorn` |
 
 Sources: Adam for tables: Engram (arXiv 2601.07372), section 4.1; one Adagrad number a row: FBGEMM's row-wise Adagrad;
 Sinkhorn: the tables of DeepSeek-V4.1-Flash (beta 0.95, tau 1e-3, gamma 0.18, 11 rounds).
@@ -25,17 +23,20 @@ Directions = Iterator[tuple[slice, torch.Tensor]]
 
 
 class RowAdam:
-    """Adam whose moments are those of touched rows alone; a row's own updates are counted, because rows are read at
-    very different rates. Where every row is read at every step it is torch's Adam."""
+    """Adam with moments for touched rows only, and an update count for each row, because rows are read at different
+    rates.
+
+    If every row is read at every step, it equals torch's Adam.
+    """
 
     @staticmethod
     def columns(width: int, dtype: torch.dtype) -> dict:
-        """What is kept for a row."""
+        """Returns the state of a row."""
         return {"exp_avg": ((width,), dtype), "exp_avg_sq": ((width,), dtype), "step": ((), torch.int32)}
 
     @staticmethod
     def directions(state: RowState, slots: torch.Tensor, gradient: torch.Tensor, group: dict, generator) -> Directions:
-        """Takes gradients `(rows, width)` in and gives directions, piece by piece."""
+        """Takes in gradients `(rows, width)` and yields directions, piece by piece."""
         (decay, decay_sq), eps = group["betas"], group["eps"]
         for piece in pieces(*gradient.shape):
             grad, own = gradient[piece], slots[piece]
@@ -51,10 +52,7 @@ class RowAdam:
 
 
 def _bias_correction(decay: float, steps: torch.Tensor) -> torch.Tensor:
-    """`1 - decay ** steps` `(rows,)` to the last digits of float32, which is the widest type that every device has.
-
-    The plain formula would lose three digits to the 1.
-    """
+    """Computes `1 - decay ** steps` `(rows,)` in float32; the plain formula would lose three digits."""
     log = math.log(decay) if decay > 0 else -math.inf
     return -torch.expm1(steps.float() * log)
 
@@ -64,12 +62,12 @@ class RowAdagrad:
 
     @staticmethod
     def columns(width: int, dtype: torch.dtype) -> dict:
-        """What is kept for a row."""
+        """Returns the state of a row."""
         return {"square_sum": ((), torch.float32)}
 
     @staticmethod
     def directions(state: RowState, slots: torch.Tensor, gradient: torch.Tensor, group: dict, generator) -> Directions:
-        """Takes gradients `(rows, width)` in and gives directions, piece by piece."""
+        """Takes in gradients `(rows, width)` and yields directions, piece by piece."""
         for piece in pieces(*gradient.shape):
             grad, own = gradient[piece], slots[piece]
             total = state.read("square_sum", own).add_(grad.square().mean(1))  # (piece,)
@@ -78,27 +76,27 @@ class RowAdagrad:
 
 
 class RowSinkhorn:
-    """Momentum whose step is balanced: every row, and as far as that allows every column, moves equally far.
+    """Momentum whose step is balanced: every row, and as far as possible every column, moves equally far.
 
     M = beta M + (1 - beta) G at touched rows; N = beta M + (1 - beta) G (Nesterov). Rows of N whose norm is at most tau
-    of the mean norm are zero. N is then divided by its rows' norms and by its columns' norms in turn, 11 times, rows
-    first and last, which gives U; the direction is gamma sqrt(width) U: values move by 0.18 of the learning rate in the
-    root mean square. Here "rows" is those that the step touched, in each part by itself: the momentum of others neither
-    decays nor moves them.
+    times the mean norm are zeroed. N is then divided by its rows' norms and by its columns' norms in turn, 11 times,
+    rows first and last, which gives U; the direction is gamma sqrt(width) U: values move by 0.18 of the learning rate
+    in root mean square. "Rows" are those that the step touched, for each part separately; the momentum of others is
+    unchanged.
     """
 
-    MOMENTUM, FLOOR, REACH, ROUNDS, EPS = 0.95, 1e-3, 0.18, 11, 1e-20
+    MOMENTUM, FLOOR, GAMMA, ROUNDS, EPS = 0.95, 1e-3, 0.18, 11, 1e-20
 
     @staticmethod
     def columns(width: int, dtype: torch.dtype) -> dict:
-        """What is kept for a row."""
+        """Returns the state of a row."""
         return {"momentum": ((width,), dtype)}
 
     @classmethod
     def directions(
         cls, state: RowState, slots: torch.Tensor, gradient: torch.Tensor, group: dict, generator
     ) -> Directions:
-        """Takes gradients `(rows, width)` in and gives directions, piece by piece."""
+        """Takes in gradients `(rows, width)` and yields directions, piece by piece."""
         squares = torch.empty_like(gradient)  # (rows, width), of N with rows of norm 1
         norms = gradient.new_empty(len(gradient))  # (rows,)
         for piece in pieces(*gradient.shape):
@@ -111,22 +109,22 @@ class RowSinkhorn:
         squares.masked_fill_(quiet[:, None], 0.0)
         row, column = cls.balance(squares)
         row = (row / norms.clamp_min(cls.EPS)).masked_fill_(quiet, 0.0)  # (rows,)
-        column = column * (cls.REACH * gradient.shape[1] ** 0.5)  # (width,)
+        column = column * (cls.GAMMA * gradient.shape[1] ** 0.5)  # (width,)
         del squares
         for piece in pieces(*gradient.shape):
             yield piece, cls.ahead(state, slots[piece], gradient[piece]).mul_(row[piece, None]).mul_(column)
 
     @classmethod
     def ahead(cls, state: RowState, slots: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Nesterov's momentum, `(piece, width)`, after the gradient was taken in."""
+        """Returns Nesterov's momentum, `(piece, width)`, after the gradient was taken in."""
         return state.read("momentum", slots).lerp_(gradient, 1 - cls.MOMENTUM)
 
     @classmethod
     def balance(cls, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of rows `(rows,)` and columns `(width,)` that 11 rounds come to, the first of which is done.
+        """Returns the factors of rows `(rows,)` and columns `(width,)` after 11 rounds, the first of which is done.
 
-        Dividing a matrix by its norms changes factors of its rows and columns alone: so the squares stay as they are,
-        and a round is a product of a matrix and a vector.
+        Dividing a matrix by its norms only rescales its rows and columns, so the squares stay the same, and a round is
+        a product of a matrix and a vector.
         """
         least = torch.finfo(squares.dtype).tiny
         row, column = squares.new_ones(squares.shape[0]), squares.new_ones(squares.shape[1])

@@ -1,11 +1,10 @@
 """RowSelection: which rows of a memory may change, chosen by how new texts and general texts read them.
 
-What it chooses: a row counts for new texts as often as they read it, and against itself in how many general texts it
-occurs (TF-IDF). Rows that are not chosen get no gradient at all, so that norms, clipping and optimizers see only what
-will change.
+What it chooses: a row is scored by TF-IDF: how often new texts read it, against the number of general texts that do.
+Rows that are not chosen get no gradient, so norms, clipping and optimizers see only rows that will change.
 Promises: texts are read once, one at a time; memory grows with the distinct rows that the new texts read, whatever the
 size of the tables and of the general text. A selection for another memory is refused.
-Source: Sparse Memory Finetuning (arXiv 2510.15103), with hashed n-grams' rows in the place of its memory slots.
+Source: Sparse Memory Finetuning (arXiv 2510.15103), with rows of hashed n-grams instead of its memory slots.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,13 +19,13 @@ from ..rows_placement_engram import TABLES_PREFIX
 from ..rows_table_engram import part_of
 
 
-# Reads that are counted together: fewer would sort the same rows again and again.
+# Reads that are counted together, to avoid sorting the same rows repeatedly.
 TOGETHER = 2**16
 
 
 @dataclass
 class SelectedPart:
-    """What was chosen of one part of a table.
+    """The chosen rows of one part of a table.
 
     Args:
         rows (`torch.LongTensor` of shape `(chosen,)`): rows that may change, ascending, counted within the part.
@@ -49,7 +48,7 @@ class RowSelection:
 
     Args:
         parts (`dict[str, SelectedPart]`): by the state-dict name of the part, `memory.tables.1.order2.0`.
-        general_texts (`int`): how many general texts were counted.
+        general_texts (`int`): number of general texts that were counted.
         digests (`dict[str, str | None]`): of the memory's hash constants and token map.
 
     Example:
@@ -91,8 +90,9 @@ class RowSelection:
     def apply(self, model) -> "RowSelection":
         """Lets only the chosen rows of a model's tables change, from the next backward pass on.
 
-        It holds for the tables as they are placed; `create_optimizer` applies it again after `place_memory`, and keeps
-        it in its state. Projections, norms and convolution are no rows: `model.set_trainable("tables")` keeps them too.
+        It applies to the tables as they are placed; `create_optimizer` applies it again after `place_memory`, and
+        stores it in its state. Projections, norms and convolution are not rows: `model.set_trainable("tables")` freezes
+        them too.
 
         Args:
             model ([`EngramForCausalLM`]): the model, or a PEFT model around it.
@@ -135,19 +135,19 @@ class RowSelection:
         model.memory.row_selection = None
 
     def state_dict(self) -> dict:
-        """Plain tensors, numbers and strings, for `torch.save`."""
+        """Returns plain tensors, numbers and strings, for `torch.save`."""
         parts = {name: asdict(part) for name, part in self.parts.items()}
         return {"parts": parts, "general_texts": self.general_texts, "digests": dict(self.digests)}
 
     @classmethod
     def from_state_dict(cls, state: dict) -> "RowSelection":
-        """Restores what `state_dict` gave."""
+        """Restores a `state_dict`."""
         parts = {name: SelectedPart(**part) for name, part in state["parts"].items()}
         return cls(parts, state["general_texts"], state["digests"])
 
 
 class RowCounts:
-    """How often each row of one order was read."""
+    """Counts how often each row of one order was read."""
 
     def __init__(self):
         self.rows = torch.empty(0, dtype=torch.int64, device="cpu")  # (distinct,), ascending
@@ -159,11 +159,11 @@ class RowCounts:
         """Counts reads `(reads,)`, in any order and with repeats."""
         self.waiting.append(rows)
         self.reads += len(rows)
-        if sum(map(len, self.waiting)) > max(TOGETHER, len(self.rows)):  # so that every read is sorted a few times
-            self.settle()
+        if sum(map(len, self.waiting)) > max(TOGETHER, len(self.rows)):  # so that a read is sorted only a few times
+            self.merge_waiting()
 
-    def settle(self) -> None:
-        """Sorts in what is waiting."""
+    def merge_waiting(self) -> None:
+        """Merges waiting reads into the counts."""
         if self.waiting:
             fresh, times = torch.unique(torch.cat(self.waiting), return_counts=True)
             rows, places = torch.unique(torch.cat([self.rows, fresh]), return_inverse=True)
@@ -180,19 +180,20 @@ def select_rows(
     top_k: int | None = None,
     min_score: float | None = None,
 ) -> RowSelection:
-    """Chooses the rows that may change when a model learns new texts: much read by them, little by general text.
+    """Chooses the rows that may change when a model learns new texts: those that they read often and general text
+    rarely.
 
     A row i of a layer's order scores `c(i) / sum(c) * log((B + 1) / (b(i) + 1))`: c counts its reads in the new texts,
-    b(i) those of the B general texts that read it. A row that all general texts read scores 0 and is never chosen.
+    b(i) the general texts that read it, out of B. A row that all general texts read scores 0 and is never chosen.
 
     Args:
         model ([`EngramForCausalLM`]): the model, wherever its tables are; they are not read.
         texts (iterable): what is to be learned, read once: strings, lists or tensors of token ids, or batches of a
-            data loader (mappings with `input_ids`, and where it matters `attention_mask`, `position_ids`).
+            data loader (mappings with `input_ids`, and where needed `attention_mask`, `position_ids`).
         reference_texts (iterable): general text, of the same kinds; each entry is one of the B texts.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for strings.
-        top_k (`int`, *optional*): how many rows of each layer's order to choose at most.
-        min_score (`float`, *optional*): the score that a row must have at least.
+        top_k (`int`, *optional*): largest number of rows to choose in each layer's order.
+        min_score (`float`, *optional*): lowest score of a chosen row.
 
     Returns:
         [`RowSelection`], not yet applied. With neither `top_k` nor `min_score`: the rows that no general text reads.
@@ -219,7 +220,7 @@ def select_rows(
                 counts.add(own[:, order].flatten())
     for layer in counted:
         for counts in layer:
-            counts.settle()
+            counts.merge_waiting()
     general = [[torch.zeros_like(counts.rows) for counts in layer] for layer in counted]
     number = 0
     for rows in _read_rows(model, reference_texts, tokenizer, "reference_texts"):
@@ -246,7 +247,7 @@ def scores(counts: RowCounts, general: torch.Tensor, texts: int) -> torch.Tensor
 def choose(
     counts: RowCounts, general: torch.Tensor, texts: int, top_k: int | None, min_score: float | None
 ) -> torch.Tensor:
-    """Which of the rows of one order may change, `(distinct,)`; of equal scores the lower row is preferred."""
+    """Returns which rows of one order may change, `(distinct,)`; of equal scores the lower row is preferred."""
     if top_k is None and min_score is None:
         return general == 0
     score = scores(counts, general, texts)
@@ -260,7 +261,7 @@ def choose(
 
 
 def in_parts(prefix: str, order, counts: RowCounts, general, chosen) -> Iterator[tuple[str, SelectedPart]]:
-    """Deals the rows of one order out to its parts."""
+    """Splits the chosen rows of one order by part."""
     place = part_of(counts.rows, order.part_height, len(order))
     for number in range(len(order)):
         inside = place == number
@@ -275,7 +276,7 @@ def in_parts(prefix: str, order, counts: RowCounts, general, chosen) -> Iterator
 
 @torch.no_grad()
 def _read_rows(model, entries: Iterable, tokenizer, name: str) -> Iterator[torch.Tensor]:
-    """Rows that a forward pass of each entry would read, `(layers, positions that are text, orders, heads)`."""
+    """Yields the rows that a forward pass of each entry would read, `(layers, positions of text, orders, heads)`."""
     if isinstance(entries, (str, Mapping)):
         raise TypeError(f"{name} is one {type(entries).__name__}: pass a list of texts.")
     memory, empty = model.memory, True
@@ -300,7 +301,7 @@ def _read_rows(model, entries: Iterable, tokenizer, name: str) -> Iterator[torch
 
 
 def _as_inputs(entry, tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
-    """Arguments of a forward pass from a string, token ids or a batch, each `(batch, length)`."""
+    """Makes arguments of a forward pass, each `(batch, length)`, from a string, token ids or a batch."""
     if isinstance(entry, str):
         if tokenizer is None:
             raise TypeError("texts are strings: pass tokenizer=, or token ids.")

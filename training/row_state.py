@@ -1,8 +1,8 @@
-"""RowState: what an optimizer remembers of the rows of one part of a table that were ever touched.
+"""RowState: an optimizer's state for the rows of one part of a table that were ever touched.
 
-Promises: memory and time grow with the rows touched, not with the table: exactly what is needed at the first step,
-growing by halves later. Never allocates a table-sized tensor, and checks what it restores before anything is kept.
-Source: Engram (arXiv 2601.07372), section 4.1 (tables have an optimizer of their own).
+Promises: memory and time grow with the touched rows, not with the table: exactly what is needed at the first step, then
+half as much again. Never allocates a table-sized tensor, and checks a state before it restores any of it.
+Source: Engram (arXiv 2601.07372), section 4.1 (a separate optimizer for tables).
 """
 
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from ..rows_index_engram import RowIndex
 from .stochastic_rounding import rounded
 
 
-# Values that are worked on at once: a few MiB in all that stay in the cache, instead of several times the gradient.
+# Values that are processed at once, so that temporaries stay in the cache.
 PIECE_VALUES = 1 << 18
 
 
 class RowState:
-    """Named columns of numbers, one row of them for each touched row of a part.
+    """Named columns of numbers with one entry for each touched row of a part.
 
     Args:
         shape (`tuple[int, int]`): rows and width of the part.
         columns (`dict[str, tuple[tuple[int, ...], torch.dtype]]`): shape and type of one entry of each column.
-        device (`torch.device`): where the part is.
+        device (`torch.device`): device of the part.
     """
 
     def __init__(self, shape: tuple[int, int], columns: dict, device: torch.device):
@@ -36,55 +36,51 @@ class RowState:
         return len(self.index)
 
     def slots(self, rows: torch.Tensor) -> torch.Tensor:
-        """Where the numbers of rows are kept, with zeros for new ones.
+        """Returns the slots `(rows,)` of rows `(rows,)`, ascending and unique; new slots are zeroed.
 
-        Args:
-            rows (`torch.LongTensor` of shape `(rows,)`): ascending and unique.
-
-        Returns:
-            `torch.LongTensor` of shape `(rows,)`: at or beyond the former `len(self)` for rows that are new.
+        Slots of new rows are at or above the former `len(self)`.
         """
         before = len(self)
         slots = self.index.slots(rows)
         for name, column in self.columns.items():
             if len(self) > len(column):
                 room = max(len(self), len(column) + len(column) // 2)
-                # Pages behind the last entry are not written to, so that they take no memory yet.
+                # Pages after the last entry are not written to and take no memory yet.
                 self.columns[name] = column.new_empty(room, *column.shape[1:])
                 self.columns[name][:before] = column[:before]
             self.columns[name][before : len(self)].zero_()
         return slots
 
     def read(self, name: str, slots: torch.Tensor) -> torch.Tensor:
-        """A column's numbers, as float32 where they are fractions: a copy."""
+        """Returns a copy of a column's entries, as float32 where they are floating point."""
         values = self.columns[name].index_select(0, slots)
         return values.float() if values.is_floating_point() else values
 
     def write(self, name: str, slots: torch.Tensor, values: torch.Tensor, generator: torch.Generator) -> None:
-        """Keeps numbers; those that do not fit into the column's type are rounded by chance."""
+        """Stores entries in a column, with stochastic rounding to its dtype."""
         column = self.columns[name]
         if column.is_floating_point():
             values = rounded(values, column.dtype, generator)
         column.index_copy_(0, slots, values)
 
     def state_dict(self) -> dict:
-        """The state as plain tensors, rows ascending, and the height of the part that it is for."""
+        """Returns the state as plain tensors, rows ascending, and the height of the part."""
         places = self.index.places
         columns = {name: column.index_select(0, places) for name, column in self.columns.items()}
         return {"height": self.height, "rows": self.index.rows.clone(), **columns}
 
     def load_state_dict(self, state: dict, owner: str) -> None:
-        """Restores what `state_dict` gave into a state that is new.
+        """Restores a `state_dict` into a new state.
 
         Args:
             state (`dict`): from `state_dict`.
-            owner (`str`): what the state is for, for errors.
+            owner (`str`): name of the parameter, for errors.
 
         Raises:
-            `ValueError`: if it is not of this part and these columns; nothing is kept then.
+            `ValueError`: if it is not of this part and these columns; nothing is restored then.
         """
         self.check(state, owner)
-        rows = state["rows"].to(self.index.settled.device)
+        rows = state["rows"].to(self.index.older.device)
         self.index.slots(rows)
         self.columns = {n: state[n].to(column.device, copy=True) for n, column in self.columns.items()}
 

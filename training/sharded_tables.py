@@ -1,11 +1,11 @@
-"""Tables sharded by row over ranks: for a table that no rank can hold.
+"""Tables sharded by row over ranks, for tables that no rank can hold.
 
-What it chooses: rank r holds one run of rows of every order. In a forward pass the ids of the rows that a rank needs go
-to the ranks that hold them, and the rows come back; in the backward pass their gradients go home the same way. Three
-all-to-alls for an order forward (how many, ids, rows), one backward; only unique rows travel.
-Promises: what is read is the whole table's, bit for bit; a row is updated by the rank that holds it and by no other,
-with the mean over all ranks; norms of such gradients are those of all ranks, so clipping is the same everywhere; what
-would need the whole table is refused. Never holds a whole table, not while loading or saving either.
+What it chooses: rank r holds one contiguous block of rows of every order. In a forward pass each rank sends the ids
+that it needs to the ranks that hold them, and gets the rows; the backward pass sends gradients the same way. Three
+all-to-alls for an order forward (counts, ids, rows), one backward; only unique rows are sent.
+Promises: rows are read bit for bit; a row is updated only by the rank that holds it, with the mean over all ranks;
+norms of these gradients are those of all ranks, so clipping is the same everywhere; what would need the whole table is
+refused. Never holds a whole table, also not while loading or saving.
 Source: Engram (arXiv 2601.07372), section 2.5 (tables sharded over accelerators, all-to-all of active rows);
 docs/processes.md.
 """
@@ -28,12 +28,12 @@ from .distributed import RankPart, gather, ranks_of, wire_device
 
 aten = torch.ops.aten
 
-# Rows that are read from a file, or sent to the rank that saves, at once.
+# Rows read from a file, or sent to the saving rank, at once.
 BLOCK = 1 << 16
 
 
 class RankRowGradient(RowGradient):
-    """Gradient of the rows that a rank holds, as it has come from all ranks.
+    """Gradient of the rows that a rank holds, summed over all ranks.
 
     Its norm is that of all ranks' rows: every rank must ask for it, as with FSDP.
     """
@@ -56,26 +56,26 @@ class RankRowGradient(RowGradient):
 
 
 def _norm_of_ranks(own: torch.Tensor, arguments: tuple, group) -> torch.Tensor:
-    """The norm of what all ranks have the norm `own` of."""
+    """Combines the norms `own` of all ranks."""
     order = float(arguments[0]) if arguments else 2.0
     norms = torch.stack(gather(own.reshape(()), group))  # (ranks,), so the same sum everywhere
     return norms.max() if math.isinf(order) else norms.pow(order).sum().pow(1 / order)
 
 
 def _rank_gradient(part: torch.Tensor, rows: torch.Tensor, values: torch.Tensor, group) -> RankRowGradient:
-    """A gradient that needs no exchange."""
+    """Makes a gradient that needs no exchange."""
     gradient = RankRowGradient(part, rows, values)
     gradient.group, gradient.exchanged = group, True
     return gradient
 
 
 class RankRows(OrderRows):
-    """Rows of one order, of which this rank holds those from `first` on, and the others hold theirs.
+    """Rows of one order; this rank holds those from `first` on.
 
     Args:
-        order ([`OrderRows`]): what it stands for.
-        part (`torch.Tensor` of shape `(own rows, width)`): the rows that this rank holds.
-        learns (`bool`): whether they require a gradient.
+        order ([`OrderRows`]): the order that it replaces.
+        part (`torch.Tensor` of shape `(own rows, width)`): the rows of this rank.
+        learns (`bool`): whether they are trainable.
         group (`ProcessGroup`, *optional*): the ranks.
     """
 
@@ -91,7 +91,7 @@ class RankRows(OrderRows):
 
     @property
     def part(self) -> torch.Tensor:
-        """The rows that this rank holds, `(own rows, width)`."""
+        """The rows of this rank, `(own rows, width)`."""
         return self._parameters["0"]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -121,17 +121,17 @@ class RankRows(OrderRows):
         return counts
 
     def leave_gradient(self, asked: "RowsAsked", values: torch.Tensor) -> None:
-        """Sends the gradients `(unique, width)` of rows that were asked for home, and keeps those of this rank's."""
+        """Sends gradients `(unique, width)` to the ranks that hold the rows, and sets this rank's."""
         home = asked.send(values).to(self.part.device)  # (asked by all, width), ranks in order
         rows = torch.unique(asked.rows)
         summed = home.new_zeros(len(rows), self.width)  # (touched, width)
         for theirs, gradient in zip(asked.rows.split(asked.wanted), home.split(asked.wanted), strict=True):
-            summed[torch.searchsorted(rows, theirs)] += gradient  # unique in a rank: the order of sums is the ranks'
+            summed[torch.searchsorted(rows, theirs)] += gradient  # unique in a rank, so summed in the ranks' order
         summed /= ranks_of(self.group)
         held = row_gradient(self.part)
         if held is not None:
             rows, summed = sum_rows(torch.cat([held.rows, rows]), torch.cat([held.row_values, summed]))
-        # Also where nobody read a row of this rank's: every rank must take part when a norm is asked for.
+        # Set even if no row of this rank was read: every rank must take part in norms.
         self.part.grad = _rank_gradient(self.part, rows, summed, self.group)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -143,12 +143,12 @@ class RankRows(OrderRows):
 
 
 class RowsAsked:
-    """Who asks whom for which rows in one pass.
+    """The exchange of rows between ranks in one pass.
 
     Args:
-        asked, wanted (`list[int]`): rows that this rank asks of every rank, and every rank of this one.
-        rows (`torch.LongTensor`): see `RankRows.ask`; the numbers in its own part of the rows that are wanted.
-        wire (`torch.device`): where tensors can be sent from.
+        asked, wanted (`list[int]`): numbers of rows that this rank asks of every rank, and every rank of this one.
+        rows (`torch.LongTensor`): see `RankRows.ask`; later the wanted rows, counted within this rank's part.
+        wire (`torch.device`): device that can send.
         group (`ProcessGroup`, *optional*): the ranks.
     """
 
@@ -156,11 +156,11 @@ class RowsAsked:
         self.asked, self.wanted, self.rows, self.wire, self.group = asked, wanted, rows, wire, group
 
     def send(self, given: torch.Tensor) -> torch.Tensor:
-        """From those who ask to those who hold: `(asked, ...)` in, `(wanted, ...)` out."""
+        """Sends from asking to holding ranks: `(asked, ...)` in, `(wanted, ...)` out."""
         return self.travel(given, self.asked, self.wanted)
 
     def answer(self, given: torch.Tensor) -> torch.Tensor:
-        """From those who hold to those who ask: `(wanted, ...)` in, `(asked, ...)` out."""
+        """Sends from holding to asking ranks: `(wanted, ...)` in, `(asked, ...)` out."""
         return self.travel(given, self.wanted, self.asked)
 
     def travel(self, given: torch.Tensor, away: list[int], back: list[int]) -> torch.Tensor:
@@ -170,14 +170,14 @@ class RowsAsked:
 
 
 class ReadOverRanks(torch.autograd.Function):
-    """Reads rows from the ranks that hold them, and sends their gradients there."""
+    """Reads rows from the ranks that hold them, and sends their gradients back."""
 
     @staticmethod
     def forward(ctx, anchor, rows, order):
         unique, places = torch.unique(rows, return_inverse=True)
         asked = order.ask(unique)
         held = F.embedding(asked.rows, order.part.detach())  # (wanted, width)
-        values = asked.answer(held.view(torch.uint8)).view(order.dtype).to(rows.device)  # bytes: any type travels
+        values = asked.answer(held.view(torch.uint8)).view(order.dtype).to(rows.device)  # as bytes, for any dtype
         ctx.order, ctx.asked = order, asked
         ctx.save_for_backward(places)
         return F.embedding(places, values)  # (*rows.shape, width)
@@ -193,15 +193,15 @@ class ReadOverRanks(torch.autograd.Function):
 
 
 def row_bounds(height: int, ranks: int) -> list[int]:
-    """Where each rank's rows begin, and the end: runs of equal length, as far as there are."""
+    """Returns where each rank's rows begin, and the end; blocks are as equal as possible."""
     return [height * rank // ranks for rank in range(ranks + 1)]
 
 
 @torch.no_grad()
 def shard_tables(model, group=None):
-    """Lets every rank hold its own run of rows of every table, for training or for generating.
+    """Shards every table by row, so that each rank holds its own block, for training or generation.
 
-    From then on all ranks run forward passes together. Load with `engram_placement="disk"` (or "none", or "cpu", which
+    All ranks must then run forward passes together. Load with `engram_placement="disk"` (or "none", or "cpu", which
     maps files): no rank holds more than its own rows at any time.
 
     Args:
@@ -212,7 +212,7 @@ def shard_tables(model, group=None):
         The model.
 
     Raises:
-        `ValueError`: if the tables are sharded already, have changed rows, or are in no file and not loaded.
+        `ValueError`: if the tables are sharded already, have selected rows, or are in no file and not loaded.
 
     Example:
 
@@ -223,7 +223,7 @@ def shard_tables(model, group=None):
     >>> optimizer = create_optimizer(shard_tables(model))
     >>> save_sharded(model, "trained")
     ```"""
-    model.memory.settle()
+    model.memory.take_back_tables()
     ready = []
     for prefix, order in named_orders(model.memory.tables):
         if isinstance(order, RankRows):
@@ -247,10 +247,10 @@ def shard_tables(model, group=None):
 
 
 def save_sharded(model, folder, group=None, **settings) -> None:
-    """Saves a model whose tables are sharded by row, as ordinary files; every rank calls it.
+    """Saves a model whose tables are sharded by row, as ordinary files; call it on every rank.
 
-    Rank 0 writes. It gets the other ranks' rows in blocks and lays them down in files beside the folder, which go when
-    the checkpoint is whole: the tables' size is needed on disk twice, and nowhere in memory.
+    Rank 0 writes. It receives the other ranks' rows in blocks and stores them in temporary files next to the folder:
+    this needs the tables' size twice on disk, and nowhere in memory.
 
     Args:
         model ([`EngramForCausalLM`]): after `shard_tables`.
@@ -274,12 +274,12 @@ def save_sharded(model, folder, group=None, **settings) -> None:
         problem = f"{type(error).__name__}: {error}"
         raise
     finally:
-        say({"problem": problem}, group)
+        _broadcast_from_rank0({"problem": problem}, group)
 
 
 @contextmanager
 def _laid_down(orders: list[RankRows], folder: Path, group):
-    """Lets the whole parts of orders be seen by a state dict while the block runs, in files that go with it."""
+    """Makes whole parts available to a state dict inside the block, in temporary files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rows-of-ranks-", dir=folder.parent) as draft:
         for number, order in enumerate(orders):
@@ -299,10 +299,10 @@ def _laid_down(orders: list[RankRows], folder: Path, group):
 
 
 def _fetch_rows(order: RankRows, number: int, rank: int, begin: int, end: int, group) -> torch.Tensor:
-    """Rows `begin` to `end` of an order, which `rank` holds, on rank 0: `(end - begin, width)`."""
+    """Returns rows `begin` to `end` of an order from `rank`, on rank 0: `(end - begin, width)`."""
     if rank == 0:
         return order.part[begin:end]
-    say({"order": number, "rank": rank, "begin": begin, "end": end}, group)
+    _broadcast_from_rank0({"order": number, "rank": rank, "begin": begin, "end": end}, group)
     got = torch.empty(end - begin, order.width, dtype=order.dtype, device=wire_device([order.part], group))
     dist.recv(got.view(torch.uint8), src=_global_rank(rank, group), group=group)
     return got
@@ -314,7 +314,7 @@ def _serve_rows(orders: list[RankRows], group) -> None:
     Raises:
         `RuntimeError`: if it could not save.
     """
-    while "order" in (wish := say(None, group)):
+    while "order" in (wish := _broadcast_from_rank0(None, group)):
         if wish["rank"] == dist.get_rank(group):
             order = orders[wish["order"]]
             rows = order.part.detach()[wish["begin"] - order.first : wish["end"] - order.first]
@@ -324,13 +324,13 @@ def _serve_rows(orders: list[RankRows], group) -> None:
         raise RuntimeError(f"rank 0 could not save ({wish['problem']}): the folder holds what it held before.")
 
 
-def say(what: dict | None, group) -> dict:
-    """What rank 0 says, to all ranks."""
+def _broadcast_from_rank0(what: dict | None, group) -> dict:
+    """Broadcasts an object from rank 0."""
     heard = [what]
     dist.broadcast_object_list(heard, src=_global_rank(0, group), group=group)
     return heard[0]
 
 
 def _global_rank(rank: int, group) -> int:
-    """The number among all processes of a group's rank."""
+    """Returns the global rank of a group's rank."""
     return rank if group is None else dist.get_global_rank(group, rank)

@@ -1,10 +1,9 @@
 """EngramTrainer: transformers' Trainer for a model with memory.
 
-What it chooses: everything that Trainer does stays Trainer's own. This adds an optimizer that writes rows, gradients of
-tables that are no parameters of the model, and checkpoints that hold what changed.
-Promises: what `model.set_trainable` says is trained, the memory alone unless told otherwise; a checkpoint of a run that
-trains the memory alone holds its changes and names the graft that it began with; a run that was killed in the middle of
-a save goes on from the last whole checkpoint. Never trains wrongly in silence.
+What it chooses: what Trainer does is left to Trainer. This adds an optimizer that updates rows, the exchange of row
+gradients between processes, and checkpoints that hold only changes. Promises: what `model.set_trainable` chose is
+trained, by default only the memory; a checkpoint of a run that trains only the memory holds its changes and names its
+base; a run that was killed during a save resumes from the last complete checkpoint. Never trains wrongly in silence.
 """
 
 import json
@@ -45,16 +44,16 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class EngramTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what a memory needs besides; see [`create_optimizer`].
+    """`TrainingArguments` with settings for a memory; see [`create_optimizer`].
 
     Args:
         learning_rate (`float`, *optional*, defaults to 2e-3): learning rate of the dense weights.
         table_lr_multiplier (`float`, *optional*, defaults to 50): times `learning_rate`, the learning rate of tables.
         table_optimizer (`str`, *optional*, defaults to `"adam"`): "adam", "adagrad" or "sinkhorn".
         table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
-        l2_sp (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.
+        l2_sp (`float`, *optional*, defaults to 0): strength of the pull of rows towards their initial values.
         trainable (`str`, *optional*):
-            "memory", "tables", "memory+lora" or "all"; see [`EngramTrainer`], whose own argument goes before it.
+            "memory", "tables", "memory+lora" or "all"; the argument of [`EngramTrainer`] takes precedence.
 
     Example:
 
@@ -78,15 +77,15 @@ check_parent(Trainer, "transformers.Trainer")
 
 
 class EngramTrainerMixin:
-    """What makes any trainer of Trainer's kind train a memory: `class MyTrainer(EngramTrainerMixin, SFTTrainer)`.
+    """Adds the training of a memory to any subclass of Trainer: `class MyTrainer(EngramTrainerMixin, SFTTrainer)`.
 
     Raises:
-        `TypeError`: for a model without memory, a name or `model_init` in its place, or an optimizer that does not know
-            rows.
+        `TypeError`: for a model without memory, a name or `model_init` instead of a model, or an optimizer that does
+            not support row gradients.
         `ValueError`: for DeepSpeed, tables that are not loaded, another `optim` than AdamW, or tokens without rows.
     """
 
-    # Whether what is saved is for the Hub, whatever the arguments say.
+    # Whether a push to the Hub is under way, which arguments may not say.
     is_pushing = False
 
     def __init__(self, model=None, args=None, *, trainable: str | None = None, **kwargs):
@@ -98,11 +97,11 @@ class EngramTrainerMixin:
         _check_model(model)
         refuse_deepspeed(args)
         trainable = trainable or getattr(args, "trainable", None)
-        # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
+        # Trainer demands an adapter on a quantised model; the memory serves as one, in full precision.
         quantised = getattr(model, "is_quantized", False) and trainable != "all"
         if quantised:
             model.is_quantized = False
-        super().__init__(model, args=args, **kwargs)  # by name: TRL's trainers have others in its place
+        super().__init__(model, args=args, **kwargs)  # by name: TRL's trainers have another second argument
         if quantised:
             model.is_quantized = True
         if self.optimizer is not None and not isinstance(self.optimizer, EngramOptimizer):
@@ -116,20 +115,20 @@ class EngramTrainerMixin:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)  # a processor's, or itself
         if isinstance(tokenizer, PreTrainedTokenizerBase) and self.engram.config.engram_token_map_sha256 is not None:
             self.engram.check_tokenizer(tokenizer)
-        word = trainable or self.engram.config.engram_trainable
-        if word is None and self.optimizer is None:
+        chosen = trainable or self.engram.config.engram_trainable
+        if chosen is None and self.optimizer is None:
             adapted = next(adapter_parameters(self.engram), None) is not None
-            word = "memory+lora" if adapted else "memory"
+            chosen = "memory+lora" if adapted else "memory"
             what = "the memory and its adapters" if adapted else "the memory"
-            logger.warning(f"training {what} alone (trainable={word!r}).")
-        if word is not None:
-            self.engram.set_trainable(word)
+            logger.warning(f"training {what} alone (trainable={chosen!r}).")
+        if chosen is not None:
+            self.engram.set_trainable(chosen)
         _refuse_moving_reference(self)
         _refuse_other_reference(self, given=kwargs.get("ref_model") is not None)
 
     @property
     def engram(self):
-        """The model with the memory, out of what PEFT, DDP and compilers have put around it."""
+        """The model with the memory, without the wrappers of PEFT, DDP and compilers."""
         return inside(self.model)
 
     def create_optimizer(self, model=None):
@@ -148,7 +147,7 @@ class EngramTrainerMixin:
         return self.optimizer
 
     def _get_learning_rate(self) -> float:
-        # What is logged: Trainer takes the first group's, which is that of the tables.
+        # For logs: Trainer would take the first group's rate, that of the tables.
         groups = self.optimizer.param_groups
         group = next((group for group in groups if not group.get("rows")), groups[0])
         return float(group["lr"]) / (group.get("lr_multiplier") or 1)
@@ -156,7 +155,7 @@ class EngramTrainerMixin:
     def _wrap_model(self, model, training=True, dataloader=None):
         left_out = left_out_of_ddp(self.engram)
         dense = any(p.requires_grad for name, p in self.model.named_parameters() if name not in left_out)
-        if training and self.args.world_size > 1 and not dense:  # DDP refuses a model of which it has nothing to train
+        if training and self.args.world_size > 1 and not dense:  # DDP refuses a model without trainable parameters
             prepare = partial(self.accelerator.prepare_model, evaluation_mode=True)
             self.accelerator.prepare_model = prepare
         return super()._wrap_model(model, training, dataloader)
@@ -164,7 +163,7 @@ class EngramTrainerMixin:
     def training_step(self, model, *args, **kwargs):
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            sync_row_gradients(self.model)  # nothing to do in one process
+            sync_row_gradients(self.model)
         return loss
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
@@ -186,7 +185,7 @@ class EngramTrainerMixin:
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         sets_aside = self.args.should_save and not self.reads_from(folder)
-        if self.args.should_save and not sets_aside:  # written last: until then the folder does not count as whole
+        if self.args.should_save and not sets_aside:  # written last, it marks the folder as complete
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         with _older_set_aside(folder) if sets_aside else nullcontext():
             self.accelerator.wait_for_everyone()  # other ranks write into the folder too
@@ -203,9 +202,9 @@ class EngramTrainerMixin:
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def saves_changes(self, output_dir: str | os.PathLike) -> bool:
-        """Whether a folder need hold no more than a delta.
+        """Whether a folder needs to hold only a delta.
 
-        So it is if the memory alone is trained, and its graft stays where others than this run find it.
+        This is so if only the memory is trained, and its base stays available outside of this run.
         """
         files = self.engram.checkpoint_tables
         alone = self.engram.config.engram_trainable in ("memory", "tables") and self.engram is self.accelerator_model
@@ -213,9 +212,9 @@ class EngramTrainerMixin:
             return False
         if files.locate is not None:  # on the Hub
             return True
-        if self.args.push_to_hub or self.is_pushing:  # nobody finds a folder of this machine
+        if self.args.push_to_hub or self.is_pushing:  # users of the Hub cannot read a local base
             return False
-        # A delta needs its graft: not one that this save or this run replaces, nor a checkpoint that Trainer deletes.
+        # The base must not be replaced by this save or run, nor be a checkpoint that Trainer deletes.
         own, run = files.folder.resolve(), Path(self.args.output_dir).resolve()
         of_this_run = own.parent == run and own.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         return not (self.reads_from(run) or self.reads_from(output_dir) or of_this_run)
@@ -233,19 +232,19 @@ class EngramTrainerMixin:
             self.is_pushing = False
 
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
-        # Trainer uploads what lies in `output_dir`, after it has copied there what it knows of a checkpoint.
+        # Trainer copies the files that it knows from the checkpoint to `output_dir`, and uploads that.
         pushes = self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END
         under_way = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if pushes and under_way and not self.args.hub_always_push:
             return
         if pushes:
-            self._finish_current_push()  # of the files that are replaced now
+            self._finish_current_push()  # it reads the files that are replaced now
             bring_unknown_files(Path(checkpoint_folder), Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     @property
     def accelerator_model(self):
-        """The model without what Accelerate has put around it."""
+        """The model without Accelerate's wrappers."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
@@ -260,7 +259,7 @@ class EngramTrainerMixin:
         logger.info(f"Loaded the best memory from {best} (score: {self.state.best_metric}).")
 
     def load_own_checkpoint(self, folder: Path) -> bool:
-        """Loads a checkpoint that Trainer cannot load by itself; whether this was one."""
+        """Loads a checkpoint that Trainer cannot load by itself; returns whether this was one."""
         kind = None if (folder / ADAPTER_NAME).exists() else checkpoint_in(folder)
         if kind == "delta":
             load_memory_delta(self.engram, folder)
@@ -277,15 +276,15 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
     Args:
         model ([`EngramForCausalLM`]): the model, or a PEFT model around it.
         args ([`EngramTrainingArguments`] or `TrainingArguments`):
-            As for Trainer; `learning_rate` is that of the dense weights, also where it is logged.
+            As for Trainer; `learning_rate` is that of the dense weights, also in logs.
         trainable (`str`, *optional*):
-            "memory", "tables", "memory+lora" or "all" (`model.set_trainable`). What the model's configuration says if
-            None, and "memory" if it says nothing.
+            "memory", "tables", "memory+lora" or "all" (`model.set_trainable`). The choice in the model's configuration
+            if None, or "memory" without one.
         kwargs: further arguments of Trainer.
 
     Raises:
-        `TypeError`: for a model without memory, a name or `model_init` in its place, or an optimizer that does not know
-            rows.
+        `TypeError`: for a model without memory, a name or `model_init` instead of a model, or an optimizer that does
+            not support row gradients.
         `ValueError`: for tables that are not loaded, another `optim` than AdamW, or tokens without rows.
 
     Example:
@@ -298,15 +297,15 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
     ```"""
 
 
-# Arguments of ours that go to the optimizer.
+# Our arguments for the optimizer.
 OWN_ARGUMENTS = ("table_lr_multiplier", "table_optimizer", "table_state_dtype", "l2_sp")
 
-# The names of `optim` that mean the AdamW that EngramOptimizer is; one of them is Trainer's default.
+# Values of `optim` that EngramOptimizer implements; one of them is Trainer's default.
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 def _check_optimizer_arguments(args: TrainingArguments, optimizer_class: tuple | None) -> None:
-    """Raises ValueError for arguments that choose an optimizer, because the memory needs one that writes rows."""
+    """Raises ValueError for arguments that choose another optimizer: the memory needs one that updates rows."""
     what = {
         f"optim={str(args.optim.value)!r}": args.optim not in ADAMW,
         "optim_args": bool(args.optim_args),
@@ -323,7 +322,7 @@ def _check_optimizer_arguments(args: TrainingArguments, optimizer_class: tuple |
 
 
 def _warn_of_foreign_rate(args: TrainingArguments) -> None:
-    """Says it if the rate is the default of arguments that were not made for a memory."""
+    """Logs a warning if the learning rate is the default of arguments that were not made for a memory."""
     default = next(own.default for own in fields(args) if own.name == "learning_rate")
     if args.learning_rate == default != LEARNING_RATE:
         logger.warning(
@@ -358,7 +357,7 @@ def _check_model(model) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a Trainer checkpoint was written to its end."""
+    """Whether a Trainer checkpoint is complete."""
     try:
         return bool(json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -366,7 +365,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The last checkpoint of a run that was written to its end; those after it are said to be passed over.
+    """Returns a run's last complete checkpoint; logs incomplete ones after it.
 
     Args:
         output_dir (`str` or `os.PathLike`): the run's folder.
@@ -385,12 +384,9 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 @contextmanager
 def _older_set_aside(folder: Path):
-    """A checkpoint's folder is empty when the block begins; what was in it comes back if the block fails.
-
-    A folder of the same name is an earlier run's. It goes when the new checkpoint is whole.
-    """
-    older = folder.with_name(f"_older-{folder.name}")  # Trainer uploads no names that begin so
-    if older.exists() and not _is_whole(folder):  # left by a run that was killed while it wrote this checkpoint
+    """Empties a checkpoint's folder for the block; its content, of an earlier run, is restored if the block fails."""
+    older = folder.with_name(f"_older-{folder.name}")  # Trainer does not upload such names
+    if older.exists() and not _is_whole(folder):  # left by a run that was killed while writing this checkpoint
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
         shutil.rmtree(older, ignore_errors=True)
@@ -409,12 +405,12 @@ def _older_set_aside(folder: Path):
 
 
 def _refuse_moving_reference(trainer) -> None:
-    """Refuses TRL's trainers of preferences where the reference would be trained with the model.
+    """Refuses TRL's preference trainers if the reference would be trained with the model.
 
-    With a PEFT model they take the model with its adapters switched off for the reference; a memory stays on in it.
+    With a PEFT model they use the model without its adapters as the reference; the memory stays on in it.
 
     Raises:
-        `ValueError`: naming the ways out.
+        `ValueError`: naming the alternatives.
     """
     if getattr(trainer, "ref_model", trainer) is not None or not hasattr(trainer.model, "peft_config"):
         return
@@ -431,10 +427,10 @@ def _refuse_moving_reference(trainer) -> None:
 
 
 def _refuse_other_reference(trainer, given: bool) -> None:
-    """Refuses a reference of TRL's trainers that is not what they take it for.
+    """Refuses a wrong reference model of TRL's trainers.
 
     Args:
-        trainer ([`EngramTrainerMixin`]): a trainer that was made.
+        trainer ([`EngramTrainerMixin`]): an initialised trainer.
         given (`bool`): whether the reference was given, and not loaded by the name in the model's configuration.
 
     Raises:
@@ -463,10 +459,10 @@ def _refuse_other_reference(trainer, given: bool) -> None:
 
 
 def bring_unknown_files(checkpoint: Path, folder: Path) -> None:
-    """Copies what Trainer does not know of a checkpoint into a folder, and removes what an earlier one left there."""
+    """Copies the files of a checkpoint that Trainer does not know into a folder, and removes earlier ones there."""
     if (checkpoint / ADAPTER_NAME).exists() or checkpoint_in(checkpoint) is None:
         for name in (DELTA_NAME, OLD_DELTA_NAME):
-            (folder / name).unlink(missing_ok=True)  # no more: the folder may be that of the adapters' base
+            (folder / name).unlink(missing_ok=True)  # nothing else: the folder may be that of the adapters' base
     else:
         remove_checkpoint(folder)
     code = [path.name for path in checkpoint.glob("*_engram.py")]
@@ -477,13 +473,13 @@ def bring_unknown_files(checkpoint: Path, folder: Path) -> None:
 
 
 def load_around_tables(model, folder: Path) -> None:
-    """Loads a whole checkpoint into a model whose tables are in files: they are read from the checkpoint's."""
+    """Loads a whole checkpoint into a model with tables on disk, which are then read from the checkpoint's files."""
     tables = CheckpointTables(folder)
     parts = {name: tables.part(name) for name in tables.weight_map if not name.startswith(TABLES_PREFIX)}
     mappings = {file: file.map() for file in {part.file for part in parts.values()}}  # each takes a descriptor
     rest = {name: part.within(mappings[part.file]) for name, part in parts.items()}
     result = model.load_state_dict(rest, strict=False)
-    # A tensor that has several names (tied embeddings) is stored under one of them.
+    # A tensor with several names (tied embeddings) is stored under one of them.
     held = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(held[name]) for name in rest if name in held}
     missing = [name for name in result.missing_keys if id(held.get(name)) not in loaded]

@@ -31,7 +31,7 @@ def history_on_a_module(patch):
 
 
 def convolution_state_dropped(patch):
-    patch.setattr(EngramCacheLayer, "extend_convolution", lambda self, inputs, state_idx, reach: inputs)
+    patch.setattr(EngramCacheLayer, "extend_convolution", lambda self, inputs, state_idx, receptive_field: inputs)
 
 
 def classes_forgotten(patch):

@@ -263,7 +263,7 @@ def test_an_offloaded_model_fetches_its_weights_and_of_the_table_the_rows(
         assert crossing(lambda: model(input_ids=there)) == (weights + up, down)
         assert same(logits(model, there), logits(control, ids))
     plain = loaded(saved)
-    plain.memory.settle = lambda: None  # what accelerate does when nobody takes tables back
+    plain.memory.take_back_tables = lambda: None  # what accelerate does when nobody takes tables back
     offload(plain, tmp_path / "theirs")
     assert crossing(lambda: plain(input_ids=there))[0] >= weights + table
     remove_hook_from_module(plain, recurse=True)

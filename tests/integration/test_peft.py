@@ -263,8 +263,8 @@ def test_wrapping_twice_changes_nothing_and_signatures_stay():
     support_peft()
     assert [getattr(PeftModel, name) for name in methods] == before
     for method in before:
-        assert method.taught_by
-        assert not hasattr(method.__wrapped__, "taught_by"), "one wrapper"
+        assert method.patched_by
+        assert not hasattr(method.__wrapped__, "patched_by"), "one wrapper"
         assert method.__doc__ == method.__wrapped__.__doc__
 
 
@@ -293,7 +293,7 @@ assert "peft" not in sys.modules, "nor does a model"
 importlib.util.find_spec("peft")
 import peft
 assert not any(isinstance(finder, PeftFinder) for finder in sys.meta_path), "it waits no more"
-print([getattr(peft.PeftModel, name).taught_by for name in ("save_pretrained", "from_pretrained", "load_adapter")])
+print([getattr(peft.PeftModel, name).patched_by for name in ("save_pretrained", "from_pretrained", "load_adapter")])
 """
 
 
@@ -302,7 +302,7 @@ import sys
 import peft
 import engram_transformers
 assert [finder for finder in sys.meta_path if "engram" in type(finder).__module__] == []
-print([getattr(peft.PeftModel, name).taught_by for name in ("save_pretrained", "from_pretrained", "load_adapter")])
+print([getattr(peft.PeftModel, name).patched_by for name in ("save_pretrained", "from_pretrained", "load_adapter")])
 """
 
 

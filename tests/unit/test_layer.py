@@ -167,7 +167,7 @@ def test_the_layer_is_causal_and_sees_no_further_than_its_reach(case, data):
     reached = {place, *(place + tap * dilation for tap in range(taps))} & set(range(length))
     difference = case.made(case.stream, changed) - case.made(case.stream, case.vectors)
     assert {t for t in range(length) if difference[:, t].any()} == reached
-    assert case.made.reach == max(0, taps - 1) * dilation
+    assert case.made.receptive_field == max(0, taps - 1) * dilation
 
 
 @torch.no_grad()
@@ -292,7 +292,7 @@ def test_inputs_are_left_as_they_were():
 @pytest.mark.parametrize(("kernel", "reach"), [(0, 0), (1, 0), (2, 3), (4, 9)])
 def test_taps_are_n_apart(kernel, reach):
     made = layer(engram_kernel_size=kernel)
-    assert made.reach == reach
+    assert made.receptive_field == reach
     assert [name for name, _ in made.named_parameters() if name.startswith("conv")] == (
         ["conv_norm", "conv"] if kernel else []
     )

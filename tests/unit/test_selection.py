@@ -177,7 +177,7 @@ def test_counts_are_the_same_however_they_are_gathered(reads, together):
         patch.setattr("engram_transformers.training.row_selection.TOGETHER", together)
         for rows in reads:
             counts.add(torch.tensor(rows, dtype=torch.int64))
-    counts.settle()
+    counts.merge_waiting()
     expected = Counter(row for rows in reads for row in rows)
     assert dict(zip(counts.rows.tolist(), counts.counts.tolist(), strict=True)) == expected
     assert counts.rows.tolist() == sorted(expected)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from engram_transformers import EngramConfig
 from engram_transformers.configuration import PRESETS
-from engram_transformers.conversion.sizes import count_parameters, default_rows, say_size, table_bytes, table_rows
+from engram_transformers.conversion.sizes import count_parameters, default_rows, log_size, table_bytes, table_rows
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_parameters_are_counted_without_making_them_and_whatever_their_type(tiny
 def test_a_default_of_more_than_half_of_what_is_free_is_refused_and_one_that_was_asked_for_is_not(caplog):
     config = EngramConfig(engram_vocab_size=26_000)
     needed = table_bytes(config)
-    say_size(config, 2 * needed, "memory", 134_515_008)
-    say_size(config, needed // 2, "memory", None)
+    log_size(config, 2 * needed, "memory", 134_515_008)
+    log_size(config, needed // 2, "memory", None)
     for line, whence in zip(caplog.messages, ("derived from the backbone's 134,515,008", "as given"), strict=True):
         assert f"{table_rows(config):,} rows, {needed:,} bytes" in line and "engram_vocab_size=26000" in line
         assert whence in line
     caplog.clear()
     with pytest.raises(ValueError, match=rf"take {needed:,} bytes.* {2 * needed - 1:,} bytes are free.*Give engram_"):
-        say_size(config, 2 * needed - 1, "memory", 134_515_008)
+        log_size(config, 2 * needed - 1, "memory", 134_515_008)
     assert not caplog.messages
 
 
