@@ -332,7 +332,7 @@ def foreign_config_message(found: str | None, config_dict: dict[str, Any]) -> st
         return "this config.json names no model_type; an Engram checkpoint says 'engram_lm'."
     return (
         f"this folder holds a '{found}' model without an Engram memory, and EngramConfig would have to make one up. "
-        "Graft one with `engram graft DONOR OUT --layers 1,10 --rows 200000` or "
+        "Graft one with `engram graft DONOR OUT --layer-ids 1,10 --vocab-size 200000` or "
         "`EngramForCausalLM.from_backbone(DONOR, tokenizer, engram_layer_ids=[1, 10])`, or wrap the configuration with "
         "EngramConfig(text_config=AutoConfig.from_pretrained(DONOR), ...)."
     )

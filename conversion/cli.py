@@ -64,19 +64,19 @@ def integers(text: str | None, option: str) -> list[int] | None:
 def graft(
     donor: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
     out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
-    layers: Annotated[str | None, typer.Option(help="Layers that read, counted from 0, such as 1,10.")] = None,
-    rows: Annotated[
+    layer_ids: Annotated[str | None, typer.Option(help="Layers that read, counted from 0, such as 1,10.")] = None,
+    vocab_size: Annotated[
         str | None,
         typer.Option(help="Least rows of a head, or one number for each order; from the donor's size if left out."),
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"Sizes of the paper: {', '.join(PRESETS)}.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
-    max_ngram: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
+    n_heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
+    max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
     kernel_size: Annotated[int | None, typer.Option(help="Taps of the convolution; 0 for none.")] = None,
     gate: Annotated[str | None, typer.Option(help="signed_sqrt or sigmoid.")] = None,
     table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
+    table_parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
     pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the hash and of the fresh dense weights.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
@@ -87,19 +87,22 @@ def graft(
     subfolder: Annotated[str, typer.Option(help="Where in the folder or repository the donor is.")] = "",
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
 ) -> None:
-    """Give a model a fresh memory; its answers stay the same until the memory is trained."""
+    """Give a model a fresh memory; its answers stay the same until the memory is trained.
+
+    Options have the names of `EngramConfig` without `engram_`.
+    """
     from .graft import graft as graft_donor
 
-    sizes = integers(rows, "--rows")
+    sizes = integers(vocab_size, "--vocab-size")
     fields = {
         "engram_vocab_size": sizes[0] if sizes and len(sizes) == 1 else sizes,
         "engram_head_dim": head_dim,
-        "engram_n_heads": heads,
-        "engram_max_ngram_size": max_ngram,
+        "engram_n_heads": n_heads,
+        "engram_max_ngram_size": max_ngram_size,
         "engram_kernel_size": kernel_size,
         "engram_gate": gate,
         "engram_table_dtype": table_dtype,
-        "engram_table_parts": parts,
+        "engram_table_parts": table_parts,
         "engram_pad_token_id": pad_token_id,
         "engram_seed": seed,
     }
@@ -108,7 +111,7 @@ def graft(
         folder = graft_donor(
             donor,
             out,
-            integers(layers, "--layers"),
+            integers(layer_ids, "--layer-ids"),
             tokenizer=tokenizer,
             max_memory_shard_size=max_memory_shard_size,
             trust_remote_code=trust_remote_code,

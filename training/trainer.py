@@ -53,6 +53,8 @@ class EngramTrainingArguments(TrainingArguments):
         table_optimizer (`str`, *optional*, defaults to `"adam"`): "adam", "adagrad" or "sinkhorn".
         table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
         l2_sp (`float`, *optional*, defaults to 0): how strongly rows are pulled back to where they began.
+        trainable (`str`, *optional*):
+            "memory", "tables", "memory+lora" or "all"; see [`EngramTrainer`], whose own argument goes before it.
 
     Example:
 
@@ -69,6 +71,7 @@ class EngramTrainingArguments(TrainingArguments):
     table_optimizer: str = field(default="adam")
     table_state_dtype: str = field(default="float32")
     l2_sp: float = field(default=0.0)
+    trainable: str | None = field(default=None)
 
 
 check_parent(Trainer, "transformers.Trainer")
@@ -94,6 +97,7 @@ class EngramTrainerMixin:
             )
         _check_model(model)
         refuse_deepspeed(args)
+        trainable = trainable or getattr(args, "trainable", None)
         # Trainer asks for an adapter on a quantised model: the memory is one, in full precision.
         quantised = getattr(model, "is_quantized", False) and trainable != "all"
         if quantised:

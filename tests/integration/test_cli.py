@@ -14,7 +14,7 @@ from engram_transformers.configuration import PRESETS
 from engram_transformers.conversion.cli import app
 
 
-SIZES = ["--rows", "200", "--heads", "2", "--head-dim", "4"]
+SIZES = ["--vocab-size", "200", "--n-heads", "2", "--head-dim", "4"]
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def engram(*arguments):
 
 
 def test_graft_then_verify(donor, tmp_path):
-    done = engram("graft", donor, tmp_path / "out", "--layers", "1,2", *SIZES, "--max-ngram", "4", "--kernel-size", "0")
+    done = engram(
+        "graft", donor, tmp_path / "out", "--layer-ids", "1,2", *SIZES, "--max-ngram-size", "4", "--kernel-size", "0"
+    )
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(tmp_path / "out")
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
@@ -43,7 +45,10 @@ def test_graft_then_verify(donor, tmp_path):
 
 def test_rows_for_each_order(donor, tmp_path):
     assert (
-        engram("graft", donor, tmp_path / "out", "--rows", "100,300", "--heads", "1", "--head-dim", "4").exit_code == 0
+        engram(
+            "graft", donor, tmp_path / "out", "--vocab-size", "100,300", "--n-heads", "1", "--head-dim", "4"
+        ).exit_code
+        == 0
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.engram_vocab_size == [100, 300]
@@ -51,7 +56,7 @@ def test_rows_for_each_order(donor, tmp_path):
 
 
 def test_a_preset_gives_the_papers_sizes_and_options_go_before_it(donor, tmp_path):
-    done = engram("graft", donor, tmp_path / "out", "--preset", "engram-27b", "--rows", "200", "--heads", "2")
+    done = engram("graft", donor, tmp_path / "out", "--preset", "engram-27b", "--vocab-size", "200", "--n-heads", "2")
     assert done.exit_code == 0, done.output
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     sizes = {name: getattr(config, name) for name in PRESETS["engram-27b"]}
@@ -61,9 +66,9 @@ def test_a_preset_gives_the_papers_sizes_and_options_go_before_it(donor, tmp_pat
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--layers", "1,two"], "--layers '1,two' must be integers"),
-        (["--layers", "1,7"], "layers 0..3"),
-        (["--rows", "100,200,300"], "has 3 entries"),
+        (["--layer-ids", "1,two"], "--layer-ids '1,two' must be integers"),
+        (["--layer-ids", "1,7"], "layers 0..3"),
+        (["--vocab-size", "100,200,300"], "has 3 entries"),
         (["--preset", "engram-7b"], "no preset 'engram-7b': choose from engram-27b, engram-40b"),
         (["--head-dim", "0"], "engram_head_dim=0 is too small"),
         (["--max-memory-shard-size", "much"], "'much' must be a positive number of bytes"),

@@ -228,7 +228,7 @@ def test_what_a_run_pushes_while_it_trains_is_the_whole_model(mode, hub, with_hu
 GRAFT = """
 import sys
 from engram_transformers.conversion.cli import app
-sizes = ["--rows", "200", "--heads", "2", "--head-dim", "4"]
+sizes = ["--vocab-size", "200", "--n-heads", "2", "--head-dim", "4"]
 app(["graft", "me/private", *sys.argv[1:], "--token", "TOKEN", *sizes])
 """.replace("TOKEN", TOKEN)
 
