@@ -3,7 +3,7 @@
 Run with `pytest tests/house/test_documentation.py`.
 """
 
-import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -128,3 +128,14 @@ def test_every_public_name_is_in_the_changelog():
     log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [name for name in engram_transformers.__all__ if f"`{name}`" not in log] == []
     assert [name for name in GONE if not name.endswith("_engram") and name not in log] == []
+
+
+def test_the_modules_that_the_changelog_names_are_there():
+    table = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("Modules of `engram_transformers`:", 1)[1]
+    rows = re.findall(r"^\| `(.+) \| (.+) \|$", table.split("\n\nCheckpoints", 1)[0], re.MULTILINE)
+    new = [name for _, cell in rows for name in re.findall(r"`([\w.]+)`", cell)]
+    assert len(new) > 20
+    for name in new:
+        assert importlib.util.find_spec(f"engram_transformers.{name}"), name
+    for old in re.findall(r"\b\w+_engram\b", " ".join(before for before, _ in rows)):
+        assert not importlib.util.find_spec(f"engram_transformers.{old}"), old
