@@ -139,3 +139,12 @@ def test_the_modules_that_the_changelog_names_are_there():
         assert importlib.util.find_spec(f"engram_transformers.{name}"), name
     for old in re.findall(r"\b\w+_engram\b", " ".join(before for before, _ in rows)):
         assert not importlib.util.find_spec(f"engram_transformers.{old}"), old
+
+
+def test_the_page_names_the_methods_of_peft_that_are_wrapped():
+    page = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8").split("## How PEFT is patched", 1)[1]
+    wrapped = re.findall(
+        r'^ +wrap\(.+, "(\w+)", \w+\)$', (ROOT / "adapters" / "peft_patches.py").read_text(), re.MULTILINE
+    )
+    rows = re.findall(r"^\| (`.+`) \|", page, re.MULTILINE)
+    assert set(re.findall(r"\.(\w+)`", " ".join(rows))) == set(wrapped)
