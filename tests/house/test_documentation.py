@@ -13,6 +13,7 @@ import pytest
 import engram_transformers
 from engram_transformers import EngramForCausalLM
 from examples.demo.publish import FIRST, LAST, summary
+from tests.integration import matrix
 
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_first_screen_counts_ways_and_backbones_as_the_page_does():
-    rows = re.findall(r"^\| (\w[^|]+) \|", GENERATION, re.MULTILINE)
+    rows = re.findall(r"^\| (\w[^|]+) \|", GENERATION.split("| | llama", 1)[1], re.MULTILINE)
     backbones = GENERATION.split("| | llama", 1)[1].partition("\n")[0].count("|")
     counts = re.findall(r"(\d+) of\s+them, on\s+(\d+) kinds\s+of\s+backbone", README)
     assert counts == [(str(len(rows)), str(backbones))]
@@ -149,3 +150,10 @@ def test_the_page_names_the_methods_of_peft_that_are_wrapped():
     )
     rows = re.findall(r"^\| (`.+`) \|", page, re.MULTILINE)
     assert set(re.findall(r"\.(\w+)`", " ".join(rows))) == set(wrapped)
+
+
+def test_the_page_of_generation_is_what_make_docs_writes_around_its_table():
+    table = re.search(r"^\| \| llama.+\n(?:\|.+\n)+", GENERATION, re.MULTILINE)[0].strip()
+    differing = "\n".join(f"- {row}, {way}: {why}." for (row, way), why in matrix.BACKBONES_OWN.items())
+    refused = "\n".join(f"- {name}: {said}." for name, (_, said) in matrix.REFUSED.items())
+    assert matrix.PAGE.format(table=table, differing=differing, refused=refused) == GENERATION
