@@ -1,4 +1,4 @@
-"""Pages for contributors: what CONTRIBUTING.md and docs/design.md say of files, commands and names is so.
+"""CONTRIBUTING.md: what it says of files, commands and names is so.
 
 Run with `pytest tests/house/test_pages.py`.
 """
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from .test_floors import MODULES
 
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +55,3 @@ def test_contributing_names_commands_and_code_that_are_there():
     names = set(re.findall(r"`([A-Z][A-Z_]+|[a-z]+(?:_[a-z]+)+|Engram\w+)`", CONTRIBUTING))
     assert {"ENGINES", "refuse_engine", "find_decoder_layers"} <= names
     assert [name for name in names if not re.search(rf"^ *(?:def |class )?{name}\b", code, re.MULTILINE)] == []
-
-
-def test_the_table_of_floors_has_every_module():
-    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    table = page[page.index("## Floors") : page.index("## What travels")]
-    files = set(re.findall(r"[\w/]+\.py", table))
-    travelling = {path.name for name, path in MODULES.items() if path.parent.name == "modeling_engram" and name}
-    assert files - {"tests/house/test_floors.py"} >= travelling - {"configuration_engram.py"}
-    folders = {path.parent.name for path in MODULES.values()} - {"modeling_engram"}
-    assert [folder for folder in folders if f"{folder}/" not in table] == []
-    assert [name for name in files if not (ROOT / name).exists() and not list(ROOT.glob(f"*/{name}"))] == []
