@@ -2,8 +2,8 @@
 
 Every fault is put to a loaded model: its logits before and after are the original's, bit for bit, with the plain
 backbone beside it. Proves too that no thread or descriptor stays, and that what does not end is not waited for.
-Saves are in tests/integration/test_save_faults.py, rows by themselves in tests/unit/test_rows.py, fetches in
-tests/unit/test_fetch.py.
+Saves are in tests/integration/test_save_faults.py, rows by themselves in tests/unit/test_row_stores.py, fetches in
+tests/unit/test_prefetch.py.
 
 Run: pytest tests/integration/test_offload_faults.py
 """
