@@ -6,6 +6,7 @@ Run: pytest tests/integration/test_placement.py
 """
 
 import copy
+import gc
 import pickle
 import shutil
 import subprocess
@@ -149,6 +150,11 @@ def test_a_copy_has_rows_of_its_own(place, copied, saved, control, ids):
         assert not torch.allclose(logits(twin, ids), logits(control, ids), atol=1e-2)
     del twin
     assert torch.equal(logits(model, ids), logits(control, ids))
+    twin = copied(model)
+    model.place_memory("none")
+    del model
+    gc.collect()
+    assert torch.equal(logits(twin, ids), logits(control, ids)), "it needs no original"
 
 
 @given(moves=st.lists(st.sampled_from([*PLACES, "none", "auto", "copy", "load"]), min_size=1, max_size=6))
