@@ -280,12 +280,15 @@ def test_a_graft_fetches_one_format_of_the_weights(weights, hub, with_hub, tiny_
 
 
 PICKLES = """
-import copy, io, pickle, sys
+import copy, io, os, pickle, sys
+from pathlib import Path
 import torch
 from engram_transformers import EngramForCausalLM
 from transformers import AutoModel, AutoModelForCausalLM
 
-token, ids = sys.argv[1], torch.tensor([[5, 6, 7, 8]])
+token, folder, ids = sys.argv[1], sys.argv[2], torch.tensor([[5, 6, 7, 8]])
+local = AutoModelForCausalLM.from_pretrained(folder)
+expected = local(ids).logits
 
 def check(model):
     torch.save(model, file := io.BytesIO())
@@ -294,6 +297,9 @@ def check(model):
 
 model = AutoModelForCausalLM.from_pretrained("me/private", token=token, engram_placement="none")
 check(model)
+with local.disable_memory():
+    assert torch.equal(model(ids).logits, local(ids).logits) and not torch.equal(model(ids).logits, expected)
+assert not any(Path(os.environ["HF_HOME"]).rglob("engram-memory-*")), "a memory that is not wanted was downloaded"
 try:
     model.place_memory("disk")
 except FileNotFoundError as error:
@@ -301,7 +307,7 @@ except FileNotFoundError as error:
 for kind in (AutoModelForCausalLM, AutoModel, EngramForCausalLM):
     for placement in ("auto", "device", "cpu", "disk", "none"):
         model = kind.from_pretrained("me/private", token=token, engram_placement=placement)
-        model(ids)
+        assert kind is AutoModel or placement == "none" or torch.equal(model(ids)[0], expected)
         check(model)
         again = pickle.loads(pickle.dumps(model)).place_memory("disk")  # of the commit in the cache, without a token
         assert torch.equal(again(ids)[0], model.place_memory("cpu")(ids)[0])
@@ -310,12 +316,15 @@ check(EngramForCausalLM.from_backbone("me/private", token=token, subfolder="dono
 """
 
 
-def test_a_token_is_in_no_pickle_of_a_model(hub, with_hub, tiny_engram, tiny_donor, tiny_tokenizer, tmp_path):
+def test_a_memory_is_fetched_where_it_is_wanted_and_a_token_is_in_no_pickle(
+    hub, with_hub, tiny_engram, tiny_donor, tiny_tokenizer, tmp_path
+):
     hub.folder = tmp_path / "repository"
     tiny_donor().save_pretrained(hub.folder / "donor")
     tiny_tokenizer.save_pretrained(hub.folder / "donor")
     tiny_engram(trained=True).save_pretrained(hub.folder)
-    done = with_hub(PICKLES, TOKEN)
+    done = with_hub(PICKLES, TOKEN, hub.folder)
     assert "hf auth login" in done.stdout and "token=" in done.stdout, "what was not fetched needs the token again"
     memory = [name for name in hub.fetched if name.startswith("engram-memory")]
     assert len(memory) == 1, "control: fetched with the token, once for all"
+    assert hub.fetched.index("model-00001-of-00001.safetensors") < hub.fetched.index(memory[0])
