@@ -43,8 +43,9 @@ class ChangedRows:
         if not bool(known.any()):
             return self.unchanged(rows)
         values = self.values.new_empty(len(rows), self.values.shape[1])  # (reads, width)
-        values[known] = self.values.index_select(0, places[known])
-        values[~known] = self.unchanged(rows[~known])
+        there, others = known.nonzero().squeeze(1), (~known).nonzero().squeeze(1)  # numbers, as in `read_parts`
+        values[there] = self.values.index_select(0, places[there])
+        values[others] = self.unchanged(rows[others])
         return values
 
     def unchanged(self, rows: torch.Tensor) -> torch.Tensor:
@@ -114,7 +115,7 @@ class RowOverlay(RowStore):
         if not self.changed:
             return self.stored.read(rows)
         values = torch.empty(len(rows), self.width, dtype=self.dtype, device="cpu")  # (reads, width)
-        unchanged = ~self.lay_over(rows, values)  # (reads,)
+        unchanged = (~self.lay_over(rows, values)).nonzero().squeeze(1)  # (unchanged,)
         values[unchanged] = self.stored.read(rows[unchanged])
         return values
 
@@ -146,7 +147,8 @@ class RowOverlay(RowStore):
             if len(changes):
                 places, known = changes.index.find(rows - number * height)
                 known &= place == number
-                values[known] = changes.values.index_select(0, places[known])
+                there = known.nonzero().squeeze(1)  # (changed,)
+                values[there] = changes.values.index_select(0, places[there])
                 over |= known
         return over
 

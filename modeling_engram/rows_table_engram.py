@@ -27,7 +27,8 @@ def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tenso
     values = parts[0].new_empty(*rows.shape, parts[0].shape[1])
     place = part_of(rows, part_height, len(parts))
     for index, part in enumerate(parts):
-        inside = place == index
+        # By numbers: a mask with one value makes torch fill, by a float64 that loses the bits of some NaN.
+        inside = (place == index).nonzero(as_tuple=True)
         values[inside] = F.embedding(rows[inside] - index * part_height, part)
     return values
 

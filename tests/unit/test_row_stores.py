@@ -126,6 +126,16 @@ def patchy(real, descriptor, buffers, offset, flags=0):
     return real(descriptor, buffers, offset, flags)
 
 
+@every_store
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_single_value_keeps_the_bits_of_every_nan(parts, kind, folder):
+    table = torch.arange(0x7C01, 0x7C01 + 12, dtype=torch.int32).to(torch.int16).view(torch.float16)[:, None]  # (12, 1)
+    store = STORES[kind](folder, cut(table, parts))
+    for row in range(12):
+        for read in (store.read, store.read_resident):
+            assert same(read(torch.tensor([row])), table[row : row + 1])
+
+
 @pytest.mark.parametrize("state", [warm, "cold", absent, short, patchy])
 @given(case=reads())
 @examples(12)
