@@ -1,6 +1,6 @@
-"""Checks whether a model with a memory is exact in every way of running it.
+"""Checks whether a model with a memory is exact in every mode of running it.
 
-Every way of `modes.py` is run on the user's model. Its logits are compared with those of the same texts read at once,
+Every mode of `modes.py` is run on the user's model. Its logits are compared with those of the same texts read at once,
 one by one, without a cache and without pads, and its tokens with those chosen without a cache. Where they differ, the
 plain backbone runs the same way; twice its own difference is allowed. Rounding is measured: the same text is read at
 once with the last bit of its embeddings changed.
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling_engram import EngramForCausalLM
-from .modes import SEED, WAYS, Reading, Subject, Way
+from .modes import MODES, SEED, Mode, Reading, Subject
 
 
 # Largest difference of logits that counts as exact.
@@ -41,11 +41,11 @@ PROMPTS = (
 
 
 @dataclass(frozen=True)
-class WayResult:
-    """Result of one way.
+class ModeResult:
+    """Result of one mode.
 
     Args:
-        way (`str`): its name.
+        mode (`str`): its name.
         status (`str`): "exact"; "rounding" where it differs no more than reading at once does after one-bit changes of
             the embeddings; "backbone's" where it differs no more than twice as much as the plain backbone does;
             "refused" by an error; "not run"; or "wrong".
@@ -55,7 +55,7 @@ class WayResult:
         detail (`str`): the error, or why it was not run.
     """
 
-    way: str
+    mode: str
     status: str
     difference: float | None = None
     backbone_difference: float | None = None
@@ -65,23 +65,23 @@ class WayResult:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """Results of all ways; prints as a table.
+    """Results of all modes; prints as a table.
 
     Args:
-        results (`list[WayResult]`): in the order of the ways.
+        results (`list[ModeResult]`): in the order of the modes.
         stood_in (`bool`): whether the memory added nothing and was replaced by random rows.
     """
 
-    results: list[WayResult]
+    results: list[ModeResult]
     stood_in: bool
 
     @property
     def ok(self) -> bool:
-        """Whether no way is wrong."""
+        """Whether no mode is wrong."""
         return not self.wrong
 
     @property
-    def wrong(self) -> list[WayResult]:
+    def wrong(self) -> list[ModeResult]:
         """The wrong results."""
         return [result for result in self.results if result.status == "wrong"]
 
@@ -95,11 +95,11 @@ class GenerationReport:
 
     def table(self) -> Table:
         """Returns the report as a table for a terminal."""
-        table = Table("way", "result", "largest logit difference", "plain backbone's", "tokens equal", "detail")
+        table = Table("mode", "result", "largest logit difference", "plain backbone's", "tokens equal", "detail")
         for result in self.results:
             numbers = ["" if x is None else f"{x:.1e}" for x in (result.difference, result.backbone_difference)]
             tokens = {None: "", True: "yes", False: "no"}[result.tokens_equal]
-            table.add_row(result.way, result.status, *numbers, tokens, result.detail.split("\n")[0][:80])
+            table.add_row(result.mode, result.status, *numbers, tokens, result.detail.split("\n")[0][:80])
         return table
 
     def __str__(self) -> str:
@@ -110,22 +110,22 @@ class GenerationReport:
 
 @torch.no_grad()
 def check_generation(
-    model: EngramForCausalLM, tokenizer=None, *, new_tokens: int = 4, ways: Iterable[str] | None = None
+    model: EngramForCausalLM, tokenizer=None, *, new_tokens: int = 4, modes: Iterable[str] | None = None
 ) -> GenerationReport:
-    """Runs a model in every way of generating and compares each with reading at once.
+    """Runs a model in every mode of generating and compares each with reading at once.
 
     Args:
         model ([`EngramForCausalLM`]): in memory; set to evaluation mode meanwhile.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): makes the prompts; random ids if None.
         new_tokens (`int`, *optional*, defaults to 4): tokens to generate from each prompt.
-        ways (iterable of `str`, *optional*): names of the ways to run; all if None.
+        modes (iterable of `str`, *optional*): names of the modes to run; all if None.
 
     Returns:
         [`GenerationReport`]
 
     Raises:
         `TypeError`: if the model is not an Engram model with a language-model head.
-        `ValueError`: for an unknown way.
+        `ValueError`: for an unknown mode.
 
     Example:
 
@@ -139,7 +139,7 @@ def check_generation(
     ```"""
     if not isinstance(model, EngramForCausalLM):
         raise TypeError(f"check_generation takes an EngramForCausalLM, got {type(model).__name__}.")
-    chosen = _chosen_ways(ways)
+    chosen = _chosen_modes(modes)
     prompts = [prompt.to(model.device) for prompt in make_prompts(model, tokenizer)]
     with ExitStack() as stack:
         stack.enter_context(_as_it_was(model))
@@ -150,62 +150,62 @@ def check_generation(
             Subject(lm, prompts, new_tokens, pad_id(model), lm is model, model.backbone)
             for lm in (model, model.backbone)
         )
-        return GenerationReport([_run_way(way, subject, control) for way in chosen], stood_in=not memory)
+        return GenerationReport([_run_mode(mode, subject, control) for mode in chosen], stood_in=not memory)
 
 
-def _chosen_ways(names: Iterable[str] | None) -> list[Way]:
-    """Returns ways by their names."""
+def _chosen_modes(names: Iterable[str] | None) -> list[Mode]:
+    """Returns modes by their names."""
     if names is None:
-        return WAYS
-    known = {way.name: way for way in WAYS}
+        return MODES
+    known = {mode.name: mode for mode in MODES}
     names = list(names)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"unknown ways {unknown}; there are {list(known)}.")
+        raise ValueError(f"unknown modes {unknown}; there are {list(known)}.")
     return [known[name] for name in names]
 
 
-def _run_way(way: Way, subject: Subject, control: Subject) -> WayResult:
-    """Runs one way on the model and, if that is not exact, on its plain backbone."""
-    if way.device is not None and subject.model.device.type != way.device:
-        return WayResult(way.name, "not run", detail=f"the model is not on a {way.device} device")
-    if way.refused is not None:
-        return declined(way, subject)
+def _run_mode(mode: Mode, subject: Subject, control: Subject) -> ModeResult:
+    """Runs one mode on the model and, if that is not exact, on its plain backbone."""
+    if mode.device is not None and subject.model.device.type != mode.device:
+        return ModeResult(mode.name, "not run", detail=f"the model is not on a {mode.device} device")
+    if mode.refused is not None:
+        return declined(mode, subject)
     try:
-        ours = compare(way, subject)
-    except Exception as error:  # noqa: BLE001 - backbones raise anything for a way that they do not support
+        ours = compare(mode, subject)
+    except Exception as error:  # noqa: BLE001 - backbones raise anything for a mode that they do not support
         detail = f"{type(error).__name__}: {error}"
         try:
-            compare(way, control)
+            compare(mode, control)
         except Exception:  # noqa: BLE001
-            return WayResult(way.name, "refused", detail=detail)
-        return WayResult(way.name, "wrong", detail=f"the plain backbone does this, but here {detail}")
+            return ModeResult(mode.name, "refused", detail=detail)
+        return ModeResult(mode.name, "wrong", detail=f"the plain backbone does this, but here {detail}")
     if ours.tokens_equal is not False and ours.status is not None:
-        return WayResult(way.name, ours.status, ours.difference, None, ours.tokens_equal)
+        return ModeResult(mode.name, ours.status, ours.difference, None, ours.tokens_equal)
     try:
-        plain = compare(way, control)
+        plain = compare(mode, control)
     except Exception as error:  # noqa: BLE001
         detail = f"the plain backbone raises {type(error).__name__}: {error}"
-        return WayResult(way.name, "wrong", ours.difference, None, ours.tokens_equal, detail)
+        return ModeResult(mode.name, "wrong", ours.difference, None, ours.tokens_equal, detail)
     close = ours.status is not None or ours.difference <= 2 * plain.difference
     chosen = ours.tokens_equal is not False or plain.tokens_equal is False
     status = "backbone's" if close and chosen else "wrong"
-    return WayResult(way.name, status, ours.difference, plain.difference, ours.tokens_equal)
+    return ModeResult(mode.name, status, ours.difference, plain.difference, ours.tokens_equal)
 
 
-def declined(way: Way, subject: Subject) -> WayResult:
-    """Returns the result of a way that Engram refuses by design."""
+def declined(mode: Mode, subject: Subject) -> ModeResult:
+    """Returns the result of a mode that Engram refuses by design."""
     try:
-        way.run(subject)
-    except way.refused as error:
-        return WayResult(way.name, "refused", detail=f"{type(error).__name__}: {error}")
+        mode.run(subject)
+    except mode.refused as error:
+        return ModeResult(mode.name, "refused", detail=f"{type(error).__name__}: {error}")
     except Exception as error:  # noqa: BLE001
-        return WayResult(way.name, "wrong", detail=f"{type(error).__name__}: {error}")
-    return WayResult(way.name, "wrong", detail="it should have been declined")
+        return ModeResult(mode.name, "wrong", detail=f"{type(error).__name__}: {error}")
+    return ModeResult(mode.name, "wrong", detail="it should have been declined")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of a way with reading at once.
+    """Comparison of a mode with reading at once.
 
     Args:
         difference (`float`): largest difference of a logit.
@@ -218,9 +218,9 @@ class Comparison:
     tokens_equal: bool | None
 
 
-def compare(way: Way, subject: Subject) -> Comparison:
-    """Runs a way, and reads its texts at once."""
-    readings = way.run(subject)
+def compare(mode: Mode, subject: Subject) -> Comparison:
+    """Runs a mode, and reads its texts at once."""
+    readings = mode.run(subject)
     at_once = [subject.read(reading.text[None])[0] for reading in readings]  # (length, vocabulary) each
     differences = [
         float((reading.logits.float() - logits[reading.first :][: len(reading.logits)].float()).abs().max())
@@ -231,8 +231,8 @@ def compare(way: Way, subject: Subject) -> Comparison:
     if any(not difference <= ROUNDINGS * subject.rounding(text) for difference, text in large):
         status = None
     tokens_equal = None
-    if way.expect is not None:
-        triples = zip(readings, way.expect(subject), at_once, strict=True)
+    if mode.expect is not None:
+        triples = zip(readings, mode.expect(subject), at_once, strict=True)
         tokens_equal = all(_same_choice(ours, theirs, logits, subject) for ours, theirs, logits in triples)
     return Comparison(max(differences), status, tokens_equal)
 
@@ -277,7 +277,7 @@ def _as_it_was(model: PreTrainedModel):
     settings = [(lm, copy.deepcopy(lm.generation_config)) for lm in (model, model.backbone)]
     training, verbosity = model.training, logging.get_verbosity()
     model.eval()
-    logging.set_verbosity_error()  # `generate` warns of settings that the ways override
+    logging.set_verbosity_error()  # `generate` warns of settings that the modes override
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Ways of running a language model that must all give the same logits for the same text.
 
-Each way takes a `Subject` (a model and a few prompts) and returns `Reading`s: texts with the model's logits. The same
-ways run on the Engram model and on its plain backbone, the control.
+Each mode takes a `Subject` (a model and a few prompts) and returns `Reading`s: texts with the model's logits. The same
+modes run on the Engram model and on its plain backbone, the control.
 Promises: uses only public features of `generate`, forward passes and `Cache`. Never changes a model.
 Source: Transformers 5.23, `generation/utils.py` and `cache_utils.py`.
 """
@@ -151,8 +151,8 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of running a model.
+class Mode:
+    """One mode of running a model.
 
     Args:
         name (`str`): for tables.
@@ -364,49 +364,49 @@ def greedy(run: Callable[[Subject], list[Reading]]) -> dict:
 
 SAMPLING = {"do_sample": True, "top_k": 20, "temperature": 1.0}
 
-WAYS = [
-    Way("greedy", **same()),
-    Way("one-token prompt", **same(_first_tokens)),
-    Way("sampling", **same(**SAMPLING)),
-    Way("beams", **same(num_beams=4)),
-    Way("beam sampling", **same(num_beams=4, **SAMPLING)),
-    Way("num_return_sequences", **same(num_return_sequences=3, **SAMPLING)),
-    Way("left padding", **greedy(lambda s: s.write(s.prompts))),
-    Way("left padding, beams", lambda s: s.write(s.prompts, num_beams=4), _one_by_one(num_beams=4, use_cache=False)),
-    Way("right padding", _padded_right),
-    Way("packed documents", packed),
-    Way("static cache", **greedy(_one_by_one(cache_implementation="static"))),
-    Way("static cache, left padding", **greedy(lambda s: s.write(s.prompts, cache_implementation="static"))),
-    Way("offloaded cache", **greedy(_one_by_one(cache_implementation="offloaded")), device="cuda"),
-    Way("DynamicCache() of the user", in_chunks(lambda s: DynamicCache())),
-    Way("chunks", in_chunks()),
-    Way("prefill_chunk_size", **greedy(_one_by_one(prefill_chunk_size=3))),
-    Way("assisted by itself", **greedy(assisted(by_itself=True))),
-    Way("assisted by another", **greedy(assisted(by_itself=False))),
-    Way("prompt lookup", _one_by_one(repeated, prompt_lookup_num_tokens=3), _one_by_one(repeated, use_cache=False)),
-    Way("assisted, static cache", **greedy(assisted(by_itself=True, cache_implementation="static"))),
-    Way(
+MODES = [
+    Mode("greedy", **same()),
+    Mode("one-token prompt", **same(_first_tokens)),
+    Mode("sampling", **same(**SAMPLING)),
+    Mode("beams", **same(num_beams=4)),
+    Mode("beam sampling", **same(num_beams=4, **SAMPLING)),
+    Mode("num_return_sequences", **same(num_return_sequences=3, **SAMPLING)),
+    Mode("left padding", **greedy(lambda s: s.write(s.prompts))),
+    Mode("left padding, beams", lambda s: s.write(s.prompts, num_beams=4), _one_by_one(num_beams=4, use_cache=False)),
+    Mode("right padding", _padded_right),
+    Mode("packed documents", packed),
+    Mode("static cache", **greedy(_one_by_one(cache_implementation="static"))),
+    Mode("static cache, left padding", **greedy(lambda s: s.write(s.prompts, cache_implementation="static"))),
+    Mode("offloaded cache", **greedy(_one_by_one(cache_implementation="offloaded")), device="cuda"),
+    Mode("DynamicCache() of the user", in_chunks(lambda s: DynamicCache())),
+    Mode("chunks", in_chunks()),
+    Mode("prefill_chunk_size", **greedy(_one_by_one(prefill_chunk_size=3))),
+    Mode("assisted by itself", **greedy(assisted(by_itself=True))),
+    Mode("assisted by another", **greedy(assisted(by_itself=False))),
+    Mode("prompt lookup", _one_by_one(repeated, prompt_lookup_num_tokens=3), _one_by_one(repeated, use_cache=False)),
+    Mode("assisted, static cache", **greedy(assisted(by_itself=True, cache_implementation="static"))),
+    Mode(
         "prompt lookup, static cache",
         _one_by_one(repeated, prompt_lookup_num_tokens=3, cache_implementation="static"),
         _one_by_one(repeated, use_cache=False),
     ),
-    Way("continued cache", continued, _continued_without_cache),
-    Way("copied cache", copied),
-    Way("interleaved requests", interleaved),
-    Way("cache.crop", cropped),
-    Way(
+    Mode("continued cache", continued, _continued_without_cache),
+    Mode("copied cache", copied),
+    Mode("interleaved requests", interleaved),
+    Mode("cache.crop", cropped),
+    Mode(
         "cache.reorder_cache",
         _changed_batch(lambda c: c.reorder_cache(torch.tensor([2, 0, 0], device="cpu")), [2, 0, 0]),
     ),
-    Way("cache.batch_repeat_interleave", _changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
-    Way(
+    Mode("cache.batch_repeat_interleave", _changed_batch(lambda c: c.batch_repeat_interleave(3), [0, 1, 2], [0])),
+    Mode(
         "cache.batch_select_indices",
         _changed_batch(lambda c: c.batch_select_indices(torch.tensor([2, 0], device="cpu")), [2, 0]),
     ),
-    Way("inputs_embeds", **greedy(_embedded)),
-    Way("compiled layers", _with_compiled_layers),
-    Way("threads", _in_threads),
-    Way("a pass inside a pass", _nested),
-    Way("nn.DataParallel", replicated, refused=RuntimeError),
-    Way("continuous batching", _batched_continuously, refused=NotImplementedError),
+    Mode("inputs_embeds", **greedy(_embedded)),
+    Mode("compiled layers", _with_compiled_layers),
+    Mode("threads", _in_threads),
+    Mode("a pass inside a pass", _nested),
+    Mode("nn.DataParallel", replicated, refused=RuntimeError),
+    Mode("continuous batching", _batched_continuously, refused=NotImplementedError),
 ]

@@ -33,7 +33,7 @@ class Finding:
         section (`str`): "files", "constants", "tokenizer" or "generation".
         ok (`bool`): whether the section is right.
         detail (`str`): what was found, or what is wrong and what to do.
-        report ([`GenerationReport`], *optional*): every way of generating.
+        report ([`GenerationReport`], *optional*): every mode of generating.
     """
 
     section: str
@@ -51,7 +51,7 @@ def verify_checkpoint(
         folder (`str` or `Path`): the checkpoint.
         tokenizer (`str` or `Path`, *optional*): folder or id of a tokenizer to check instead of the checkpoint's own.
         generation (`bool`, *optional*, defaults to `True`):
-            Load the model and run it in every way of generating, see [`check_generation`].
+            Load the model and run it in every mode of generating, see [`check_generation`].
 
     Returns:
         `list[Finding]`, one for each section.
@@ -122,13 +122,13 @@ def _tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path
 
 
 def _generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
-    """Checks that the model generates exactly in every way."""
+    """Checks that the model generates exactly in every mode."""
     try:
         model = EngramForCausalLM.from_pretrained(folder)
         report = check_generation(model, AutoTokenizer.from_pretrained(tokenizer or folder))
     except (ValueError, OSError, KeyError) as error:
         return Finding("generation", False, str(error))
-    named = ", ".join(result.way for result in report.wrong)
+    named = ", ".join(result.mode for result in report.wrong)
     return Finding("generation", report.ok, report.summary() + (f": {named}" if named else ""), report)
 
 

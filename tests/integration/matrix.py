@@ -1,4 +1,4 @@
-"""The matrix of backbones and ways of generating: what its cells may be, and its page in the documentation.
+"""The matrix of backbones and modes of generating: what its cells may be, and its page in the documentation.
 
 Write the page: python -m tests.integration.matrix docs/generation.md (`make docs`).
 """
@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from engram_transformers.compat_engram import CACHE
 from engram_transformers.inspection import GenerationReport, check_generation
-from engram_transformers.inspection.modes import WAYS
+from engram_transformers.inspection.modes import MODES
 from tests.tiny import engram_on
 
 from .backbones import BACKBONES, READS_PADS, REFUSED
@@ -38,24 +38,24 @@ BATCH_CHANGES = ("cache.batch_repeat_interleave", "cache.batch_select_indices")
 REFUSALS = {(row, "continuous batching"): "keeps no n-gram history" for row in ROWS}
 REFUSALS |= {(row, "nn.DataParallel"): "torchrun or accelerate launch" for row in ROWS}
 for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
-    REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in NO_ROLLBACK}
+    REFUSALS |= {(row, mode): "assisted generation is not supported with stateful models" for mode in NO_ROLLBACK}
 for row in ("deepseek_v4", "deepseek_v4_compressed"):
-    REFUSALS |= {(row, way): "compressed" for way in ("static cache", "static cache, left padding")}
-    REFUSALS |= {(row, way): "size" for way in (*BATCH_CHANGES, "cache.crop")}
+    REFUSALS |= {(row, mode): "compressed" for mode in ("static cache", "static cache, left padding")}
+    REFUSALS |= {(row, mode): "size" for mode in (*BATCH_CHANGES, "cache.crop")}
     REFUSALS[row, "DynamicCache() of the user"] = "store_compression_weights"
 STATIC_ROLLBACK = ("assisted, static cache", "prompt lookup, static cache")
 if CACHE == "past_key_values":  # before 5.24
-    REFUSALS |= {(row, way): "not supported with Static cache" for row in ROWS for way in STATIC_ROLLBACK}
+    REFUSALS |= {(row, mode): "not supported with Static cache" for row in ROWS for mode in STATIC_ROLLBACK}
 else:
     for row in ("mistral", "phi3", "qwen2", "smollm3", "gemma2", "gemma3", "gpt_oss"):  # windows over static caches
-        REFUSALS |= {(row, way): "requires a cache that can be cropped" for way in STATIC_ROLLBACK}
+        REFUSALS |= {(row, mode): "requires a cache that can be cropped" for mode in STATIC_ROLLBACK}
 for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
-    REFUSALS |= {(row, way): "assisted generation is not supported with stateful models" for way in STATIC_ROLLBACK}
+    REFUSALS |= {(row, mode): "assisted generation is not supported with stateful models" for mode in STATIC_ROLLBACK}
 for row in ("lfm2", "falcon_h1"):
     has_states = hasattr(Cache, "get_conv_state")  # not in transformers 5.20
     REFUSALS[row, "DynamicCache() of the user"] = "Cannot get conv state" if has_states else "has_previous_state"
-REFUSALS |= {("lfm2", way): "'LinearAttentionLayer' object has no attribute" for way in BATCH_CHANGES}
-REFUSALS |= {("falcon_h1", way): "Sizes of tensors must match" for way in BATCH_CHANGES}
+REFUSALS |= {("lfm2", mode): "'LinearAttentionLayer' object has no attribute" for mode in BATCH_CHANGES}
+REFUSALS |= {("falcon_h1", mode): "Sizes of tensors must match" for mode in BATCH_CHANGES}
 
 SYMBOLS = {"exact": "=", "rounding": "~", "backbone's": "b", "refused": "r", "not run": "gpu", "wrong": "**WRONG**"}
 
@@ -77,10 +77,10 @@ print(check_generation(model, tokenizer))
 
 - `=` is exact.
 - `~` is rounding: the difference is above 1e-5, but at most 4 times what changing the last bit of the embeddings makes.
-- `b`: the plain backbone differs from itself in this way. With a memory, the difference is at most twice as large (list
-  below).
-- `r`: refused with an error, by Transformers or the backbone, which does not support this way, or by Engram (continuous
-  batching, `nn.DataParallel`).
+- `b`: the plain backbone differs from itself in this mode. With a memory, the difference is at most twice as large
+  (list below).
+- `r`: refused with an error, by Transformers or the backbone, which does not support this mode, or by Engram
+  (continuous batching, `nn.DataParallel`).
 - `gpu`: needs a GPU; not run on a machine without one.
 
 {table}
@@ -112,10 +112,10 @@ Explanations:
 
 def page(reports: dict[str, GenerationReport]) -> str:
     """The documentation's page."""
-    cells = {(row, result.way): SYMBOLS[result.status] for row, report in reports.items() for result in report.results}
+    cells = {(row, result.mode): SYMBOLS[result.status] for row, report in reports.items() for result in report.results}
     lines = ["| | " + " | ".join(reports) + " |", "| --- |" + " :-: |" * len(reports)]
-    lines += [f"| {way.name} | " + " | ".join(cells[row, way.name] for row in reports) + " |" for way in WAYS]
-    differing = [f"- {row}, {way}: {why}." for (row, way), why in BACKBONES_OWN.items()]
+    lines += [f"| {mode.name} | " + " | ".join(cells[row, mode.name] for row in reports) + " |" for mode in MODES]
+    differing = [f"- {row}, {mode}: {why}." for (row, mode), why in BACKBONES_OWN.items()]
     refused = [f"- {name}: {said}." for name, (_, said) in REFUSED.items()]
     return PAGE.format(table="\n".join(lines), differing="\n".join(differing), refused="\n".join(refused))
 

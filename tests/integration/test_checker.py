@@ -104,11 +104,11 @@ BREAKS = {
 @pytest.mark.parametrize("break_model", BREAKS, ids=lambda plant: plant.__name__)
 def test_a_planted_break_is_caught(break_model, trained, tiny_engram, monkeypatch):
     model, ways = tiny_engram(trained=trained), BREAKS[break_model]
-    before = check_generation(model, ways=ways)
+    before = check_generation(model, modes=ways)
     assert before.ok and before.stood_in == (not trained), str(before)  # the control
     break_model(monkeypatch)
-    report = check_generation(model, ways=ways)
-    assert {result.way for result in report.wrong} == ways, str(report)
+    report = check_generation(model, modes=ways)
+    assert {result.mode for result in report.wrong} == ways, str(report)
     assert not report.ok
 
 
@@ -116,7 +116,7 @@ def test_a_model_is_left_as_it_was(tiny_engram):
     model = tiny_engram().train()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = model.generation_config.to_dict(), model.backbone.generation_config.to_dict()
-    assert check_generation(model, ways=["greedy", "assisted by itself", "assisted by another"]).stood_in
+    assert check_generation(model, modes=["greedy", "assisted by itself", "assisted by another"]).stood_in
     assert model.training
     assert (model.generation_config.to_dict(), model.backbone.generation_config.to_dict()) == settings
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
@@ -126,18 +126,18 @@ def test_a_model_is_left_as_it_was(tiny_engram):
 def test_prompts_come_from_the_tokenizer(tiny_engram, tiny_tokenizer):
     prompts = generation.make_prompts(tiny_engram(), tiny_tokenizer)
     assert [tiny_tokenizer.decode(prompt) for prompt in prompts] == list(generation.PROMPTS)
-    assert check_generation(tiny_engram(trained=True), tiny_tokenizer, ways=["greedy", "left padding"]).ok
+    assert check_generation(tiny_engram(trained=True), tiny_tokenizer, modes=["greedy", "left padding"]).ok
 
 
 def test_mistakes_are_named(tiny_engram, tiny_donor):
     with pytest.raises(TypeError, match="takes an EngramForCausalLM, got LlamaForCausalLM"):
         check_generation(tiny_donor())
-    with pytest.raises(ValueError, match=r"unknown ways \['greedly'\]; there are \['greedy', "):
-        check_generation(tiny_engram(), ways=["greedly"])
+    with pytest.raises(ValueError, match=r"unknown modes \['greedly'\]; there are \['greedy', "):
+        check_generation(tiny_engram(), modes=["greedly"])
 
 
 def test_the_report_prints_as_a_table(tiny_engram):
-    report = check_generation(tiny_engram(trained=True), ways=["greedy", "right padding", "continuous batching"])
+    report = check_generation(tiny_engram(trained=True), modes=["greedy", "right padding", "continuous batching"])
     text = str(report)
     assert all(word in text for word in ("greedy", "largest logit difference", "tokens equal", "NotImplementedError"))
     assert report.summary() == "2 exact, 1 refused"

@@ -12,7 +12,7 @@ import torch
 
 from engram_transformers.inspection import check_generation
 from engram_transformers.inspection.generation import TOLERANCE
-from engram_transformers.inspection.modes import WAYS
+from engram_transformers.inspection.modes import MODES
 
 from .matrix import BACKBONES_OWN, REFUSALS, ROWS, engram_on, page
 
@@ -26,10 +26,10 @@ assert set(ROWS) >= CORE
 def test_every_way_is_exact_or_refused(backbone):
     report = check_generation(engram_on(ROWS[backbone]()))
     assert not report.stood_in, "the memory must change what is generated"
-    assert [result.way for result in report.results] == [way.name for way in WAYS]
+    assert [result.mode for result in report.results] == [mode.name for mode in MODES]
     assert report.ok, str(report)
     for result in report.results:
-        cell = backbone, result.way
+        cell = backbone, result.mode
         if result.status == "exact":
             assert result.difference <= TOLERANCE and cell not in REFUSALS, result
         elif result.status == "rounding":

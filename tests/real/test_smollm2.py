@@ -74,7 +74,7 @@ def test_fresh_graft_verifies(folder):
 
 def test_the_checker_finds_the_model_exact_up_to_rounding(taught, tokenizer):
     ways = ["left padding", "static cache", "prompt lookup", "cache.crop"]  # all of them take minutes
-    report = check_generation(taught, tokenizer, ways=ways)
+    report = check_generation(taught, tokenizer, modes=ways)
     assert report.ok, str(report)
     assert report.stood_in, "control: no row of the one sentence that was taught is in the checker's prompts"
     assert {result.status for result in report.results} <= {"exact", "rounding"}, str(report)
