@@ -63,7 +63,7 @@ test-foreign: $(VENV)/.dev
 	$(BIN)/python -m tests.foreign
 
 test-unit: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/unit tests/parity tests/house $(ARGS)
+	$(PYTEST) tests/unit tests/parity tests/house $(ARGS)
 
 # Figures of docs/performance.md: `bench` takes half an hour and 18 GB of disk. `bench-long` needs 42 GB of disk, root for
 # a memory control group, and two hours for what a memory learns of a domain (finished runs are kept).

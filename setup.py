@@ -22,14 +22,17 @@ PACKAGES = {
 REQUIRED = [
     "torch>=2.6",  # transformers refuses an older one
     "transformers>=5.20.2,<5.25",
-    "accelerate>=1.15",
+    "accelerate>=1.15",  # its hooks bring rows to the device
     "safetensors>=0.8",
     "huggingface_hub>=1.31",
-    "peft>=0.20",  # transformers refuses an older one
     "numpy>=1.26",
-    "psutil>=5.9",
-    "typer>=0.15.4",  # the `engram` command; older ones do not know `str | None`
-    "rich>=13",  # tables of the `engram` command; typer needs it too
+    "psutil>=5.9",  # free host memory, which decides where tables go; accelerate needs it anyway
+    # Required because users name it, and imported only when it is used. Transformers refuses an older one.
+    "peft>=0.20",
+    # For the `engram` command alone, and no extra all the same: every transformers of the range needs typer, and typer
+    # needs rich, so an extra would leave nothing out. An older typer does not know `str | None`.
+    "typer>=0.15.4",
+    "rich>=13",
 ]
 TRL = ["trl>=1.16; python_version >= '3.11'"]  # brings datasets
 
@@ -46,7 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"engram_transformers": ["py.typed"], "engram_transformers.model_cards": ["*.md"]},
+    package_data={"engram_transformers.model_cards": ["*.md"]},
     install_requires=REQUIRED,
     extras_require={
         "demo": ["gguf>=0.17", "matplotlib>=3.8"],

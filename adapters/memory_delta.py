@@ -35,6 +35,7 @@ from .trainable import apply_trainable
 
 
 KIND = "engram-memory-delta"
+OLD_KIND = "engram-memory-pack"  # before 0.1; still read
 VERSION = "1"
 
 # State-dict prefix of the memory's dense weights.
@@ -243,7 +244,7 @@ def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise EngramFormatError(f"'{path}' cannot be read ({error}): copy it again.") from error
-    if metadata.get("kind") != KIND or metadata.get("version") != VERSION:
+    if metadata.get("kind") not in (KIND, OLD_KIND) or metadata.get("version") != VERSION:
         raise EngramFormatError(
             f"'{path}' is no memory delta of version {VERSION} (kind {metadata.get('kind')!r}, version "
             f"{metadata.get('version')!r}): name a file that save_memory_delta wrote, or upgrade this package."

@@ -173,8 +173,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     for folder in folders:
         _remove_other_checkpoint(model, folder)
         if not travels:
-            for name in (DELTA_NAME, OLD_DELTA_NAME):  # of an earlier adapter
-                (folder / name).unlink(missing_ok=True)
+            (folder / DELTA_NAME).unlink(missing_ok=True)  # of an adapter that was here before
         elif folder is folders[0]:
             write_delta(model, folder / DELTA_NAME)
         else:
@@ -186,6 +185,7 @@ def memory_beside(model: nn.Module, folders: list[Path]):
     for folder in folders:
         with locked(folder):
             _name_delta(folder / ADAPTER_NAME, model, travels)
+            (folder / OLD_DELTA_NAME).unlink(missing_ok=True)
 
 
 def _remove_other_checkpoint(model: nn.Module, folder: Path) -> None:

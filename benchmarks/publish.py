@@ -141,8 +141,8 @@ SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
         "measured",
         [
             "On disk: {sizes[on_disk][rows]:,} rows of {sizes[on_disk][row_bytes]} bytes "
-            "({sizes[on_disk][table_bytes]:GB} GB); resident: {sizes[resident][table_bytes]:GB} GB. The processes may "
-            "have {sizes[cap_bytes]:GB} GB, page cache included, and held at most "
+            "({sizes[on_disk][table_bytes]:GB} GB); resident: {sizes[resident][table_bytes]:GB} GB. The processes had "
+            "a limit of {sizes[cap_bytes]:GB} GB, page cache included, and used at most "
             "{measured[load][group_peak_bytes]:GB} GB (load), {measured[prefill][group_peak_bytes]:GB} GB (prefill) "
             "and {measured[decode][group_peak_bytes]:GB} GB (decode).",
             "Loading takes {measured[load][seconds][big]:n} s, {measured[load][times_the_donor]:n} times the donor's. "

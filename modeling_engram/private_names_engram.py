@@ -38,22 +38,14 @@ _MODULE_DICTIONARY = "named_parameters(), children(): too slow for every decodin
 PRIVATE_NAMES = (
     PrivateName("torch.nn.Module._parameters", "reading and taking out rows", _MODULE_DICTIONARY, "in place"),
     PrivateName("torch.nn.Module._modules", "the tables in order", _MODULE_DICTIONARY, "in place"),
-    PrivateName("torch.nn.Module._buffers", "hash constants in a step of decoding", _MODULE_DICTIONARY, "in place"),
-    PrivateName("torch.nn.Module._forward_hooks", "whether a hook looks on", "none to list them", "in place"),
     PrivateName(
         "torch.nn.Module._forward_pre_hooks", "finding a memory in a backbone", "none to list them", "in place"
     ),
     PrivateName("torch.nn.Module._apply", "tables keep their dtype under .half() and .to(dtype)", "none", "overridden"),
-    PrivateName("torch.nn.Module._save_to_state_dict", "sharded tables refuse", "documented", "overridden"),
-    PrivateName("torch.nn.Module._load_from_state_dict", "sharded tables refuse", "documented", "overridden"),
+    PrivateName("torch.nn.Module._save_to_state_dict", "rows that are elsewhere", "documented", "overridden"),
+    PrivateName("torch.nn.Module._load_from_state_dict", "rows that are elsewhere", "documented", "overridden"),
     PrivateName("torch.nn.Module._compiled_call_impl", "taking back `module.compile()`", "none to undo it"),
     PrivateName("torch.nn.Module._replicate_for_data_parallel", "testing a replica", "replicate() needs GPUs"),
-    PrivateName("torch.nn.modules.module._global_forward_pre_hooks", "hooks on all modules", "none to list them"),
-    PrivateName("torch.nn.modules.module._global_forward_hooks", "hooks that run everywhere", "none to list them"),
-    PrivateName("torch.nn.modules.module._global_backward_pre_hooks", "hooks on all modules", "none to list them"),
-    PrivateName("torch.nn.modules.module._global_backward_hooks", "hooks on all modules", "none to list them"),
-    PrivateName("torch.autograd.forward_ad._current_level", "whether forward-mode gradients are asked for", "none"),
-    PrivateName("torch.Tensor._version", "whether a hash constant was written to", "none"),
     PrivateName("torch.Tensor._make_wrapper_subclass", "row gradients", "torch documents it for subclasses"),
     PrivateName("torch.ops.aten._amp_foreach_non_finite_check_and_unscale_", "gradient scalers", "none"),
     PrivateName("torch._dynamo.mark_static_address", "CUDA graphs", "none; Transformers uses it too"),
@@ -99,10 +91,6 @@ PRIVATE_NAMES = (
     PrivateName("transformers.initialization", "`_is_hf_initialized` of a tensor", "none to ask for it"),
     PrivateName("transformers.modeling_layers.GradientCheckpointingLayer", "`_gradient_checkpointing_func`", "none"),
     PrivateName("transformers.Trainer._wrap_model", "DDP without dense weights", _TRAINER_HOOK, "overridden"),
-    PrivateName(
-        "transformers.Trainer._clip_grad_norm", "clipping row gradients", _TRAINER_HOOK, "overridden", since="5.5"
-    ),
-    PrivateName("transformers.Trainer._get_grad_norm", "logging the norm", _TRAINER_HOOK, "overridden", since="5.5"),
     PrivateName("transformers.Trainer._get_output_dir", "folder of a search", _TRAINER_HOOK, "in place"),
     PrivateName("transformers.Trainer._save_checkpoint", "no incomplete checkpoints", _TRAINER_HOOK, "overridden"),
     PrivateName("transformers.Trainer._save", "saving a delta", _TRAINER_HOOK, "overridden"),

@@ -9,7 +9,6 @@ Source: Engram (arXiv 2601.07372), section 2.5 (gradients of active rows go back
 """
 
 import sys
-import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -24,10 +23,6 @@ ROWS_ALONE = (
     "engram_transformers.training.create_optimizer(model), or leave the tables out "
     "(model.memory.tables.requires_grad_(False))."
 )
-
-
-# Living optimizers that apply row gradients.
-ROW_OPTIMIZERS: weakref.WeakSet = weakref.WeakSet()
 
 
 class RowGradient(torch.Tensor):

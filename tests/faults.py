@@ -3,6 +3,7 @@
 | name | what it gives |
 |---|---|
 | `random_table`, `cut`, `stored`, `mapped`, `same` | rows, their parts, in files, mapped from them, compared as bytes |
+| `forget(rows)` | takes the pages of rows in files out of the page cache, as far as the file system lets go of them |
 | `disk(stand_in)` | a block in which `os.preadv` is `stand_in(real, descriptor, buffers, offset, flags=0)` |
 | `absent`, `short`, `failing(code)` | stand-ins: nothing is in the page cache, reads come in pieces, reads fail |
 | `placed_at(placement, folder)`, `logits`, `plain`, `shard_of` | a loaded model, what it says with and without memory |
@@ -60,6 +61,13 @@ def stored(folder: Path, parts: list[torch.Tensor | ZeroTensor], max_bytes: int 
 
 def mapped(rows: FileRows) -> HostRows:
     return HostRows(rows.tensors(), [part.file for part in rows.parts])
+
+
+def forget(rows: FileRows) -> None:
+    """Takes a file's pages out of the page cache, as far as the file system lets go of them."""
+    for part in rows.parts:
+        os.fsync(part.file.descriptor)
+        os.posix_fadvise(part.file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def same(given: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from transformers.utils import logging
 
 from ..memory_engram import refuse_copied_code
-from ..rows_gradient_engram import ROW_OPTIMIZERS, RowGradient
+from ..rows_gradient_engram import RowGradient
 from ..rows_placement_engram import own_rows
 from ..rows_table_engram import TablePart
 from .distributed import agreed, ranks_of, refuse_deepspeed, refuse_unexchanged
@@ -73,7 +73,6 @@ class EngramOptimizer(AdamW):
         self.generators: dict[str, torch.Generator] = {}
         self.seed, self.skipped_steps = seed, 0
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        ROW_OPTIMIZERS.add(self)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -287,7 +286,6 @@ class EngramOptimizer(AdamW):
     def __setstate__(self, state: dict) -> None:
         numbers = state.pop("numbers", None)
         super().__setstate__(state)
-        ROW_OPTIMIZERS.add(self)
         if numbers is not None:  # copied or unpickled; torch calls this after loading as well
             self.generators = {}
             for kind, held in numbers.items():

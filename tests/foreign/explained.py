@@ -14,8 +14,8 @@ EXPLAINED: dict[str, Reason] = {
     "test_resize_tokens_embeddings": Reason(
         "failed",
         r"the vocabulary cannot shrink from 109 to 84 ids",
-        "The test grows the vocabulary, which passes, and then shrinks it. Ids that would go have rows in the memory, "
-        "so that is refused.",
+        "The test grows the vocabulary, which passes, and then shrinks it. The ids that it removes have rows in the "
+        "memory, so this is refused.",
     ),
     "test_resize_embeddings_untied": Reason(
         "failed",
@@ -31,18 +31,18 @@ EXPLAINED: dict[str, Reason] = {
     "test_model_weights_reload_no_missing_tied_weights": Reason(
         "failed",
         r"model\.safetensors' would be read instead of the index and its memory shards",
-        "The test lays an empty `model.safetensors` into a saved folder and expects a model of random weights. That "
+        "The test puts an empty `model.safetensors` into a saved folder and expects a model with random weights. That "
         "file would hide the memory and is refused.",
     ),
     "test_correct_missing_keys": Reason(
         "failed",
         r"this folder holds a '(llama|deepseek_v4)' model without an Engram memory",
-        "The test saves the backbone alone and loads it as an Engram model. A donor is no graft and is refused.",
+        "The test saves only the backbone and loads it as an Engram model. A checkpoint without a memory is refused.",
     ),
     "test_keep_in_fp32_modules": Reason(
         "failed",
         r"memory\.tables\.0\.order2\.0 was upcasted but it should NOT be",
-        "The test expects every weight in the type that was asked for. Tables keep their own (`engram_table_dtype`), "
+        "The test expects every weight in the requested type. Tables keep theirs (`engram_table_dtype`), "
         "because they are mapped from the file.",
         (V4,),
     ),
@@ -50,8 +50,8 @@ EXPLAINED: dict[str, Reason] = {
         "failed",
         r"the gradient of a table has rows alone, and torch's own optimizers cannot train it",
         "The test measures the gradient of every parameter as a dense tensor and steps one of torch's optimizers. A "
-        "table's gradient has rows alone and says so; tests/integration/test_training.py compares rows with and "
-        "without checkpointing.",
+        "table's gradient contains only rows and raises an error. tests/integration/test_training.py compares rows "
+        "with and without checkpointing.",
         ("EngramLlamaForCausalLMTest", "EngramDeepseekV4ForCausalLMTest"),
     ),
     # Where the tests look for something that lies elsewhere.
@@ -74,8 +74,8 @@ EXPLAINED: dict[str, Reason] = {
         "failed",
         r"No such file or directory: .*model\.safetensors",
         "Fails on the stock model, for another reason: V4's renamings of old keys cannot be undone one by one, and "
-        "Transformers' own tests of V4 leave it out. Ours ends earlier: it opens `model.safetensors`, and a checkpoint "
-        "with a memory has numbered files (docs/format.md).",
+        "Transformers' own tests of V4 leave it out. With a memory it fails earlier: it opens `model.safetensors`, and "
+        "a checkpoint with a memory has numbered files (docs/format.md).",
         (V4,),
     ),
     "test_eager_matches_sdpa_inference_??_fp16*": Reason(

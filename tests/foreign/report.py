@@ -17,11 +17,11 @@ PAGE = ROOT / "docs" / "foreign-tests.md"
 
 TEXT = """# Foreign tests
 
-`make test-foreign` runs tests that Transformers and accelerate wrote for their own models on Engram models, and on the
-same models without a memory as the control (a few minutes on 2 cores). It fetches the source archives of the installed
-versions from PyPI, lays their tests out under `runs/foreign`, and compares the outcomes test by test; the whole table
-is `runs/foreign/outcomes.md`. Nothing foreign is in this repository. The run writes this page, and
-`python -m tests.foreign.report` writes it again after a change of [explained.py](../tests/foreign/explained.py).
+`make test-foreign` runs tests of Transformers and Accelerate on Engram models, and on the same models without a memory
+as a control. It downloads the source archives of the installed versions from PyPI, unpacks their tests under
+`runs/foreign`, and compares the outcomes test by test. The whole table is `runs/foreign/outcomes.md`. This repository
+contains none of these tests. The run writes this page, and `python -m tests.foreign.report` writes it again after a
+change of [explained.py](../tests/foreign/explained.py).
 
 The run fails if a test of an Engram model fails, or is skipped where the same backbone without a memory or the stock
 Llama is not, and the list below does not say why; if it fails with another message than the list says; and if the list
@@ -35,15 +35,15 @@ names a test that no longer needs it. Fewer than {least} executed tests are a fa
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {counts}
 
-What our cases ([mixin_cases.py](../tests/foreign/mixin_cases.py)) do that a stock model's would not: they fill tables
-and convolutions with random numbers, so that the memory adds something; they put our names into Transformers' lists of
-classes with and without a head; where a test gives embeddings in place of ids, they name the ids for the memory; and
-where one opens `model.safetensors`, they open our first file.
-PyPI's archive lacks the tests of generation, export and single models, which the mixin only names; they are stubs. It
-also lacks what the mixins for several processes need.
+Our cases ([mixin_cases.py](../tests/foreign/mixin_cases.py)) differ from those of a stock model in four points. They
+fill tables and convolutions with random numbers, so that the memory adds something. They put our names into
+Transformers' lists of classes with and without a head. If a test passes embeddings in place of ids, they pass the ids
+for the memory. If a test opens `model.safetensors`, they open our first file. PyPI's archive does not contain the tests
+of generation, export and single models, which the mixin only names; they are stubs. It does not contain what the mixins
+for several processes need either.
 
-What else is skipped is skipped on the stock models too: what needs a GPU, DeepSpeed, images, audio, or an option that
-the configuration does not have.
+All other skipped tests are skipped on the stock models too: they need a GPU, DeepSpeed, images, audio, or an option
+that the configuration does not have.
 
 ### Explained
 
@@ -56,10 +56,10 @@ the configuration does not have.
 | run | passed | failed | skipped |
 | --- | ---: | ---: | ---: |
 | as they are | {plain} |
-| Engram's hook on every module of their models | {hooked} |
+| with Engram's hook on every module of their models | {hooked} |
 
-With the hook (called {calls} times) every test must come out as without. Those models read no text, so the hook adds
-nothing; what accelerate's hooks do to a model with a memory is tested in tests/integration/test_accelerate.py. The
+With the hook (called {calls} times) every test must have the same outcome as without. Those models read no text, so the
+hook adds nothing. tests/integration/test_accelerate.py tests what Accelerate's hooks do to a model with a memory. The
 skipped tests need a GPU.
 """
 

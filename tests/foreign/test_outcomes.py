@@ -9,8 +9,7 @@ import tarfile
 
 import pytest
 
-from .__main__ import hook_complaints, met
-from .explained import EXPLAINED
+from .__main__ import hook_complaints
 from .layout import unpack_tests
 from .outcomes import CASES, Outcome, Reason, complaints, count_words, executed, read_outcomes
 
@@ -31,70 +30,50 @@ def run_of(engram: Outcome = PASSED, stock: Outcome = PASSED, case=LLAMA) -> dic
     return outcomes
 
 
-@pytest.mark.parametrize(
-    "outcomes",
-    [
-        run_of(),
-        run_of(SKIPPED, SKIPPED),
-        run_of(PASSED, FAILED),
-        run_of(PASSED, SKIPPED),
-    ],
-    ids=["both pass", "Llama itself skips it", "only the stock model fails", "only the stock model skips it"],
-)
-def test_a_model_that_is_no_worse_needs_no_explanation(outcomes):
-    assert complaints(outcomes, {}) == []
+NO_WORSE = {
+    "both pass": run_of(),
+    "Llama itself skips it": run_of(SKIPPED, SKIPPED),
+    "only the stock model fails": run_of(PASSED, FAILED),
+    "only the stock model skips it": run_of(PASSED, SKIPPED),
+}
+WORSE = {
+    "fails": run_of(FAILED),
+    "fails like the stock model": run_of(FAILED, FAILED),
+    "does not begin": run_of(BROKEN, BROKEN),
+    "skipped": run_of(SKIPPED),
+    "skipped where the stock model fails": run_of(SKIPPED, FAILED),
+    "skipped like its backbone, but Llama is not": run_of(SKIPPED, SKIPPED, V4),
+}
 
 
-@pytest.mark.parametrize(
-    "outcomes",
-    [
+@pytest.mark.parametrize("name", [*NO_WORSE, *WORSE])
+def test_what_is_worse_than_on_the_stock_model_needs_an_explanation_and_nothing_else(name):
+    found = complaints({**NO_WORSE, **WORSE}[name], {})
+    assert len(found) == (name in WORSE)
+    assert all("test_x" in line and "no entry explains it" in line for line in found)
+
+
+EVERYWHERE = {"test_x": Reason("failed", "cannot shrink", "because")}
+EXPLANATIONS = {
+    "as it says": (run_of(FAILED), SHRINKS, []),
+    "another model": (run_of(FAILED, case=V4), SHRINKS, [f"{V4.engram}::test_x failed, and no entry explains it"]),
+    "another outcome": (run_of(SKIPPED), SHRINKS, ["test_x skipped, 'test_x' says failed"]),
+    "another message in one subtest": (
         run_of(FAILED),
-        run_of(FAILED, FAILED),
-        run_of(FAILED, SKIPPED),
-        run_of(BROKEN, BROKEN),
-        run_of(SKIPPED),
-        run_of(SKIPPED, FAILED),
-        run_of(SKIPPED, SKIPPED, V4),
-    ],
-    ids=[
-        "fails",
-        "fails like the stock model",
-        "fails where the stock model is skipped",
-        "does not begin",
-        "skipped",
-        "skipped where the stock model fails",
-        "skipped like its backbone, but Llama is not",
-    ],
-)
-def test_a_failure_or_a_skip_of_its_own_needs_an_explanation(outcomes):
-    (line,) = complaints(outcomes, {})
-    assert "test_x" in line
-    assert "no entry explains it" in line
+        {"test_x": Reason("failed", "shrink either", "because", (LLAMA.engram,))},
+        ["for another reason than 'test_x'"],
+    ),
+    "passes again": (run_of(), SHRINKS, [f"{LLAMA.engram}::test_x needs no explanation any more"]),
+    "no such test": (run_of(FAILED), {**SHRINKS, "test_z": SHRINKS["test_x"]}, ["No test is explained by 'test_z'"]),
+    "passes on others": (run_of(FAILED), EVERYWHERE, [f"{case.engram}::test_x" for case in CASES[1:]]),
+}
 
 
-def test_an_explained_failure_is_no_complaint():
-    assert complaints(run_of(FAILED), SHRINKS) == []
-
-
-@pytest.mark.parametrize(
-    ("outcomes", "explained", "line"),
-    [
-        (run_of(FAILED, case=V4), SHRINKS, f"{V4.engram}::test_x failed, and no entry explains it"),
-        (run_of(SKIPPED), SHRINKS, "test_x skipped, 'test_x' says failed"),
-        (run_of(FAILED), {"test_x": Reason("failed", "shrink either", "because")}, "for another reason than 'test_x'"),
-        (run_of(), SHRINKS, f"{LLAMA.engram}::test_x needs no explanation any more"),
-        (run_of(FAILED), {**SHRINKS, "test_z": Reason("failed", "", "because")}, "No test is explained by 'test_z'"),
-    ],
-    ids=["another model", "another outcome", "another message in one subtest", "passes again", "no such test"],
-)
-def test_an_entry_explains_only_what_it_says(outcomes, explained, line):
-    assert any(line in complaint for complaint in complaints(outcomes, explained))
-
-
-def test_an_entry_for_several_models_holds_for_each_of_them():
-    everywhere = {"test_x": Reason("failed", "cannot shrink", "because")}
-    complained = complaints(run_of(FAILED), everywhere)
-    assert [line.split("::")[0] for line in complained] == [case.engram for case in CASES[1:]]
+@pytest.mark.parametrize(("outcomes", "explained", "lines"), EXPLANATIONS.values(), ids=EXPLANATIONS)
+def test_an_entry_explains_only_what_it_says(outcomes, explained, lines):
+    found = complaints(outcomes, explained)
+    assert bool(found) == bool(lines)
+    assert all(any(line in complaint for complaint in found) for line in lines)
 
 
 def test_runs_that_cannot_be_compared_are_refused():
@@ -104,22 +83,7 @@ def test_runs_that_cannot_be_compared_are_refused():
     assert complaints({}, {}) == [f"{CASES[0].engram} was not run."]
 
 
-def test_the_page_says_on_which_models_and_against_what_an_entry_was_met():
-    outcomes = run_of()
-    name = "test_resize_tokens_embeddings"
-    for case in CASES:
-        outcomes[case.engram][name] = FAILED
-        outcomes[case.stock][name] = PASSED
-    assert met(outcomes)[name] == {"cases": [case.engram for case in CASES], "stock": ["passed"]}
-
-
-def test_skipped_and_broken_tests_do_not_count_as_executed():
-    outcomes = {"a": PASSED, "b": FAILED, "c": SKIPPED, "d": BROKEN}
-    assert executed(outcomes) == 2
-    assert count_words(outcomes) == {"passed": 1, "failed": 1, "skipped": 1, "broken": 1}
-
-
-def test_outcomes_are_read_from_what_pytest_writes(tmp_path):
+def test_outcomes_are_read_from_what_pytest_writes_and_counted(tmp_path):
     path = tmp_path / "run.xml"
     path.write_text(
         """<testsuites><testsuite>
@@ -129,39 +93,28 @@ def test_outcomes_are_read_from_what_pytest_writes(tmp_path):
         <testcase classname="tests.x.A" name="test_4"><error message="setup"/></testcase>
         </testsuite></testsuites>"""
     )
-    assert read_outcomes(path)["A"] == {
+    outcomes = read_outcomes(path)["A"]
+    assert outcomes == {
         "test_1": Outcome("passed"),
         "test_2": Outcome("skipped", ("no GPU",)),
         "test_3": Outcome("failed", ("one", "two")),
         "test_4": Outcome("broken", ("setup",)),
     }
+    assert executed(outcomes) == 2, "skipped and broken ones are not"
+    assert count_words(outcomes) == {"passed": 1, "failed": 1, "skipped": 1, "broken": 1}
 
 
-@pytest.mark.parametrize(
-    ("plain", "hooked", "count"),
-    [
+def test_accelerates_tests_must_come_out_alike_and_not_fail():
+    for plain, hooked, count in (
         (PASSED, PASSED, 0),
         (SKIPPED, SKIPPED, 0),
         (PASSED, FAILED, 1),
         (PASSED, SKIPPED, 1),
         (FAILED, FAILED, 1),
         (BROKEN, BROKEN, 1),
-    ],
-)
-def test_accelerates_tests_must_come_out_alike_and_not_fail(plain, hooked, count):
-    assert len(hook_complaints({"A": {"test_1": plain}}, {"A": {"test_1": hooked}})) == count
-
-
-def test_a_test_that_vanishes_with_the_hook_is_a_complaint():
-    assert len(hook_complaints({"A": {"test_1": PASSED}}, {"A": {}})) == 1
-
-
-def test_every_entry_says_what_kind_it_is_and_why():
-    for key, reason in EXPLAINED.items():
-        assert key.startswith("test_")
-        assert reason.word in ("failed", "skipped")
-        assert reason.says
-        assert reason.why.endswith(".")
+    ):
+        assert len(hook_complaints({"A": {"test_1": plain}}, {"A": {"test_1": hooked}})) == count
+    assert len(hook_complaints({"A": {"test_1": PASSED}}, {"A": {}})) == 1, "a test vanishes with the hook"
 
 
 def archive_of(tmp_path, *names: str):
@@ -174,21 +127,14 @@ def archive_of(tmp_path, *names: str):
     return path
 
 
-def test_an_archives_tests_take_the_place_of_older_ones(tmp_path):
+def test_an_archives_tests_take_the_place_of_older_ones_and_stay_in_their_folder(tmp_path):
     folder = tmp_path / "laid"
     (folder / "tests").mkdir(parents=True)
     (folder / "tests" / "test_old.py").write_text("")
     unpack_tests(archive_of(tmp_path, "some_package-1.0/tests/test_a.py", "some_package-1.0/src/b.py"), folder)
     assert [str(path.relative_to(folder)) for path in folder.rglob("*.*")] == ["tests/test_a.py"]
-
-
-def test_an_archive_cannot_write_outside_its_folder(tmp_path):
-    archive = archive_of(tmp_path, "some_package-1.0/tests/../../escaped.py")
     with pytest.raises(tarfile.OutsideDestinationError):
-        unpack_tests(archive, tmp_path / "laid")
+        unpack_tests(archive_of(tmp_path, "some_package-1.0/tests/../../escaped.py"), folder)
     assert not (tmp_path / "escaped.py").exists()
-
-
-def test_an_archive_without_tests_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no longer ships them"):
-        unpack_tests(archive_of(tmp_path, "some_package-1.0/src/b.py"), tmp_path / "laid")
+        unpack_tests(archive_of(tmp_path, "some_package-1.0/src/b.py"), folder)

@@ -36,6 +36,7 @@ FLOORS = {
     "guard_engram": 5,
     "backbone_engram": 5,
     "rows_*": 6,
+    "embedding_offload": 7,  # does not travel, and no memory needs it
     "cache_engram": 7,
     "layer_engram": 8,
     "inputs_engram": 8,

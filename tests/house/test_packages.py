@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import distributions, requires
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -116,6 +116,13 @@ def test_the_lock_holds_a_version_of_everything_that_the_package_asks_for(python
     versions = locked({"python_version": python, "python_full_version": f"{python}.1"})
     for requirement in map(Requirement, assigned("REQUIRED")):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize(("name", "of"), [("typer", "transformers"), ("rich", "typer"), ("psutil", "accelerate")])
+def test_what_seems_to_need_an_extra_is_there_anyway(name, of):
+    """The reason that setup.py gives: where this fails, `typer` and `rich` belong into an extra for the command."""
+    needed = map(Requirement, requires(of))
+    assert name in {one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})}
 
 
 def test_what_make_installed_is_what_the_lock_says():

@@ -7,6 +7,7 @@ Run with `pytest tests/house/test_private_names.py`.
 import ast
 import functools
 import importlib
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_every_listed_name_is_there_and_has_its_reasons(entry):
         assert hasattr(SET_BY_INSTANCES[entry.name](), entry.name.rpartition(".")[2])
     else:
         resolved(entry.name)
+
+
+def test_every_listed_name_is_still_used():
+    folders = ("modeling_engram", "adapters", "training", "conversion", "inspection")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if "private_names" not in path.name]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    # What is touched is the name, or what its purpose names in `backticks`.
+    touched = {
+        entry.name: [entry.name.rpartition(".")[2], *re.findall(r"`(\w+)`", entry.used_for)] for entry in PRIVATE_NAMES
+    }
+    unused = [name for name, words in touched.items() if not any(re.search(rf"\b{w}\b", sources) for w in words)]
+    assert unused == []
 
 
 def test_names_that_others_set_on_objects_are_still_set():

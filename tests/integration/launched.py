@@ -64,7 +64,7 @@ def trainer(batch_size: int, folder: str, **changes) -> EngramTrainer:
     model = changes.pop("model", None) or small_model()
     data = changes.pop("data", None) or dataset()
     evaluated = changes.pop("evaluated", None)
-    word = changes.pop("set_trainable", "all")
+    word = changes.pop("trainable", "all")
     arguments = EngramTrainingArguments(folder, **{**settings, **changes})
     return EngramTrainer(model, arguments, train_dataset=data, eval_dataset=evaluated, trainable=word)
 

@@ -24,10 +24,10 @@ BACKBONES_OWN = {
     ("deepseek_v4_compressed", "left padding"): "it compresses pads with the text",
     ("deepseek_v4_compressed", "left padding, beams"): "it compresses pads with the text",
     ("deepseek_v4_compressed", "packed documents"): "it compresses tokens of neighbouring documents",
-    ("gpt_oss", "packed documents"): "it makes its masks without position_ids and reads on into the next document",
-    ("lfm2", "packed documents"): "its convolution runs over borders",
-    ("lfm2", "prompt lookup, static cache"): "it makes no mask for a static cache that is cropped",
-    ("falcon_h1", "packed documents"): "its state runs over borders",
+    ("gpt_oss", "packed documents"): "its masks ignore position_ids, so it reads across the border",
+    ("lfm2", "packed documents"): "its convolution crosses borders",
+    ("lfm2", "prompt lookup, static cache"): "it has no mask for a static cache that is cropped",
+    ("falcon_h1", "packed documents"): "its state crosses borders",
     ("falcon_h1", "cache.crop"): "its recurrent state is not rolled back",
 }
 
@@ -63,22 +63,25 @@ PAGE = """# Ways of generating
 
 <!-- made by `make docs`; tests/integration/test_matrix.py asserts every cell -->
 
-Each cell is a model of tiny random size with a random memory and a convolution that is not zero. It is run in one way
-and compared with the same texts read at once, alone, without a cache and without pads: logits to 1e-5 in float32, and
-the tokens chosen with those chosen without a cache. The same check for your own model:
+Each cell is a tiny random model with a random memory and a convolution that is not zero. It is run in one way and
+compared with reading each text at once, by itself, without a cache and without pads: logits to 1e-5 in float32, and the
+tokens that are chosen. Run the same check on your own model:
 
 ```python
-from engram_transformers.inspection import check_generation
+from engram_transformers import check_generation
 
 print(check_generation(model, tokenizer))
 ```
 
-or `engram verify CHECKPOINT`, whose last section it is.
+`engram verify CHECKPOINT` runs it too, as its last section.
 
-`=` exact. `~` more than 1e-5 away, but no more than 4 times what changing the last bit of the embeddings does to
-reading at once: rounding. `b` the plain backbone differs from itself in this way, and the memory by no more than twice
-as much (list below). `r` refused with an error: by Transformers or the backbone, which does not offer this way, or by
-Engram (continuous batching). `gpu` needs one; not run on a machine without.
+- `=` is exact.
+- `~` is rounding: the difference is above 1e-5, but at most 4 times what changing the last bit of the embeddings makes.
+- `b`: the plain backbone differs from itself in this way. With a memory, the difference is at most twice as large (list
+  below).
+- `r`: refused with an error, by Transformers or the backbone, which does not support this way, or by Engram (continuous
+  batching, `nn.DataParallel`).
+- `gpu`: needs a GPU; not run on a machine without one.
 
 {table}
 
@@ -86,23 +89,24 @@ Where the plain backbone differs from itself:
 
 {differing}
 
-Refused when the memory is grafted or the configuration made:
+Refused when the memory is grafted or the configuration is made:
 
 {refused}
 
-What is behind the cells:
+Explanations:
 
-- N-grams and convolution inputs of a text live in one more layer of its `Cache`, so whatever happens to a cache
-  happens to them. `crop` works on tokens that were read after `cache.activate_past_recording()`, and is refused
-  otherwise; a cache that went on without its memory is refused.
-- Packed documents are told apart where `position_ids` restart (with `attention_mask=None` and `use_cache=False`, as
-  backbones themselves need it), or by `engram_segment_ids`. Beside a cache or a flat mask they are refused.
-- The table is of the locked transformers, 5.23, which refuses assisted decoding with a static cache. Under 5.24
-  it is exact, except where the backbone has sliding windows (refused by Transformers).
-- Continuous batching keeps keys and values of many requests in pages of its own, and no n-grams: refused.
-- Positions that are no text are -1 in `engram_input_ids`, also in `generate`.
-- `~` comes from the published gate: where its score is close to 0, the signed square root is so steep that a rounding
-  of 1e-7 becomes 5e-5 (`engram_gate="sigmoid"` has none of it). A broken history is off by a thousand times more.
+- N-grams and convolution inputs of a text are in one more layer of its `Cache`, so every operation on a cache reaches
+  them. `crop` works on tokens that were read after `cache.activate_past_recording()`, and is refused otherwise. A cache
+  that was continued without its memory is refused.
+- Packed documents are separated where `position_ids` restart (with `attention_mask=None` and `use_cache=False`, as
+  backbones need it too), or by `engram_segment_ids`. With a cache or a two-dimensional mask, a restart is refused.
+- The table is for the locked transformers, 5.23, which refuses assisted decoding with a static cache. With 5.24 it is
+  exact, except where the backbone has sliding windows (refused by Transformers).
+- Continuous batching keeps keys and values of many requests in its own pages, without n-grams: refused.
+- Positions that are not text are -1 in `engram_input_ids`, also in `generate`.
+- `~` comes from the published gate: if its score is close to 0, the signed square root is so steep that rounding of
+  1e-7 becomes 5e-5 (`engram_gate="sigmoid"` does not have this). A wrong history makes a difference a thousand times
+  larger.
 """
 
 

@@ -224,7 +224,7 @@ def memories(draw) -> tuple[EngramMemory, Twin]:
     return memory, Twin.of(config, token_map)
 
 
-@examples(200)
+@examples(80)
 @given(made=memories(), batch=batches(VOCABULARY), count=THREADS, grad=st.booleans())
 def test_a_memory_reads_the_rows_of_each_text_alone(made, batch, count, grad):
     memory, twin = made
@@ -250,7 +250,7 @@ def graft(tiny_donor, tiny_tokenizer, tiny_engram):
 
 
 @torch.no_grad()
-@examples(60)
+@examples(25)
 @given(data=st.data(), batch=batches(4104), count=THREADS)
 def test_a_model_reads_the_rows_of_each_text_alone(data, batch, count, graft):
     dtype, table = data.draw(st.sampled_from(FLOATS), label="model"), data.draw(st.sampled_from(FLOATS), label="table")
@@ -265,7 +265,7 @@ def test_a_model_reads_the_rows_of_each_text_alone(data, batch, count, graft):
 
 
 @torch.no_grad()
-@examples(40)
+@examples(20)
 @given(batch=batches(4104), n=st.integers(2, 4), count=THREADS)
 def test_logits_of_a_text_are_those_of_the_text_alone(batch, n, count, graft):
     # The default gate is steep where its score is 0 (a slope of 500, and a step): rounding of 1e-7 in the backbone may

@@ -4,6 +4,7 @@ Run: pytest tests/integration/test_hub.py
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -127,35 +128,80 @@ class Hub(BaseHTTPRequestHandler):
             self.answer()
 
 
-@pytest.fixture
-def hub():
+@pytest.fixture(scope="module")
+def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.received, server.commit = {}, []
-    server.folder, server.fetched, server.revisions = None, [], []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-@pytest.fixture
-def with_hub(hub, tmp_path):
-    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub; what it prints."""
+# Has imported everything, and forks for each script that a line of its input holds.
+FORKS = """
+import json, os, sys, traceback
+import torch
+from engram_transformers import EngramForCausalLM, EngramTrainer, graft
 
-    def run(script: str, *arguments):
-        environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",  # read when huggingface_hub is imported
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "PATH": "",
-            "OMP_NUM_THREADS": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
+for line in sys.stdin:
+    script, arguments, out = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number in (1, 2):
+        os.dup2(os.open(f"{out}{number}", os.O_CREAT | os.O_WRONLY), number)
+    sys.argv, code = ["-c", *arguments], 0
+    try:
+        exec(script, {"__name__": "__main__"})
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        code = traceback.print_exc() or 1
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def process(server, tmp_path_factory):
+    """A process for which the stand-in is the Hub, and its home."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",  # read when huggingface_hub is imported
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+        "PATH": "",
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command, pipe = [sys.executable, "-c", FORKS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as running:
+        yield running, home
+        running.stdin.close()
+
+
+@pytest.fixture
+def hub(server, process):
+    """The stand-in, which knows of nothing yet."""
+    server.received, server.commit = {}, []
+    server.folder, server.fetched, server.revisions = None, [], []
+    server.home = process[1]
+    shutil.rmtree(server.home)
+    server.home.mkdir()
+    return server
+
+
+@pytest.fixture
+def with_hub(hub, process, tmp_path):
+    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub; what it prints and reports."""
+
+    def run(script: str, *arguments) -> tuple[str, str]:
+        print(json.dumps([script, list(map(str, arguments)), str(tmp_path / "out")]), file=process[0].stdin, flush=True)
+        code = process[0].stdout.readline()
+        printed, reported = ((tmp_path / f"out{number}").read_text(encoding="utf-8") for number in (1, 2))
+        assert code == "0\n", reported[-3000:]
+        return printed, reported
 
     return run
 
@@ -175,7 +221,7 @@ else:
 @pytest.mark.parametrize("way", ["push", "save"])
 def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, with_hub, tiny_engram, tmp_path):
     tiny_engram(trained=True).save_pretrained(tmp_path / "saved")
-    done = with_hub(SCRIPT, tmp_path / "saved", way, tmp_path / "again")
+    _, reported = with_hub(SCRIPT, tmp_path / "saved", way, tmp_path / "again")
     sent = {line["value"]["path"] for line in hub.commit if line["key"] in ("file", "lfsFile")}
     for name in (
         "config.json",
@@ -189,7 +235,7 @@ def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, with_hub, ti
     assert not any(name.startswith(".saving") for name in sent)
     memory = (tmp_path / "saved" / "engram-memory-00001-of-00001.safetensors").read_bytes()
     assert memory in hub.received.values(), "the memory shard did not arrive byte for byte"
-    assert f"{len(memory):,} of them memory" in done.stderr.replace("\n", " ")
+    assert f"{len(memory):,} of them memory" in reported.replace("\n", " ")
     card = next(line["value"] for line in hub.commit if line["key"] == "file" and line["value"]["path"] == "README.md")
     assert torch.tensor(len(card["content"])) > 0
 
@@ -276,16 +322,19 @@ def test_a_graft_fetches_one_format_of_the_weights(weights, hub, with_hub, tiny_
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(found(ids).logits, tiny_donor()(ids).logits)
-    assert not (tmp_path / "home" / "hub").exists(), "the donor is in another cache than the one that was named"
+    assert not (hub.home / "hub").exists(), "the donor is in another cache than the one that was named"
 
 
 PICKLES = """
-import copy, io, pickle, sys
+import copy, io, os, pickle, sys
+from pathlib import Path
 import torch
 from engram_transformers import EngramForCausalLM
 from transformers import AutoModel, AutoModelForCausalLM
 
-token, ids = sys.argv[1], torch.tensor([[5, 6, 7, 8]])
+token, folder, ids = sys.argv[1], sys.argv[2], torch.tensor([[5, 6, 7, 8]])
+local = AutoModelForCausalLM.from_pretrained(folder)
+expected = local(ids).logits
 
 def check(model):
     torch.save(model, file := io.BytesIO())
@@ -294,6 +343,9 @@ def check(model):
 
 model = AutoModelForCausalLM.from_pretrained("me/private", token=token, engram_placement="none")
 check(model)
+with local.disable_memory():
+    assert torch.equal(model(ids).logits, local(ids).logits) and not torch.equal(model(ids).logits, expected)
+assert not any(Path(os.environ["HF_HOME"]).rglob("engram-memory-*")), "a memory that is not wanted was downloaded"
 try:
     model.place_memory("disk")
 except FileNotFoundError as error:
@@ -301,7 +353,7 @@ except FileNotFoundError as error:
 for kind in (AutoModelForCausalLM, AutoModel, EngramForCausalLM):
     for placement in ("auto", "device", "cpu", "disk", "none"):
         model = kind.from_pretrained("me/private", token=token, engram_placement=placement)
-        model(ids)
+        assert kind is AutoModel or placement == "none" or torch.equal(model(ids)[0], expected)
         check(model)
         again = pickle.loads(pickle.dumps(model)).place_memory("disk")  # of the commit in the cache, without a token
         assert torch.equal(again(ids)[0], model.place_memory("cpu")(ids)[0])
@@ -310,12 +362,15 @@ check(EngramForCausalLM.from_backbone("me/private", token=token, subfolder="dono
 """
 
 
-def test_a_token_is_in_no_pickle_of_a_model(hub, with_hub, tiny_engram, tiny_donor, tiny_tokenizer, tmp_path):
+def test_a_memory_is_fetched_where_it_is_wanted_and_a_token_is_in_no_pickle(
+    hub, with_hub, tiny_engram, tiny_donor, tiny_tokenizer, tmp_path
+):
     hub.folder = tmp_path / "repository"
     tiny_donor().save_pretrained(hub.folder / "donor")
     tiny_tokenizer.save_pretrained(hub.folder / "donor")
     tiny_engram(trained=True).save_pretrained(hub.folder)
-    done = with_hub(PICKLES, TOKEN)
-    assert "hf auth login" in done.stdout and "token=" in done.stdout, "what was not fetched needs the token again"
+    printed, _ = with_hub(PICKLES, TOKEN, hub.folder)
+    assert "hf auth login" in printed and "token=" in printed, "what was not fetched needs the token again"
     memory = [name for name in hub.fetched if name.startswith("engram-memory")]
     assert len(memory) == 1, "control: fetched with the token, once for all"
+    assert hub.fetched.index("model-00001-of-00001.safetensors") < hub.fetched.index(memory[0])

@@ -1,19 +1,18 @@
 """Faults of a memory whose rows are read from files or host memory: an error that says what to do, or the right logits.
 
 Every fault is put to a loaded model: its logits before and after are the original's, bit for bit, with the plain
-backbone beside it. Proves too that no thread or descriptor stays, and that what does not end is not waited for.
-Saves are in tests/integration/test_save_faults.py, rows by themselves in tests/unit/test_rows.py, fetches in
-tests/unit/test_fetch.py.
+backbone beside it. Proves too that no thread or descriptor stays, and that what does not end is not waited for. Files
+that are replaced or deleted under a model are in tests/integration/test_placement.py, saves in
+tests/integration/test_save_faults.py, rows by themselves in tests/unit/test_row_stores.py, and threads that fail in
+tests/unit/test_prefetch.py.
 
 Run: pytest tests/integration/test_offload_faults.py
 """
 
-import copy
 import errno
 import gc
 import os
 import select
-import sys
 import threading
 import time
 import weakref
@@ -41,10 +40,7 @@ from ..faults import (
     shard_of,
     soon,
 )
-from ..tiny import fill_memory
 
-
-TOLERANCE = 1e-5  # float32, another device
 
 placed = pytest.mark.parametrize("placement", ["disk", "cpu"])
 
@@ -79,8 +75,6 @@ def in_our_threads(act):
 
 CHANGES = {
     "cut": lambda path: os.truncate(path, 4096),
-    "cut to nothing": lambda path: os.truncate(path, 0),
-    "written into": lambda path: path.open("r+b").write(b"new"),
     "written anew": lambda path: path.write_bytes(path.read_bytes()[::-1]),
 }
 
@@ -116,73 +110,14 @@ def test_a_shard_that_changes_in_use_is_refused_and_never_read(change, placement
     assert torch.equal(logits(placed_at(placement, folder), ids), expected)
 
 
-@placed
-@pytest.mark.parametrize("change", ["replaced", "deleted"])
-def test_a_shard_that_is_replaced_or_deleted_is_read_on(change, placement, folder, ids, expected):
-    model = placed_at(placement, folder)
-    assert torch.equal(logits(model, ids), expected)
-    if change == "deleted":
-        shard_of(folder).unlink()
-        with pytest.raises(FileNotFoundError, match="engram-memory-"):
-            placed_at(placement, folder)
-    else:
-        other = fill_memory(placed_at("device", folder), seed=1)
-        other.save_pretrained(folder)
-        assert torch.equal(logits(placed_at(placement, folder), ids), logits(other, ids))
-        assert not torch.equal(logits(other, ids), expected)
-    for asked in (logits(model, ids), logits(copy.deepcopy(model), ids)):
-        assert torch.equal(asked, expected)
-
-
 @pytest.mark.parametrize("length", [9, 70], ids=["at once", "in the background"])
-@pytest.mark.parametrize("stand_in", [failing(errno.EIO), "true"], ids=["injected", "of the kernel"])
-def test_a_disk_that_fails_is_an_error_with_file_and_place_and_may_come_back(stand_in, length, folder, ids, original):
-    model, ids, file = placed_at("disk", folder), ids[:, :length], None
-    expected = logits(original, ids)
-    if stand_in == "true":
-        if not os.path.exists("/proc/self/mem"):
-            pytest.skip("a file that gives a true EIO is /proc/self/mem, whose first page is never mapped")
-        file, stand_in = model.memory.tables["2"].order3.store.files[0], lambda real, *asked: real(*asked)
-        kept, identity, memory = os.dup(file.descriptor), file.identity, os.open("/proc/self/mem", os.O_RDONLY)
-        os.dup2(memory, file.descriptor)
-        os.close(memory)
-        file.identity = file.seen()
-    with disk(stand_in), pytest.raises(OSError, match="Input/output error.*check the disk") as caught:
+def test_a_disk_that_fails_is_an_error_with_file_and_place_and_may_come_back(length, folder, ids, original):
+    model, ids = placed_at("disk", folder), ids[:, :length]
+    with disk(failing(errno.EIO)), pytest.raises(OSError, match="Input/output error.*check the disk") as caught:
         logits(model, ids)
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(shard_of(folder)))
     assert torch.equal(plain(model, ids), plain(original, ids))
-    if file is not None:
-        os.dup2(kept, file.descriptor, inheritable=False)
-        os.close(kept)
-        file.identity = identity
-    assert torch.equal(logits(model, ids), expected)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_or_cannot_be_started_costs_time_alone(folder, ids, expected, monkeypatch, caplog):
-    model = placed_at("disk", folder)
-    with disk(in_our_threads(sys.exit)):
-        assert torch.equal(logits(model, ids), expected)
-    assert "is gone: they are read again" in caplog.text
-
-    def no_more(thread):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", no_more)
-    with disk(absent):
-        assert torch.equal(logits(model, ids), expected)
-
-
-@pytest.mark.parametrize("pinning", ["fails", "works"])
-def test_without_pinned_memory_logits_are_right_and_it_is_said_once(pinning, device, folder, ids, expected, caplog):
-    model = placed_at("cpu", folder).to("counting")
-    with device.pinning_fails() if pinning == "fails" else device.late_copies():
-        for asked in (ids, ids, ids[:, :9]):
-            found = logits(model, asked.to("counting")).cpu()
-        assert caplog.text.count("No pinned memory") == (pinning == "fails")
-        found = logits(model, ids.to("counting")).cpu()
-    assert torch.allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
-    assert not torch.allclose(found, plain(model, ids.to("counting")).cpu(), atol=100 * TOLERANCE)
+    assert torch.equal(logits(model, ids), logits(original, ids))
 
 
 def test_ctrl_c_in_the_middle_of_a_prefetch_ends_the_pass_and_leaves_the_model_working(folder, ids, expected):
@@ -261,14 +196,6 @@ def test_what_changes_between_the_inputs_of_a_pass_and_the_pass_is_seen_by_it(ch
     assert torch.equal(*found)
 
 
-@placed
-def test_a_fork_after_loading_reads_the_same_rows(placement, folder, ids, expected):
-    model = placed_at(placement, folder)
-    children = [Child(lambda: torch.equal(logits(model, ids), expected)) for _ in range(2)]
-    assert torch.equal(logits(model, ids), expected)  # at the same time
-    assert [child.result() for child in children] == [True, True]
-
-
 class InWorker(torch.utils.data.Dataset):
     """Logits that are computed where a batch is made."""
 
@@ -285,7 +212,8 @@ class InWorker(torch.utils.data.Dataset):
 @placed
 def test_a_worker_of_a_data_loader_reads_the_same_rows(placement, folder, ids, expected):
     data = InWorker(placed_at(placement, folder), ids)
-    worker = DataLoader(data, None, num_workers=1, multiprocessing_context="fork", timeout=30)
+    worker = iter(DataLoader(data, None, num_workers=1, multiprocessing_context="fork", timeout=30))
+    assert torch.equal(logits(data.model, ids), expected)  # at the same time
     assert all(torch.equal(found, expected) for found in worker)
 
 
@@ -333,17 +261,3 @@ def test_a_model_that_is_dropped_during_a_fetch_takes_thread_and_descriptors_wit
     with disk(in_our_threads(slow)):
         assert torch.equal(logits(placed_at("disk", folder), ids), expected)
     assert len(begun) == 1 + 4, "the control: 2 layers of 2 orders"
-
-
-@placed
-def test_a_copy_reads_the_same_rows_when_its_original_is_gone(placement, folder, ids, expected):
-    model = placed_at(placement, folder)
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(model, ids), expected)
-    model.place_memory("none")
-    assert torch.equal(logits(model, ids), plain(twin, ids))
-    del model
-    gc.collect()
-    assert torch.equal(logits(twin, ids), expected)
-    twin.place_memory("device")
-    assert torch.equal(logits(twin, ids), expected)

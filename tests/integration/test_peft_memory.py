@@ -115,7 +115,7 @@ def test_a_memory_is_saved_where_it_changed_or_learns(place, saved, tmp_path):
     assert read_delta_header(tmp_path / "learning").rows == {}
 
     train(model.get_base_model())
-    for parameter in (*model.parameters(), *(part for part in model.memory.named_parts().values())):
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.save_pretrained(tmp_path / "changed")
     assert set(read_delta_header(tmp_path / "changed").rows.values()) == {2}
@@ -132,7 +132,7 @@ def test_settings_say_twice_that_a_memory_belongs_to_an_adapter_and_only_while_i
     for part in named_parts(model.get_base_model()).values():
         part.store.clear()  # the graft's memory again
     model.memory.layers.load_state_dict(loaded(saved).memory.layers.state_dict())
-    for parameter in (*model.parameters(), *(part for part in model.memory.named_parts().values())):
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / DELTA_NAME).exists()

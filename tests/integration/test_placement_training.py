@@ -5,7 +5,6 @@ Run: pytest tests/integration/test_placement_training.py
 """
 
 import contextlib
-import itertools
 import json
 import os
 import subprocess
@@ -217,21 +216,29 @@ def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tin
 
 
 TABLE_BYTES = 200 << 20
+# Each case in a fork: imports are paid for once.
 CHILD = """
-import hashlib, json, sys, torch, engram_transformers
+import hashlib, itertools, json, os, sys, torch, engram_transformers
 from transformers import AutoModelForCausalLM
 from engram_transformers import rows_placement_engram
 from engram_transformers.training import create_optimizer
 
-graft, place, copied_at_once = sys.argv[1:]
-if copied_at_once == "False":
+torch.set_num_threads(1)
+for place, at_once in itertools.product(("device", "cpu"), (True, False)):
+    child = os.fork()
+    if not child:
+        break
+    assert os.waitpid(child, 0)[1] == 0
+if child:
+    sys.exit()
+if not at_once:
     rows_placement_engram.COPIED_AT_ONCE = 0
+graft = sys.argv[1]
 
 def private():
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) << 10
 
-torch.set_num_threads(1)
 ids = torch.arange(3, 35)[None]
 donor = AutoModelForCausalLM.from_pretrained(graft, engram_placement="none")
 donor(input_ids=ids, labels=ids).loss.backward()  # what the first passes of a process cost
@@ -251,7 +258,9 @@ touched = sum(int(part.detach().any(1).sum()) for part in parts())
 copied = [part.detach().clone() for part in parts()]
 seen["copied"] = private()
 digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in copied)).hexdigest()
-print(json.dumps({"seen": seen, "touched": touched, "bytes": sum(part.nbytes for part in parts()), "digest": digest}))
+found = {"seen": seen, "touched": touched, "bytes": sum(part.nbytes for part in parts()), "digest": digest}
+print(json.dumps([place, at_once, found]), flush=True)
+os._exit(0)
 """
 
 
@@ -263,12 +272,12 @@ def test_a_table_is_mapped_until_an_optimizer_is_made_and_a_large_one_until_its_
     tiny_tokenizer.save_pretrained(tmp_path / "donor")
     sizes = {"engram_n_heads": 2, "engram_head_dim": 16, "engram_vocab_size": TABLE_BYTES // (8 * 16 * 4)}
     graft(tmp_path / "donor", tmp_path / "graft", [1, 2], **sizes)
-    found = {}
-    for place, at_once in itertools.product(("device", "cpu"), (True, False)):
-        command = [sys.executable, "-c", CHILD, str(tmp_path / "graft"), place, str(at_once)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[place, at_once] = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "graft")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    found = {(place, at_once): of for place, at_once, of in lines}
+    assert len(found) == 4
     assert len({of["digest"] for of in found.values()}) == 1
     megabyte = 1 << 20
     for (_, at_once), of in found.items():

@@ -62,8 +62,7 @@ def train(placement: str, graft: str, ranks: int, exchange: bool = True, freeze:
                 (loss_of(trained, own_texts(PIECES * step + piece, rank, ranks)) / PIECES).backward()
         if exchange:
             sync_row_gradients(trained)
-        held = [*model.parameters(), *(part for part in model.memory.named_parts().values())]
-        norms.append(float(torch.nn.utils.clip_grad_norm_(held, MAX_NORM)))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
     return weights(model), norms

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.files_atomic_engram import MEMORY_STEM
+from engram_transformers.rows_placement_engram import named_orders
 from engram_transformers.training import create_optimizer, sync_row_gradients
 from engram_transformers.training.distributed import table_parts
 
@@ -53,10 +54,10 @@ def pages_after_reading(graft: str, placement: str, copied: bool) -> tuple[int, 
     """Bytes of the tables, and of this process' pages of them: all, and its share of those that several have."""
     gc.collect()  # what an earlier test mapped
     model = EngramForCausalLM.from_pretrained(graft, engram_placement=placement)
-    parts = table_parts(model)
+    parts = [rows for _, order in named_orders(model.memory.tables) for rows in order.tensors()]
     if copied:
         for part in parts:
-            part.data[:] += 0  # writes every page
+            part.detach()[:] += 0  # writes every page
     assert sum(float(part.detach().sum()) for part in parts) != 0  # reads every page
     dist.barrier()
     found = mapped_pages("Rss"), mapped_pages("Pss")
@@ -87,7 +88,8 @@ def pages_after_a_step(graft: str, placement: str) -> tuple[int, int, int, int]:
     touched = sum(len(part.grad.rows) for part in table_parts(model))
     optimizer.step()
     kept = sum(part.store.values.nbytes for part in table_parts(model) if hasattr(part.store, "values"))
-    return touched, mapped_pages("Private_Dirty"), kept, sum(part.nbytes for part in table_parts(model))
+    tables = sum(table.nbytes for table in model.memory.tables.values())
+    return touched, mapped_pages("Private_Dirty"), kept, tables
 
 
 def test_training_makes_private_the_pages_that_it_touches(pair, graft):

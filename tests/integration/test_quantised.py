@@ -25,6 +25,7 @@ from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.compat_engram import CACHE
 from engram_transformers.conversion import graft
 from engram_transformers.inspection import verify_checkpoint
+from engram_transformers.rows_table_engram import TablePart
 
 from .backbones import HEADS
 
@@ -95,7 +96,7 @@ def quantised(model):
     return {
         name
         for name, parameter in model.named_parameters()
-        if type(parameter) is not nn.Parameter
+        if type(parameter) not in (nn.Parameter, TablePart)
         or type(parameter.data) is not torch.Tensor
         or not parameter.is_floating_point()
     }

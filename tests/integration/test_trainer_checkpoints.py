@@ -6,6 +6,7 @@ Run: pytest tests/integration/test_trainer_checkpoints.py
 """
 
 import errno
+import itertools
 import json
 import shutil
 import subprocess
@@ -164,24 +165,31 @@ def test_the_memory_alone_is_trained_unless_told_otherwise(saved, dataset, tmp_p
 # Interrupted saves.
 
 
+# A process of its own, which forks for each run: imports are paid for once.
 CHILD = """
 import os, sys, torch
-from tests.integration.test_trainer_checkpoints import EngramTrainer, loaded, texts, train
+from tests.integration.test_trainer_checkpoints import KILLED_IN, EngramTrainer, loaded, texts, train
 from engram_transformers.adapters import memory_delta
 
-saved, folder, place, name = sys.argv[1:]
-holder = memory_delta if place == "module" else EngramTrainer
-real, seen = getattr(holder, name), []
-
-def die(*args, **kwargs):
-    seen.append(1)
-    if len(seen) == 2:
-        os._exit(7)
-    return real(*args, **kwargs)
-
-setattr(holder, name, die)
+saved, *runs = sys.argv[1:]
 torch.set_num_threads(1)
-train(loaded(saved), texts(), folder)
+for folder, killed_in in zip(runs[::2], runs[1::2]):
+    if os.fork():
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7, killed_in
+        continue
+    place, name = KILLED_IN[killed_in]
+    holder = memory_delta if place == "module" else EngramTrainer
+    real, seen = getattr(holder, name), []
+
+    def die(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 2:
+            os._exit(7)
+        return real(*args, **kwargs)
+
+    setattr(holder, name, die)
+    train(loaded(saved), texts(), folder)
+    os._exit(0)
 """
 KILLED_IN = {
     "delta": ("module", "save_memory_delta"),
@@ -190,18 +198,23 @@ KILLED_IN = {
 }
 
 
-def interrupt(saved, folder, killed_in: str) -> None:
-    """A run in a process of its own that dies in the middle of its second checkpoint."""
-    command = [sys.executable, "-c", CHILD, str(saved), str(folder), *KILLED_IN[killed_in]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
-    assert done.returncode == 7, done.stderr[-3000:]
+@pytest.fixture(scope="module")
+def killed(run, saved, tmp_path_factory) -> dict[str, Path]:
+    """Folders of runs that died in the middle of their second checkpoint; "again" held those of a whole run."""
+    folders = {name: tmp_path_factory.mktemp("killed") / "run" for name in (*KILLED_IN, "again")}
+    shutil.copytree(run[0], folders["again"])
+    asked = [(str(folder), "random states" if name == "again" else name) for name, folder in folders.items()]
+    command = [sys.executable, "-c", CHILD, str(saved), *itertools.chain(*asked)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folders
 
 
-@pytest.mark.parametrize("killed_in", ["delta", "optimizer", "random states"])
+@pytest.mark.parametrize("killed_in", KILLED_IN)
 def test_a_run_killed_in_a_save_goes_on_from_the_last_whole_checkpoint(
-    killed_in, run, saved, dataset, tmp_path, caplog
+    killed_in, killed, run, saved, dataset, tmp_path, caplog
 ):
-    interrupt(saved, tmp_path, killed_in)
+    shutil.copytree(killed[killed_in], tmp_path, dirs_exist_ok=True)
     there = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert there == ["checkpoint-2", "checkpoint-4"]
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
@@ -230,13 +243,11 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(run, saved, dataset, tmp
     assert same(state(model), run[1])
 
 
-def test_a_checkpoint_that_is_saved_again_counts_as_half_written_until_it_is_whole(run, saved, dataset, tmp_path):
-    shutil.copytree(run[0], tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoint-2"
-    interrupt(saved, tmp_path / "run", "random states")
-    assert last_whole_checkpoint(tmp_path / "run") == str(tmp_path / "run" / f"checkpoint-{STEPS}")
-    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")
-    assert last_whole_checkpoint(tmp_path / "run") == str(checkpoint), (
+def test_a_checkpoint_that_is_saved_again_counts_as_half_written_until_it_is_whole(killed, tmp_path):
+    shutil.copytree(killed["again"], tmp_path, dirs_exist_ok=True)
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{STEPS}")
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2"), (
         "checkpoint-4 was written anew, and not to its end"
     )
 

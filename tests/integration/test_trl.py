@@ -13,8 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramForCausalLM
-from engram_transformers.adapters import load_memory_delta, save_memory_delta
-from engram_transformers.files_checkpoint_engram import save_changes
+from engram_transformers.adapters import load_memory_delta, save_changes, save_memory_delta
 from engram_transformers.rows_gradient_engram import RowGradient, row_gradient
 from engram_transformers.training import EngramTrainerMixin, EngramTrainingArguments, create_optimizer, select_rows
 
@@ -333,7 +332,7 @@ def test_a_reference_that_would_learn_with_the_model_is_refused(arguments, tiny_
 
     def trainer(**changes):
         model = get_peft_model(tiny_engram(trained=True), lora(task_type="CAUSAL_LM"))
-        given = {"train_dataset": pairs, "processing_class": tiny_tokenizer, "set_trainable": "memory+lora"}
+        given = {"train_dataset": pairs, "processing_class": tiny_tokenizer, "trainable": "memory+lora"}
         return EngramDPOTrainer(model, args=arguments(trl.DPOConfig, **changes), **given)
 
     with pytest.raises(ValueError, match="has no ref_model.*the reference would move with the model"):
@@ -363,7 +362,7 @@ def by_reward(arguments, tiny_tokenizer):
         settings = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "beta": 0.1}
         where = {"model_init_kwargs": {"engram_placement": reference}}
         args = arguments(trl.GRPOConfig, **settings, **where, **changes)
-        given = {"train_dataset": prompts, "processing_class": tiny_tokenizer, "set_trainable": "memory"}
+        given = {"train_dataset": prompts, "processing_class": tiny_tokenizer, "trainable": "memory"}
         return EngramGRPOTrainer(model, args, reward_funcs=letters, **given)
 
     return make

@@ -78,24 +78,6 @@ def test_every_hash_of_the_naive_twin_is_the_demos(case, hasher):
             assert naive_hash_ids(sequence["compressed_ids"], multipliers, primes, case["compressed_pad_id"]) == hashes
 
 
-def test_texts_hash_the_same_in_one_padded_batch(case, hasher):
-    """The demo has no mask; with one, texts of all lengths share a batch, padded on the left or on the right."""
-    length = max(len(sequence["input_ids"]) for sequence in case["sequences"])
-    for on_the_left in (True, False):
-        ids = torch.full((len(case["sequences"]), length), 77)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, sequence in enumerate(case["sequences"]):
-            n = len(sequence["input_ids"])
-            place = slice(length - n, None) if on_the_left else slice(0, n)
-            ids[row, place], mask[row, place] = torch.tensor(sequence["input_ids"]), True
-        rows = hasher(ids, mask)[1].flatten(-2)  # (layers, batch, length, orders * heads)
-        within_order = (hasher.offsets - hasher.offsets[:, :, :1]).flatten(1)  # (layers, orders * heads)
-        for row, sequence in enumerate(case["sequences"]):
-            for index, layer in enumerate(hasher.layer_ids):
-                hashes = rows[index, row, mask[row]] - within_order[index]
-                assert hashes.tolist() == sequence["hash_ids"][str(layer)]
-
-
 def test_left_pads_of_pad_tokens_hash_as_in_the_demo(case, hasher):
     assert case["left_pad_with_pad_id_invariant"]
     pads = [case["config"]["pad_id"]] * 5

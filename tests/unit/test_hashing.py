@@ -1,5 +1,7 @@
 """N-gram hashing: tensors against the naive twin, and the laws that serving depends on. Integers, so exact.
 
+The naive twin hashes each text alone. Batches, pads and pieces of a text are in tests/integration/test_determinism.py.
+
 Run: pytest tests/unit/test_hashing.py
 """
 
@@ -21,8 +23,10 @@ from .hashers import VOCABULARY, all_inside, cases, make_hasher, naive
 
 @given(case=cases())
 def test_hashes_equal_the_naive_twins(case):
-    hashes = case.hasher.hash_lookback(case.hasher.lookback(case.classes))
-    assert torch.equal(hashes, naive(case.hasher, case.classes))
+    hasher, rows = case.hasher, case.hasher.rows_of_classes(case.classes)
+    assert torch.equal(hasher.hash_lookback(hasher.lookback(case.classes)), naive(hasher, case.classes))
+    assert rows.shape == (2, *case.ids.shape, case.n - 1, hasher.primes.shape[2]) and rows.dtype == torch.int64
+    assert all_inside(hasher, rows)
 
 
 @given(case=cases(), pads=st.booleans(), history=st.booleans(), documents=st.booleans(), added=st.integers(0, 300))
@@ -51,15 +55,6 @@ def test_the_naive_twin_is_the_formula_by_hand():
     ]
 
 
-@given(case=cases())
-def test_rows_lie_inside_their_heads(case):
-    hasher = case.hasher
-    rows = hasher.rows_of_classes(case.classes)
-    assert rows.shape == (2, *case.ids.shape, case.n - 1, hasher.primes.shape[2])
-    assert rows.dtype == torch.int64
-    assert all_inside(hasher, rows)
-
-
 @given(case=cases(max_length=20))
 def test_rows_of_a_layer_and_rows_of_all_layers_are_the_same_rows(case):
     hasher, ids = case.hasher, torch.where(case.alive, case.ids, -1)
@@ -71,32 +66,12 @@ def test_rows_of_a_layer_and_rows_of_all_layers_are_the_same_rows(case):
         assert torch.equal(hasher.hash_ids(ids, layer), hashes)
 
 
-@given(case=cases(), data=st.data())
-def test_chunks_with_history_equal_the_whole(case, data):
-    hasher, classes, length = case.hasher, case.classes, case.ids.shape[1]
-    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, length - 1)), max_size=6)) & set(range(length)))
-    history, chunks = classes.new_full((len(classes), case.n - 1), DEAD), []
-    for first, last in zip([0, *cuts], [*cuts, length], strict=True):
-        chunks.append(hasher.rows_of_classes(classes[:, first:last], history))
-        history = torch.cat([history, classes[:, first:last]], dim=1)[:, -(case.n - 1) :]
-    assert torch.equal(torch.cat(chunks, dim=2), hasher.rows_of_classes(classes))
-
-
 def test_a_chunk_without_its_history_reads_other_rows():
     hasher, classes = make_hasher(3, 2), torch.tensor([[5, 6, 7, 8]])
     whole = hasher.rows_of_classes(classes)[:, 0, 2:]
     assert torch.equal(hasher.rows_of_classes(classes[:, 2:], classes[:, :2])[:, 0], whole)
     assert not torch.equal(hasher.rows_of_classes(classes[:, 2:])[:, 0], whole)
     assert not torch.equal(hasher.rows_of_classes(classes[:, 2:], classes[:, :2].flip(1))[:, 0], whole)
-
-
-@given(case=cases(pads=False), pads=st.integers(0, 9))
-def test_left_pads_do_not_change_rows(case, pads):
-    batch, length = case.ids.shape
-    filler = torch.randint(0, VOCABULARY, (batch, pads))
-    mask = torch.cat([torch.zeros(batch, pads, dtype=torch.bool), torch.ones(batch, length, dtype=torch.bool)], dim=1)
-    padded = case.hasher.compress(torch.cat([filler, case.ids], dim=1), mask)
-    assert torch.equal(case.hasher.rows_of_classes(padded)[:, :, pads:], case.hasher.rows_of_classes(case.classes))
 
 
 def test_left_pads_that_are_not_masked_do_change_rows():
@@ -164,15 +139,6 @@ def test_a_dead_position_is_not_the_pad_token():
     before_pad = hasher(torch.tensor([[8, 2, 5]]))[1][:, 0, -1]
     assert torch.equal(before_dead[:, 0], before_pad[:, 0])  # bigrams: the pad class stands there in both
     assert not torch.equal(before_dead[:, 1], before_pad[:, 1])  # trigrams: only a pad that is text lets 8 through
-
-
-@given(case=cases(max_length=16), repeats=st.integers(1, 3))
-def test_rows_of_a_text_do_not_depend_on_its_batch(case, repeats):
-    whole = case.hasher.rows_of_classes(case.classes)
-    for index, text in enumerate(case.classes):
-        assert torch.equal(case.hasher.rows_of_classes(text[None]), whole[:, index : index + 1])
-    again = case.hasher.rows_of_classes(case.classes.repeat_interleave(repeats, dim=0))
-    assert torch.equal(again, whole.repeat_interleave(repeats, dim=1))
 
 
 def test_layers_hash_by_themselves():

@@ -1,13 +1,9 @@
-"""Changed rows over a table in a file: read back as they were written, the others as the file has them, the file as it
-was; copies and pickles go their own ways. Integers and bytes, so everything is exact.
+"""Changed rows over a table in a file: how they are found, what room they take, and who holds them. That they are read
+as they were written is in tests/unit/test_row_stores.py.
 
 Run: pytest tests/unit/test_overlay.py
 """
 
-import copy
-import pickle
-
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +12,7 @@ from engram_transformers.files_safetensors_engram import read_header, write_shar
 from engram_transformers.rows_index_engram import RowIndex
 from engram_transformers.rows_overlay_engram import RowOverlay
 from engram_transformers.rows_storage_engram import FileRows, ShardFile, file_part
-from engram_transformers.rows_table_engram import OrderRows, TablePart
+from engram_transformers.rows_table_engram import OrderRows
 
 
 WIDTH = 3
@@ -30,41 +26,6 @@ def stored(folder, heights: list[int], dtype=torch.float32) -> tuple[RowOverlay,
     write_shard(path, names)
     file = ShardFile(path)
     return RowOverlay(FileRows([file_part(file, read_header(path), name) for name in names])), whole
-
-
-@st.composite
-def histories(draw):
-    """Heights of parts, and what happens to rows: writes and reads in turn."""
-    height = draw(st.integers(1, 12))
-    heights = [height] * draw(st.integers(0, 2)) + [height + draw(st.integers(0, 5))]
-    rows = st.lists(st.integers(0, sum(heights) - 1), max_size=30)
-    return heights, draw(st.lists(st.tuples(rows, rows), max_size=6))
-
-
-@given(history=histories(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_rows_are_read_as_they_were_last_written(history, dtype, tmp_path):
-    heights, steps = history
-    overlay, whole = stored(tmp_path, heights, dtype)
-    expected, first = whole.clone(), [sum(heights[:number]) for number in range(len(heights))]
-    for number, (written, read) in enumerate(steps):
-        for part, begin, height in zip(overlay.changes, first, heights, strict=True):
-            own = sorted({row - begin for row in written if begin <= row < begin + height})
-            values = torch.full((len(own), WIDTH), number + 0.5) + torch.arange(len(own))[:, None]
-            part.write(torch.tensor(own, dtype=torch.int64), values)
-            expected[torch.tensor(own, dtype=torch.int64) + begin] = values.to(dtype)
-            assert torch.equal(part.read(torch.arange(height)), expected[begin : begin + height])
-        asked = torch.tensor(read, dtype=torch.int64)
-        assert torch.equal(overlay.read(asked), expected[asked])
-        unique = asked.unique()
-        overlay.see(unique, expected[unique])  # as a pass does; what is written afterwards counts
-        resident = overlay.read_resident(asked)
-        assert resident is None or torch.equal(resident, expected[asked])
-        at_once = overlay.stored.read_resident(asked) is not None
-        assert (resident is not None) == at_once, "what was changed needs no disk, and the rest is where it was"
-    assert torch.equal(torch.cat(overlay.tensors()), expected)
-    assert overlay.changed == len({row for written, _ in steps for row in written})
-    control = RowOverlay(overlay.stored)
-    assert torch.equal(torch.cat(control.tensors()), whole), "the file is as it was"
 
 
 def test_what_a_pass_has_read_is_forgotten_with_the_changes(tmp_path):
@@ -103,18 +64,6 @@ def test_the_first_write_takes_no_more_memory_than_its_rows(tmp_path):
     assert overlay.changes[0].values.shape == (30, WIDTH)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda overlay: pickle.loads(pickle.dumps(overlay))])
-def test_a_copy_has_the_changes_and_goes_its_own_way(copied, tmp_path):
-    overlay, whole = stored(tmp_path, [4, 5])
-    overlay.part(1).write(torch.tensor([2]), torch.full((1, WIDTH), 7.0))
-    twin = copied(overlay)
-    assert torch.equal(torch.cat(twin.tensors()), torch.cat(overlay.tensors()))
-    twin.part(1).write(torch.tensor([2, 3]), torch.zeros(2, WIDTH))
-    assert torch.equal(overlay.read(torch.tensor([6, 7])), torch.stack([torch.full((WIDTH,), 7.0), whole[7]]))
-    assert torch.equal(twin.read(torch.tensor([6, 7])), torch.zeros(2, WIDTH))
-    assert twin.part(1) is not overlay.part(1)
-
-
 def test_an_order_reads_on_from_other_files_and_its_parts_stay_what_an_optimizer_holds(tmp_path):
     overlay, whole = stored(tmp_path, [4])
     other, _ = stored(tmp_path, [4])
@@ -129,21 +78,3 @@ def test_an_order_reads_on_from_other_files_and_its_parts_stay_what_an_optimizer
     assert torch.equal(part.read(torch.arange(4)), whole)
     part.write(torch.tensor([1]), torch.zeros(1, WIDTH))
     assert not other.read(torch.tensor([1])).any()
-
-
-def test_a_part_says_its_shape_and_refuses_rows_that_it_has_not(tmp_path):
-    overlay, _ = stored(tmp_path, [4, 6])
-    assert [part.shape for part in overlay.changes] == [(4, WIDTH), (6, WIDTH)]
-    assert TablePart(torch.zeros(5, 2)).table_shape == (5, 2)
-    with pytest.raises(IndexError, match="row 4 is outside the 4 rows"):
-        overlay.part(0).write(torch.tensor([4]), torch.zeros(1, WIDTH))
-    assert overlay.changed == 0
-
-
-def test_a_resident_part_is_written_in_place():
-    part = TablePart(torch.zeros(5, 2, dtype=torch.bfloat16))
-    part.write(torch.tensor([1, 3]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    assert part.tolist() == [[0, 0], [1, 2], [0, 0], [3, 4], [0, 0]]
-    kept = part.read(torch.tensor([3]))
-    part.write(torch.tensor([3]), torch.zeros(1, 2))
-    assert kept.tolist() == [[3, 4]], "what was read is a copy"

@@ -4,7 +4,7 @@ Proves that unique rows alone go to a device, on a stream of their own that is w
 order; that a thread that fails, dies or cannot be started costs an error or time, never a wrong row, a hang or a thread
 that stays. Rows are compared as bytes; the device is tests/counting_device.
 
-Run: pytest tests/unit/test_fetch.py
+Run: pytest tests/unit/test_prefetch.py
 """
 
 import os

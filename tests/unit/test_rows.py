@@ -1,20 +1,19 @@
-"""Rows outside of a model: what comes from files and from host memory is the table's, byte for byte, or an error.
+"""How rows in files are read, and what they take up.
 
-Proves that in any order, size and state of the page cache; that each row is read once, neighbours together, and the
-kernel is told of the others before the first is waited for; that a file that is cut, written into, damaged or
-unreadable is noticed. What rows take up is in tests/unit/test_rows_room.py.
+Proves that each row is read once, neighbours together, and the kernel is told of the others before the first is waited
+for; that rows are found where safetensors finds them, and damaged files are refused; that reading makes no private page
+and writes nothing, that processes share the page cache, and that a table beyond RAM and swap is read and mapped (a
+sparse file of at least 60 GiB, which is deleted). That what is read is the table's is in tests/unit/test_row_stores.py.
 
 Run: pytest tests/unit/test_rows.py
 """
 
-import copy
 import errno
 import importlib.util
 import mmap
 import os
 import pickle
 import re
-import signal
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from safetensors import safe_open
 
 from engram_transformers import EngramFormatError, rows_storage_engram
 from engram_transformers.files_atomic_engram import MEMORY_STEM
-from engram_transformers.files_safetensors_engram import write_index, write_shards
+from engram_transformers.files_safetensors_engram import ZeroTensor, write_index, write_shards
 from engram_transformers.rows_storage_engram import (
     FEW_ROWS,
     NEAR,
@@ -39,21 +38,15 @@ from engram_transformers.rows_storage_engram import (
     FileRows,
     HostRows,
     ShardFile,
+    is_mapped,
+    written_to,
 )
 
-from ..conftest import examples
-from ..faults import Child, absent, cut, disk, failing, mapped, open_files, random_table, same, short, soon, stored
+from ..faults import Child, absent, cut, disk, forget, mapped, open_files, random_table, same, soon, stored
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROW = 64 * 4  # bytes of a row of 64 float32
-
-
-def forget(rows: FileRows) -> None:
-    """Takes a file's pages out of the page cache, as far as the file system lets go of them."""
-    for part in rows.parts:
-        os.fsync(part.file.descriptor)
-        os.posix_fadvise(part.file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def forgotten(rows: FileRows) -> bool:
@@ -84,48 +77,6 @@ def rows(table, folder) -> FileRows:
 @pytest.fixture
 def shard(rows) -> Path:
     return rows.parts[0].file.path
-
-
-@st.composite
-def reads(draw):
-    """A table, its number of parts, and rows to read: none, few, many; with repeats; clustered or spread."""
-    parts = draw(st.integers(1, 4))
-    height = draw(st.integers(parts, 400))
-    table = random_table(height, draw(st.sampled_from([1, 3, 16, 300])), draw(st.sampled_from(DTYPES)), seed=height)
-    few = st.lists(st.integers(0, height - 1), max_size=40)
-    generator = torch.Generator().manual_seed(height)
-    many = st.sampled_from([FEW_ROWS, FEW_ROWS + 1, 900]).map(
-        lambda count: torch.randint(0, height, (count,), generator=generator).tolist()
-    )
-    return table, parts, torch.tensor(draw(few | many), dtype=torch.int64)
-
-
-def patchy(real, descriptor, buffers, offset, flags=0):
-    """Half of the rows are in the page cache; for the others the system says in two ways that it will not look."""
-    if flags and offset // 64 % 2:
-        raise OSError(errno.EOPNOTSUPP if offset // 128 % 2 else errno.EAGAIN, "not now")
-    return real(descriptor, buffers, offset, flags)
-
-
-@pytest.mark.parametrize("state", ["warm", "cold", absent, short, patchy])
-@given(case=reads())
-@examples(20)
-def test_rows_are_the_tables_from_everywhere(state, case, tmp_path):
-    table, parts, wanted = case
-    folder, pieces, expected = Path(tempfile.mkdtemp(dir=tmp_path)), cut(table, parts), table[wanted]
-    files = stored(folder, pieces, max_bytes=2 * pieces[-1].nbytes)
-    if state == "cold":
-        forget(files)
-    with disk(state if callable(state) else lambda real, *asked: real(*asked)):
-        at_once = files.read_resident(wanted)
-        assert at_once is None or same(at_once, expected)
-        assert same(files.read(wanted), expected)
-    assert state != "warm" or at_once is not None or len(wanted) > FEW_ROWS
-    for host in (HostRows(pieces), HostRows([piece.clone() for piece in pieces]), mapped(files)):
-        assert same(host.read(wanted), expected)
-        assert same(host.read_resident(wanted), expected)
-    assert (files.width, files.dtype, files.nbytes) == (table.shape[1], table.dtype, table.nbytes)
-    assert (host.width, host.dtype, host.nbytes) == (table.shape[1], table.dtype, table.nbytes)
 
 
 @pytest.mark.skipif(NO_WAIT is None, reason="this system cannot say whether a row is in the page cache")
@@ -186,41 +137,6 @@ def test_each_row_is_read_once_neighbours_together_and_the_kernel_knows_of_all_b
         assert sorted(calls[number][1:] for number in waits) == ([] if resident else sorted(runs))
         assert [place[1:] for place in told] == ([] if resident else runs)
         assert all(place[0] <= waits[0] for place in told)
-
-
-def test_an_interrupt_in_the_middle_of_a_read_leaves_nothing_behind(rows, table, folder):
-    wanted, before = torch.tensor([0, 500, 999]), open_files(folder)
-    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-
-        def interrupted(real, descriptor, buffers, offset, flags=0):
-            signal.raise_signal(signal.SIGALRM)
-            return real(descriptor, buffers, offset, flags)
-
-        with pytest.raises(KeyboardInterrupt), disk(interrupted):
-            rows.read(wanted)
-        # A handler that does not raise: the read goes on (PEP 475).
-        seen = []
-        signal.signal(signal.SIGALRM, lambda *arguments: seen.append(arguments))
-        with disk(interrupted):
-            assert same(rows.read(wanted), table[wanted])
-        assert len(seen) == 3
-    finally:
-        signal.signal(signal.SIGALRM, handler)
-    assert same(rows.read(wanted), table[wanted])
-    assert open_files(folder) == before
-
-
-@pytest.mark.parametrize("number", [-1, -1000, 1000, 10**12])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_row_that_the_table_does_not_have_is_an_error(number, parts, table, folder):
-    rows = stored(folder, cut(table, parts))
-    wanted = torch.tensor([5, number])
-    host = HostRows(cut(table, parts))
-    for read in (rows.read, rows.read_resident, host.read, host.read_resident):
-        assert same(read(wanted[:1]), table[5:6])
-        with pytest.raises(IndexError):
-            read(wanted)
 
 
 # Places of tensors in files.
@@ -291,85 +207,7 @@ def test_a_damaged_header_is_an_error_before_a_row_is_read(damage, folder):
     assert open_files(folder) == 0
 
 
-# Files that change or cannot be read.
-
-CHANGES = {
-    "cut": lambda path: os.truncate(path, 4096),
-    "cut to nothing": lambda path: os.truncate(path, 0),
-    "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
-    "written into": lambda path: path.open("r+b").write(b"new"),
-    "written anew": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_file_that_changed_is_noticed_before_a_row_is_read(change, rows, table, shard):
-    wanted, host = torch.tensor([999, 0, 500]), mapped(rows)
-    copied, pickled = copy.deepcopy(rows), pickle.dumps(rows)
-    assert all(same(held.read(wanted), table[wanted]) for held in (rows, host, copied, pickle.loads(pickled)))
-    change(shard)
-
-    def ask_all():  # in a process of its own: a map of a file that was cut kills it
-        for ask in (rows.read, rows.read_resident, copied.read, host.read, host.read_resident):
-            with pytest.raises(EngramFormatError, match="changed while its rows were in use"):
-                ask(wanted)
-        for ask in (rows.tensors, host.tensors, rows.parts[0].file.map, lambda: pickle.loads(pickled).read(wanted)):
-            with pytest.raises(EngramFormatError, match="changed while its rows were in use"):
-                ask()
-        return "all refused"
-
-    assert Child(ask_all).result() == "all refused"
-
-
-def test_a_file_that_is_written_into_during_a_read_is_noticed(rows, table, shard):
-    def late(real, descriptor, buffers, offset, flags=0):
-        with open(shard, "r+b") as file:
-            file.seek(offset)
-            file.write(bytes(64))
-        return real(descriptor, buffers, offset, flags)
-
-    wanted = torch.tensor([7, 800])
-    for number, read in enumerate((rows.read, rows.read_resident)):
-        fresh = FileRows([FilePart(ShardFile(shard), part.offset, part.shape, part.dtype) for part in rows.parts])
-        with disk(late), pytest.raises(EngramFormatError, match="was written into"):
-            getattr(fresh, read.__name__)(wanted)
-        os.utime(shard, ns=(0, number + 1))
-
-
-def test_a_file_that_ends_during_a_read_is_noticed(rows, shard):
-    def late(real, descriptor, buffers, offset, flags=0):
-        os.truncate(shard, 4096)
-        return absent(real, descriptor, buffers, offset, flags)
-
-    with disk(late), pytest.raises(EngramFormatError, match="4,096 bytes"):
-        rows.read(torch.tensor([7, 800]))
-
-
-def test_a_file_that_was_replaced_or_deleted_is_read_on_and_not_opened_again(rows, table, shard, folder):
-    wanted, host, pickled = torch.tensor([999, 0, 500]), mapped(rows), pickle.dumps(rows)
-    (folder / "other").write_bytes(bytes(shard.stat().st_size))
-    os.replace(folder / "other", shard)
-    assert same(rows.read(wanted), table[wanted]) and same(host.read(wanted), table[wanted])
-    with pytest.raises(EngramFormatError, match="changed"):
-        pickle.loads(pickled).read(wanted)
-    shard.unlink()
-    assert same(rows.read(wanted), table[wanted]) and same(host.read(wanted), table[wanted])
-    assert same(copy.deepcopy(rows).read(wanted), table[wanted])
-    with pytest.raises(FileNotFoundError):
-        pickle.loads(pickled).read(wanted)
-
-
-@pytest.mark.parametrize("name", ["EIO", "ESTALE", "ENODATA", "ETIMEDOUT"])
-def test_a_disk_that_fails_is_an_error_that_names_file_and_place(name, rows, table, shard, folder):
-    wanted, before = torch.tensor([999, 3]), open_files(folder)
-    with disk(failing(getattr(errno, name))):
-        assert rows.read_resident(wanted) is None, "the read that waits reports"
-        with pytest.raises(OSError, match="cannot be read") as caught:
-            rows.read(wanted)
-    assert (caught.value.errno, caught.value.filename) == (getattr(errno, name), str(shard))
-    assert f"{rows.parts[0].offset + 3 * ROW:,}" in str(caught.value)
-    assert same(rows.read(wanted), table[wanted])
-    assert open_files(folder) == before
+# Errors of the kernel, and systems that are not Linux.
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that gives a true EIO is /proc/self/mem")
@@ -423,3 +261,101 @@ def test_flags_that_a_system_knows_are_used_and_others_are_not(system, flag, mon
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
     assert (flag, 1 << 30) == (again.NO_RESERVE, again.OPEN & 1 << 30)
+
+
+# What rows in files take up.
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_that_were_given_memory_of_their_own_no_longer_need_the_file(parts, table, folder):
+    rows, wanted = stored(folder, cut(table, parts)), torch.tensor([999, 3])
+    own, control = mapped(rows), mapped(rows)
+    own.own()
+    assert not any(map(is_mapped, own.parts)) and all(map(is_mapped, control.parts))
+    assert all(map(written_to, own.parts)) and not any(map(written_to, control.parts))
+    os.truncate(rows.parts[0].file.path, 0)
+    assert Child(lambda: same(own.read(wanted), table[wanted])).result()
+    with pytest.raises(EngramFormatError, match="changed while its rows were in use"):
+        control.read(wanted)
+
+
+def test_memory_that_processes_share_is_left_where_it_is(table):
+    shared = table.clone().share_memory_()
+    place, rows = shared.data_ptr(), HostRows([shared])
+    rows.own()
+    assert rows.parts[0].data_ptr() == place, "a copy would be this process' alone"
+
+
+def anonymous() -> int:
+    """Bytes of this process that are in no file."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) << 10
+
+
+def mapping_of(tensor: torch.Tensor) -> dict[str, int]:
+    """The kilobytes of a tensor's mapping, from smaps."""
+    for block in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(encoding="utf-8")):
+        first, last = (int(end, 16) for end in block.split()[0].split("-"))
+        if first <= tensor.data_ptr() < last:
+            return {name: int(size) for name, size in re.findall(r"(\w+):\s+(\d+) kB", block)}
+    raise AssertionError("the tensor is in no mapping")
+
+
+def test_reading_every_row_makes_no_copy_and_processes_share_the_pages(folder):
+    table = torch.arange(1 << 23, dtype=torch.float32).view(-1, 64)  # 32 MiB
+    rows = stored(folder, cut(table, 2))
+    os.fsync(rows.parts[0].file.descriptor)  # the pages that the test wrote itself are clean
+    used, own = {path: path.stat().st_blocks for path in folder.iterdir()}, mapped(rows)
+    assert same(own.read(torch.arange(len(table))), table)
+
+    def read_all(kind) -> dict:
+        """What a process has after it has opened the file for itself and read all of it."""
+        before = anonymous()
+        source = kind(pickle.loads(pickle.dumps(rows)))
+        for wanted in torch.randperm(len(table)).split(8192):  # 2 MiB
+            assert torch.equal(source.read(wanted)[:, 0], wanted * 64.0)
+        written = re.search(r"write_bytes: (\d+)", Path("/proc/self/io").read_text(encoding="utf-8"))[1]
+        held = mapping_of(source.parts[0]) if isinstance(source, HostRows) else {}
+        return {"grown": anonymous() - before, "written": int(written), **held}
+
+    def trained(rows: FileRows) -> HostRows:
+        host = mapped(rows)
+        for part in host.parts:
+            part.add_(0.0)
+        return host
+
+    files, maps, control = (Child(lambda kind=kind: read_all(kind)).result() for kind in (lambda r: r, mapped, trained))
+    assert files["grown"] < table.nbytes / 4 and maps["grown"] < table.nbytes / 4, "one batch at a time"
+    assert maps["Rss"] >= table.nbytes >> 10 and maps["Shared_Clean"] >= 0.99 * maps["Rss"]
+    assert maps["Private_Dirty"] == maps["Shared_Dirty"] == maps["Anonymous"] == 0
+    assert control["Private_Dirty"] >= table.nbytes >> 10 and control["grown"] >= table.nbytes, "a copy is seen"
+    assert files["written"] == maps["written"] == 0
+    assert {path: path.stat().st_blocks for path in folder.iterdir()} == used
+
+
+def test_a_table_beyond_ram_and_swap_is_read_and_mapped(folder):
+    memory = Path("/proc/meminfo").read_text(encoding="utf-8")
+    total = sum(int(re.search(rf"{name}:\s+(\d+) kB", memory)[1]) << 10 for name in ("MemTotal", "SwapTotal"))
+    height = max(60 << 30, total + (8 << 30)) // ROW
+    try:
+        rows = stored(folder, [ZeroTensor((height, 64), torch.float32)])
+    except OSError as error:
+        pytest.skip(f"this file system holds no sparse file of {height * ROW:,} bytes ({error})")
+    (part,), table = rows.parts, random_table(3, 64)
+    wanted = torch.tensor([height - 1, 0, height // 2, 12345])
+    try:
+        assert part.file.path.stat().st_blocks * 512 < 1 << 20
+        with open(part.file.path, "r+b") as file:
+            for row, values in zip(wanted.tolist(), table, strict=False):
+                os.pwrite(file.fileno(), values.numpy().tobytes(), part.offset + row * ROW)
+        rows = FileRows([FilePart(ShardFile(part.file.path), part.offset, part.shape, part.dtype)])
+        expected = torch.cat([table, torch.zeros(1, 64)])
+        before = anonymous()
+        for source in (rows, mapped(rows)):
+            assert same(source.read(wanted), expected)
+        assert anonymous() - before < 8 << 20
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "0":
+            with pytest.raises(OSError, match="Cannot allocate memory"):  # the control: what safetensors would do
+                mmap.mmap(part.file.descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        part.file.path.unlink()

@@ -338,9 +338,9 @@ def test_a_resumed_run_keeps_the_selection_that_its_script_does_not_make_again(t
     guarded, resumed, free = (tiny_engram().set_trainable("memory") for _ in range(3))
     before, selection = rows_of(guarded), select_rows(guarded, NEW, reference_texts=GENERAL).apply(guarded)
     run(guarded, steps=2, resume=False)
-    run(resumed, steps=9, resume=True)
+    run(resumed, steps=4, resume=True)
     assert changed_rows(resumed, before) == chosen(selection)
-    run(free, steps=9, resume=False)
+    run(free, steps=4, resume=False)
     assert changed_rows(free, before) > chosen(selection), "control: without a selection"
 
 

@@ -70,6 +70,12 @@ def read(folder) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if not name.startswith(SAVING_PREFIX)}
 
 
+@pytest.fixture
+def unflushed(monkeypatch):
+    """Nothing waits for the disk: a process that is killed loses nothing that it wrote."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 def test_a_save_replaces_a_checkpoint_and_leaves_no_stale_shard(tmp_path):
     folder = tmp_path / "not" / "there" / "yet"
     save(folder, 3, b"old")
@@ -136,6 +142,7 @@ def test_a_system_that_flushes_no_folder_and_nothing_opened_for_reading_saves(tm
     assert flushed
 
 
+@pytest.mark.usefixtures("unflushed")
 def test_a_process_killed_at_any_operation_of_a_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     old, new, third = expected(3, b"old"), expected(2, b"new"), expected(1, b"third")
     found, place, killed = [], 0, True
@@ -154,6 +161,7 @@ def test_a_process_killed_at_any_operation_of_a_save_leaves_the_old_checkpoint_o
     assert place > 30
 
 
+@pytest.mark.usefixtures("unflushed")
 def test_a_process_killed_while_it_finishes_a_dead_save_leaves_the_new_checkpoint(tmp_path):
     folder, new = tmp_path / "folder", expected(2, b"new")
     save(folder, 3, b"old")
@@ -178,6 +186,7 @@ def test_a_process_killed_while_it_finishes_a_dead_save_leaves_the_new_checkpoin
     assert place > 10
 
 
+@pytest.mark.usefixtures("unflushed")
 def test_a_process_killed_while_it_removes_a_complete_draft_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     place, killed = 0, True
     while killed:
