@@ -260,8 +260,8 @@ def from_pretrained(original, cls, model, model_id, adapter_name="default", *arg
 def load_adapter(original, model, model_id, adapter_name, *args, **kwargs):
     """Replaces `load_adapter` of PeftModel and PeftMixedModel: as `from_pretrained`, for further adapters.
 
-    It also loads an adapter that was made for the backbone, and refuses weights that fit nowhere, which PEFT
-    would leave at their initial values.
+    It also loads an adapter that was made for the backbone, and refuses weights that fit nowhere, which PEFT would
+    leave at their initial values.
     """
     engram = inside(model)
     if engram is None:

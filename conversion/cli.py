@@ -73,7 +73,7 @@ def graft(
     head_dim: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
     n_heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
     max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
-    kernel_size: Annotated[int | None, typer.Option(help="Taps of the convolution; 0 for none.")] = None,
+    kernel_size: Annotated[int | None, typer.Option(help="Kernel size of the convolution; 0 for none.")] = None,
     gate: Annotated[str | None, typer.Option(help="signed_sqrt or sigmoid.")] = None,
     table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     table_parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,

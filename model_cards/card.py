@@ -71,6 +71,6 @@ def _memory_table(config: EngramConfig) -> str:
         "orders x heads": f"2..{config.engram_max_ngram_size} x {config.engram_n_heads}",
         "rows": f"{rows:,} of {config.engram_head_dim} values ({config.engram_table_dtype})",
         "classes of token ids": f"{config.engram_compressed_vocab_size:,}",
-        "convolution": f"{config.engram_kernel_size} taps" if config.engram_kernel_size else "none",
+        "convolution": f"kernel size {config.engram_kernel_size}" if config.engram_kernel_size else "none",
     }
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in values.items())])

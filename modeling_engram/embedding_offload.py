@@ -1,8 +1,8 @@
-"""Offloading of one big embedding: its weight stays in host memory or on disk, and a forward pass reads rows of it.
+"""Offloads one big embedding: its weight stays in host memory or on disk, and a forward pass reads rows of it.
 
-For embeddings that are not a memory's: Gemma's `embed_tokens_per_layer`, Qwen4's `ngram_embedding`.
+For embeddings other than a memory's: Gemma's `embed_tokens_per_layer`, Qwen4's `ngram_embedding`.
 Promises: outputs, state dict and saved files are those of the module without it; a gradient that reaches the embedding
-raises an error. Never travels with a checkpoint; nothing else of the package imports it.
+raises an error. Never copied into a checkpoint; nothing else of the package imports it.
 Source: accelerate 1.15 `hooks.py`; docs/offload.md.
 """
 
@@ -27,7 +27,7 @@ _UNDO = "accelerate.hooks.remove_hook_from_module(module) puts the whole weight 
 def offload_embedding(
     module: nn.Embedding, placement: str = "cpu", checkpoint: str | os.PathLike | None = None
 ) -> nn.Embedding:
-    """Leaves the weight of an embedding in host memory or on disk, and brings rows when they are read.
+    """Keeps the weight of an embedding in host memory or on disk, and reads the rows that a forward pass needs.
 
     Args:
         module (`nn.Embedding`): with its weight loaded; a subclass must take ids as its only argument.
@@ -60,17 +60,17 @@ def offload_embedding(
 
 
 class _EmbeddingHook(ModelHook):
-    """Runs an embedding over the rows that it reads; its own weight keeps no rows, only device, type and training."""
+    """Runs an embedding on the rows that it reads; its weight holds no rows, only device, dtype and `requires_grad`."""
 
     def __init__(self, store: RowStore):
         self.store, self.handle = store, None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        if self.handle is not None:  # transformers attaches the hooks of an embedding again when it has resized it
+        if self.handle is not None:  # Transformers attaches hooks again after resizing an embedding
             raise RuntimeError(f"the embedding was resized while it was offloaded: before that, {_UNDO}.")
         self.forward_before, module._old_forward = module._old_forward, partial(self.run, module)
         module.weight = nn.Parameter(module.weight.detach().new_empty(0, self.store.width), module.weight.requires_grad)
-        # A partial, because torch sets an attribute on what it is given, which a bound method does not take.
+        # A partial, because torch sets an attribute on the hook, which a bound method does not allow.
         self.handle = module.register_state_dict_post_hook(partial(self.add_to_state_dict))
         return module
 
@@ -82,7 +82,7 @@ class _EmbeddingHook(ModelHook):
 
     @torch.compiler.disable
     def run(self, module: nn.Module, *args, **kwargs) -> torch.Tensor:
-        """The module's own forward pass, with the rows that it reads for its weight."""
+        """Runs the module's own forward pass with the rows that it reads as its weight."""
         if len(module.weight):
             raise RuntimeError(f"the embedding's weight was replaced while it was offloaded: before that, {_UNDO}.")
         (ids,) = (*args, *kwargs.values())
@@ -90,14 +90,14 @@ class _EmbeddingHook(ModelHook):
         rows = brought.values.to(module.weight.dtype)  # (unique, width)
         if torch.is_grad_enabled() and module.weight.requires_grad:
             rows.requires_grad_().register_hook(_refuse_gradient)
-        # Another module with the same attributes: threads may share this one. `padding_idx` counts in the whole table,
-        # and matters to gradients alone.
+        # Another module with the same attributes, because threads may share this one. `padding_idx` indexes the whole
+        # table, and matters only to gradients.
         reader = type(module).__new__(type(module))
         vars(reader).update(vars(module), _parameters={"weight": rows}, padding_idx=None)
         return self.forward_before.__func__(reader, brought.places)
 
     def table(self, module: nn.Module) -> torch.Tensor:
-        """The whole weight on the CPU, `(rows, width)`, in the type that the module has now."""
+        """Returns the whole weight on the CPU, `(rows, width)`, in the module's present dtype."""
         return self.store.tensors()[0].to(module.weight.dtype)
 
     def add_to_state_dict(self, module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
@@ -109,7 +109,7 @@ def _refuse_gradient(gradient: torch.Tensor) -> None:
 
 
 def _check(module: nn.Module) -> None:
-    """Raises an error unless a module's weight can be left elsewhere."""
+    """Raises an error unless a module's weight can be offloaded."""
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     if not isinstance(module, nn.Embedding) or type(weight) is not nn.Parameter or module.max_norm is not None:
         raise TypeError(
@@ -123,14 +123,14 @@ def _check(module: nn.Module) -> None:
     forward = getattr(module, "_old_forward", module.forward)
     if not hasattr(forward, "__func__") or len(inspect.signature(forward).parameters) != 1:
         raise TypeError(f"{kind}.forward must take ids and nothing else: offload an embedding that only reads rows.")
-    for other in gc.get_objects():  # a module does not know who else has its weight
+    for other in gc.get_objects():  # a module does not know which others share its weight
         held = vars(other).get("_parameters", {}) if issubclass(type(other), nn.Module) and other is not module else {}
         if any(parameter is weight for parameter in held.values()):
             raise ValueError(f"the weight is tied to a {type(other).__name__}, which needs it whole: leave it.")
 
 
 def _rows_in_files(checkpoint: Path, weight: torch.Tensor) -> FileRows:
-    """The rows of a tensor in a file, or in the files of a folder, that is bit for bit the weight."""
+    """Returns the rows of a tensor in a file, or in the files of a folder, that equals the weight bit for bit."""
     paths = sorted(checkpoint.glob("*.safetensors")) if checkpoint.is_dir() else [checkpoint]
     for path in paths:
         header = read_header(path)
@@ -146,6 +146,6 @@ def _rows_in_files(checkpoint: Path, weight: torch.Tensor) -> FileRows:
 
 
 def _same(store: FileRows, weight: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether neighbouring rows are the same in a file and in a weight, as bytes: a row may hold NaN."""
+    """Whether contiguous rows are equal in a file and in a weight, as bytes, because a row may hold NaN."""
     held = weight[rows[0] : rows[-1] + 1].to("cpu").contiguous()  # (rows, width)
     return torch.equal(store.read(rows).view(torch.uint8), held.view(torch.uint8))

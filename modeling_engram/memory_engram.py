@@ -18,7 +18,7 @@ from .hash_ngrams_engram import NgramHasher, identity_map
 from .layer_engram import EngramLayer
 from .rows_accelerate_engram import rows_hook, take_back_table
 from .rows_placement_engram import TABLES_PREFIX, named_orders
-from .rows_prefetch_engram import RowFetch, fetch_ahead
+from .rows_prefetch_engram import RowFetch, start_prefetch
 from .rows_table_engram import EngramTable, TablePart
 
 
@@ -153,7 +153,7 @@ class EngramMemory(nn.Module):
         if not torch.compiler.is_compiling():
             self.take_back_tables()
         if self.placement != "device":
-            reads.fetches = self.begin_fetches(rows)
+            reads.fetches = self.prefetch_rows(rows)
         return reads
 
     def take_back_tables(self) -> None:
@@ -184,7 +184,7 @@ class EngramMemory(nn.Module):
         )
 
     @torch.compiler.disable
-    def begin_fetches(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
+    def prefetch_rows(self, rows: torch.Tensor) -> dict[int, list[RowFetch]]:
         """Starts to prefetch rows `(layers, batch, length, orders, heads)` while earlier decoder layers run."""
         fetches, rows = {}, rows.to("cpu")  # one wait for the device, for all layers and orders
         for layer, own in zip(self.layer_ids, rows, strict=True):
@@ -192,7 +192,7 @@ class EngramMemory(nn.Module):
             hooked = [(rows_hook(order), order) for order in self.tables[str(layer)].orders()]
             if all(hook is not None and hook.prefetch for hook, _ in hooked):
                 fetches[layer] = [hook.ask(order, own[:, :, i], device) for i, (hook, order) in enumerate(hooked)]
-        fetch_ahead([fetch for layer in fetches.values() for fetch in layer])
+        start_prefetch([fetch for layer in fetches.values() for fetch in layer])
         return fetches
 
     def resets(self, ids: torch.Tensor) -> torch.Tensor | None:

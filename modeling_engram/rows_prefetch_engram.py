@@ -105,7 +105,7 @@ class RowFetch:
         self.dropped = True
 
 
-def fetch_ahead(fetches: list[RowFetch]) -> None:
+def start_prefetch(fetches: list[RowFetch]) -> None:
     """Starts prefetches in their order, in the background unless their rows are ready."""
     read = [fetch.read_at_once() for fetch in fetches]
     deliver([fetch for fetch, there in zip(fetches, read, strict=True) if there])

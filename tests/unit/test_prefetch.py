@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_transformers.rows_prefetch_engram import RowFetch, deliver, fetch_ahead, narrow
+from engram_transformers.rows_prefetch_engram import RowFetch, deliver, narrow, start_prefetch
 from engram_transformers.rows_storage_engram import FEW_ROWS, FileRows, HostRows
 
 from ..counting_device import counted, load
@@ -115,7 +115,7 @@ def at_once(fetch: RowFetch) -> None:
     assert fetch.there.is_set() == (len(fetch.rows) <= FEW_ROWS)
 
 
-WAYS = {"at once": at_once, "ahead": lambda fetch: fetch_ahead([fetch]), "where they are needed": lambda fetch: None}
+WAYS = {"at once": at_once, "ahead": lambda fetch: start_prefetch([fetch]), "where they are needed": lambda fetch: None}
 
 
 @pytest.mark.parametrize("begin", WAYS.values(), ids=WAYS)
@@ -146,7 +146,7 @@ def test_a_device_gets_unique_rows_and_one_small_number_for_each_read(unique, it
     fetch = RowFetch(HostRows(cut(table, 2)), wanted, device)
     with counted() as crossed:
         if ahead:
-            fetch_ahead([fetch])
+            start_prefetch([fetch])
         brought = fetch.result()
     assert (crossed.h2d, crossed.h2d_copies) == (unique * 8 + 3 * unique * itemsize, 1)
     assert crossed.d2h == 0
@@ -226,7 +226,7 @@ def test_rows_of_a_pass_go_in_one_copy_and_always_on_the_same_stream(dtype, devi
         wanted = [torch.arange(begin, begin + count).repeat(2) for count in (1, 3, 5)]
         fetches = [RowFetch(HostRows([table]), rows, device) for rows in wanted]
         with counted() as crossed:
-            fetch_ahead(fetches)
+            start_prefetch(fetches)
         copies = [step for step in crossed.steps if step.what == "h2d"]
         assert [(copy.bytes, copy.pinned) for copy in copies] == [(9 * table[0].nbytes + 18, True)]
         streams |= {copy.stream for copy in copies}
@@ -239,7 +239,7 @@ def test_rows_of_a_pass_go_in_one_copy_and_always_on_the_same_stream(dtype, devi
 def test_layers_are_served_in_order_by_one_thread(rows):
     asked, gate = [], Gate()
     fetches = [RowFetch(Watched(rows, gate, asked, number), MANY, CPU) for number in range(5)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert gate.reached.wait(10) and len(fetch_threads()) == 1
     gate.open.set()
     assert all(right(result_of(fetch), MANY) for fetch in reversed(fetches))
@@ -249,11 +249,11 @@ def test_layers_are_served_in_order_by_one_thread(rows):
 def test_few_rows_that_are_in_memory_take_no_thread(rows):
     fetches = [RowFetch(source, MANY[:FEW_ROWS], CPU) for source in (HostRows([TABLE]), rows) for _ in range(3)]
     rows.read(MANY)
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert [(fetch.there.is_set(), fetch.thread) for fetch in fetches] == [(True, None)] * 6
     with disk(absent):
         waiting = RowFetch(rows, MANY[:3], CPU)
-        fetch_ahead([waiting])
+        start_prefetch([waiting])
         assert waiting.thread is not None, "the control: they are not in memory"
         assert right(result_of(waiting), MANY[:3])
 
@@ -261,7 +261,7 @@ def test_few_rows_that_are_in_memory_take_no_thread(rows):
 def test_rows_that_nobody_will_ask_for_are_not_read(rows):
     asked, gate = [], Gate()
     fetches = [RowFetch(Watched(rows, gate, asked, number), MANY, CPU) for number in range(4)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert gate.reached.wait(10)
     for fetch in (fetches[0], fetches[1], fetches[3]):
         fetch.drop()
@@ -279,7 +279,7 @@ def test_an_error_is_raised_to_whoever_waits_for_those_rows_and_to_nobody_else(r
         raise Broken("the disk is on fire")
 
     fetches = [RowFetch(Watched(rows, act), MANY, CPU) for act in (fail, lambda: None, fail)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     for number in (2, 1, 0, 2):
         if number == 1:
             assert right(result_of(fetches[1]), MANY)
@@ -298,7 +298,7 @@ dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadException
 def test_rows_of_a_thread_that_died_are_read_again(death, rows, caplog):
     asked = []
     fetches = [RowFetch(Watched(rows, death, asked, number), MANY, CPU) for number in range(4)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert soon(lambda: not fetch_threads())
     began = time.monotonic()
     assert all(right(result_of(fetch), MANY) for fetch in fetches)
@@ -316,7 +316,7 @@ def test_rows_are_right_where_a_thread_dies_while_it_is_waited_for(rows):
         sys.exit()
 
     fetch = RowFetch(Watched(rows, die), MANY, CPU)
-    fetch_ahead([fetch])
+    start_prefetch([fetch])
     assert gate.reached.wait(10)
     threading.Timer(0.1, gate.open.set).start()
     assert right(result_of(fetch), MANY)
@@ -330,7 +330,7 @@ def test_rows_are_right_where_no_thread_can_be_started(rows, monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "start", no_more)
     fetches = [RowFetch(Watched(rows, asked=asked, what=number), MANY, CPU) for number in range(3)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert asked == [], "nothing is read before it is needed"
     assert all(right(fetch.result(), MANY) for fetch in fetches)
     assert asked == [(number, "MainThread") for number in range(3)]
@@ -339,7 +339,7 @@ def test_rows_are_right_where_no_thread_can_be_started(rows, monkeypatch):
 def test_ctrl_c_ends_a_wait_and_not_the_fetch(rows):
     gate = Gate()
     fetch = RowFetch(Watched(rows, gate), MANY, CPU)
-    fetch_ahead([fetch])
+    start_prefetch([fetch])
     assert gate.reached.wait(10)
     began = time.monotonic()
     with ctrl_c_heard(), pytest.raises(KeyboardInterrupt):
@@ -364,12 +364,12 @@ def test_ctrl_c_in_a_read_without_a_thread_is_an_interrupt_and_the_next_read_is_
 def test_a_fork_in_the_middle_of_a_fetch_reads_by_itself(rows):
     gate = Gate()
     fetches = [RowFetch(Watched(rows, gate), MANY, CPU) for _ in range(2)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert gate.reached.wait(10)
 
     def in_the_child():
         assert not fetch_threads()
-        fetch_ahead([later := RowFetch(Watched(rows), MANY, CPU)])
+        start_prefetch([later := RowFetch(Watched(rows), MANY, CPU)])
         return all(right(fetch.result(), MANY) for fetch in [*fetches, later])
 
     assert Child(in_the_child).result()
@@ -381,7 +381,7 @@ def test_a_fetch_that_nobody_holds_takes_its_source_with_it(rows):
     gate = Gate()
     fetches = [RowFetch(Watched(rows, act), MANY, CPU) for act in (lambda: None, gate, gate)]
     alive = [weakref.ref(held) for fetch in fetches for held in (fetch, fetch.store)]
-    fetch_ahead(fetches)
+    start_prefetch(fetches)
     assert gate.reached.wait(10)
     for fetch in fetches:
         fetch.drop()
