@@ -48,6 +48,8 @@ def test_every_byte_that_crosses_is_counted(table, action, expected):
         action(table)
     found = {kind: (getattr(block, kind), getattr(block, f"{kind}_copies")) for kind in ("h2d", "d2h", "d2d")}
     assert {kind: numbers for kind, numbers in found.items() if numbers != (0, 0)} == expected
+    steps = [step.what for step in block.steps if step.what in found]
+    assert {kind: steps.count(kind) for kind in steps} == {kind: copies for kind, (_, copies) in expected.items()}
 
 
 def rows(t: torch.Tensor) -> torch.Tensor:

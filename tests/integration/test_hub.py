@@ -5,8 +5,6 @@ Run: pytest tests/integration/test_hub.py
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+from .forked import Forked
 
 
 COMMIT = "c" * 40
@@ -137,48 +137,14 @@ def server():
     server.server_close()
 
 
-# Has imported everything, and forks for each script that a line of its input holds.
-FORKS = """
-import json, os, sys, traceback
-import torch
-from engram_transformers import EngramForCausalLM, EngramTrainer, graft
-
-for line in sys.stdin:
-    script, arguments, out = json.loads(line)
-    child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    for number in (1, 2):
-        os.dup2(os.open(f"{out}{number}", os.O_CREAT | os.O_WRONLY), number)
-    sys.argv, code = ["-c", *arguments], 0
-    try:
-        exec(script, {"__name__": "__main__"})
-    except SystemExit as ended:
-        code = ended.code or 0
-    except BaseException:
-        code = traceback.print_exc() or 1
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
-"""
-
-
 @pytest.fixture(scope="module")
 def process(server, tmp_path_factory):
-    """A process for which the stand-in is the Hub, and its home."""
+    """What runs programs for which the stand-in is the Hub, and their home."""
     home = tmp_path_factory.mktemp("home")
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",  # read when huggingface_hub is imported
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(home),
-        "PATH": "",
-        "OMP_NUM_THREADS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command, pipe = [sys.executable, "-c", FORKS], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as running:
-        yield running, home
-        running.stdin.close()
+    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HOME": home, "NO_PROXY": "127.0.0.1"}
+    endpoint = f"http://127.0.0.1:{server.server_port}"  # read when huggingface_hub is imported
+    with Forked("from engram_transformers import EngramTrainer, graft", HF_ENDPOINT=endpoint, **settings) as forked:
+        yield forked, home
 
 
 @pytest.fixture
@@ -194,14 +160,12 @@ def hub(server, process):
 
 @pytest.fixture
 def with_hub(hub, process, tmp_path):
-    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub; what it prints and reports."""
+    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub."""
 
-    def run(script: str, *arguments) -> tuple[str, str]:
-        print(json.dumps([script, list(map(str, arguments)), str(tmp_path / "out")]), file=process[0].stdin, flush=True)
-        code = process[0].stdout.readline()
-        printed, reported = ((tmp_path / f"out{number}").read_text(encoding="utf-8") for number in (1, 2))
-        assert code == "0\n", reported[-3000:]
-        return printed, reported
+    def run(script: str, *arguments):
+        done = process[0].run(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
 
     return run
 
@@ -221,7 +185,7 @@ else:
 @pytest.mark.parametrize("way", ["push", "save"])
 def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, with_hub, tiny_engram, tmp_path):
     tiny_engram(trained=True).save_pretrained(tmp_path / "saved")
-    _, reported = with_hub(SCRIPT, tmp_path / "saved", way, tmp_path / "again")
+    done = with_hub(SCRIPT, tmp_path / "saved", way, tmp_path / "again")
     sent = {line["value"]["path"] for line in hub.commit if line["key"] in ("file", "lfsFile")}
     for name in (
         "config.json",
@@ -235,7 +199,7 @@ def test_a_push_sends_every_file_and_says_the_bytes_first(way, hub, with_hub, ti
     assert not any(name.startswith(".saving") for name in sent)
     memory = (tmp_path / "saved" / "engram-memory-00001-of-00001.safetensors").read_bytes()
     assert memory in hub.received.values(), "the memory shard did not arrive byte for byte"
-    assert f"{len(memory):,} of them memory" in reported.replace("\n", " ")
+    assert f"{len(memory):,} of them memory" in done.stderr.replace("\n", " ")
     card = next(line["value"] for line in hub.commit if line["key"] == "file" and line["value"]["path"] == "README.md")
     assert torch.tensor(len(card["content"])) > 0
 
@@ -369,8 +333,8 @@ def test_a_memory_is_fetched_where_it_is_wanted_and_a_token_is_in_no_pickle(
     tiny_donor().save_pretrained(hub.folder / "donor")
     tiny_tokenizer.save_pretrained(hub.folder / "donor")
     tiny_engram(trained=True).save_pretrained(hub.folder)
-    printed, _ = with_hub(PICKLES, TOKEN, hub.folder)
-    assert "hf auth login" in printed and "token=" in printed, "what was not fetched needs the token again"
+    done = with_hub(PICKLES, TOKEN, hub.folder)
+    assert "hf auth login" in done.stdout and "token=" in done.stdout, "what was not fetched needs the token again"
     memory = [name for name in hub.fetched if name.startswith("engram-memory")]
     assert len(memory) == 1, "control: fetched with the token, once for all"
     assert hub.fetched.index("model-00001-of-00001.safetensors") < hub.fetched.index(memory[0])

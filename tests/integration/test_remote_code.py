@@ -1,15 +1,16 @@
 """The door: a saved folder carries its own code, and loads with `trust_remote_code=True` where nothing is installed.
 
-Each case is a clean process. Run: pytest tests/integration/test_remote_code.py
+Each case is a process that has imported Transformers alone. Run: pytest tests/integration/test_remote_code.py
 """
 
 import ast
 import json
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
+
+from .forked import Forked
 
 
 pytestmark = pytest.mark.core
@@ -51,10 +52,22 @@ def saved(tiny_engram, tmp_path):
     return tmp_path / "saved", expected
 
 
-def run(folder, tmp_path, block, trust, code="", again=""):
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(folder), block, trust, code, str(again)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    with Forked("import torch, transformers.modeling_utils", HF_HOME=home, HF_HUB_OFFLINE="1") as forked:
+        yield forked, home
+
+
+@pytest.fixture
+def run(process, tmp_path):
+    """`run(folder, block, trust, code="", again="", script=SCRIPT)`: in a process whose cache of code is empty."""
+
+    def run_script(folder, block, trust, code="", again="", script=SCRIPT):
+        shutil.rmtree(process[1], ignore_errors=True)
+        return process[0].run(script, folder, block, trust, code, again, cwd=tmp_path)
+
+    return run_script
 
 
 def test_the_folder_holds_the_real_configuration_and_no_import_of_the_package(saved):
@@ -70,9 +83,9 @@ def test_the_folder_holds_the_real_configuration_and_no_import_of_the_package(sa
     }
 
 
-def test_without_the_package_the_folders_own_code_is_used(saved, tmp_path):
+def test_without_the_package_the_folders_own_code_is_used(run, saved, tmp_path):
     folder, expected = saved
-    done = run(folder, tmp_path, "block", "trust", again=tmp_path / "again")
+    done = run(folder, "block", "trust", again=tmp_path / "again")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["module"].startswith("transformers_modules.")
@@ -82,24 +95,24 @@ def test_without_the_package_the_folders_own_code_is_used(saved, tmp_path):
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "again").glob("*.py")}
 
 
-def test_with_the_package_installed_but_not_imported_remote_code_still_works(saved, tmp_path):
+def test_with_the_package_installed_but_not_imported_remote_code_still_works(run, saved, tmp_path):
     folder, expected = saved
-    done = run(folder, tmp_path, "open", "trust")
+    done = run(folder, "open", "trust")
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["sum"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_with_the_package_imported_no_trust_is_needed_and_its_code_wins(saved, tmp_path):
+def test_with_the_package_imported_no_trust_is_needed_and_its_code_wins(run, saved, tmp_path):
     folder, expected = saved
-    done = run(folder, tmp_path, "open", "no", "import engram_transformers", again=tmp_path / "again")
+    done = run(folder, "open", "no", "import engram_transformers", again=tmp_path / "again")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["module"] == "engram_transformers.modeling_engram"
     assert result["sum"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_without_package_and_without_trust_nothing_is_run(saved, tmp_path):
-    done = run(saved[0], tmp_path, "block", "no")
+def test_without_package_and_without_trust_nothing_is_run(run, saved, tmp_path):
+    done = run(saved[0], "block", "no")
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr
 
@@ -113,20 +126,20 @@ DROPPED = {
 WHAT_TO_DO = ("install transformers>=5.20.2,<5.25, or a newer engram-transformers", "pip install .", "make wheel")
 
 
-def test_a_copy_of_the_code_under_a_later_transformers_says_which_package_to_install(saved, tmp_path):
+def test_a_copy_of_the_code_under_a_later_transformers_says_which_package_to_install(run, saved, tmp_path):
     folder, expected = saved
-    done = run(folder, tmp_path, "block", "trust", LATER)
+    done = run(folder, "block", "trust", LATER)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["sum"] == pytest.approx(expected, rel=1e-9)
     said = " ".join(done.stderr.split())
     assert "this is 5.31.0" in said and all(text in said for text in WHAT_TO_DO)
-    control = run(folder, tmp_path, "block", "trust")
+    control = run(folder, "block", "trust")
     assert control.returncode == 0 and "engram-transformers" not in control.stderr
 
 
 @pytest.mark.parametrize("dropped", DROPPED)
-def test_a_copy_of_the_code_that_misses_a_name_says_which_package_to_install(dropped, saved, tmp_path):
-    done = run(saved[0], tmp_path, "block", "trust", LATER + DROPPED[dropped])
+def test_a_copy_of_the_code_that_misses_a_name_says_which_package_to_install(run, dropped, saved, tmp_path):
+    done = run(saved[0], "block", "trust", LATER + DROPPED[dropped])
     assert done.returncode != 0
     error = done.stderr[done.stderr.rindex("\nImportError: ") :]  # the last one, which ends the program
     assert "cannot run under transformers 5.31.0" in error and all(text in error for text in WHAT_TO_DO)
@@ -147,15 +160,13 @@ print(type(create_optimizer(again)).__name__)
 """
 
 
-def test_a_model_with_its_own_copy_of_the_code_is_refused_where_the_package_must_know_it(saved, tmp_path):
+def test_a_model_with_its_own_copy_of_the_code_is_refused_where_the_package_must_know_it(run, saved, tmp_path):
     folder, _ = saved
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"engram_memory_delta": "memory_delta.safetensors"}))
     script = SCRIPT.split("model.save_pretrained")[0].rsplit("again = ", 1)[0] + TRAINED
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(folder), "", "trust", "", str(adapter)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = run(folder, "", "trust", again=adapter, script=script)
     assert done.returncode == 0, done.stderr[-3000:]
     *refused, control = done.stdout.splitlines()
     assert len(refused) == 3 and control == "EngramOptimizer"

@@ -45,6 +45,17 @@ def test_rows_equal_those_of_the_look_back(case, pads, history, documents, added
     assert past is not None or documents or torch.equal(rows, naive(hasher, classes) + first[:, None, None])
 
 
+@given(case=cases(max_length=20), data=st.data())
+def test_documents_in_one_text_hash_as_by_themselves(case, data):
+    hasher, classes = case.hasher, case.classes
+    length, before = classes.shape[1], case.n - 1
+    cut = data.draw(st.integers(1, length))
+    segments = (torch.arange(before + length) >= before + cut).long().expand(len(classes), -1)
+    found = hasher.hash_lookback(hasher.lookback(classes, segments=segments))
+    alone = [naive(hasher, piece) for piece in classes.split([cut, length - cut], dim=1) if piece.shape[1]]
+    assert torch.equal(found, torch.cat(alone, dim=2))
+
+
 def test_the_naive_twin_is_the_formula_by_hand():
     # mix of (x, y) with x before y is y * 3 ^ x * 5; nothing stands before the first token but the pad class 7.
     assert naive_hash_ids([1, 4, -1, 6], [3, 5], [[11, 13]], pad_class=7) == [
