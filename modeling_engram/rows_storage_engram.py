@@ -320,10 +320,12 @@ class HostPart:
 
     def read(self, rows: torch.Tensor) -> torch.Tensor:
         """Returns rows `(rows,)` as `(rows, width)`."""
+        self.store.check()
         return self.store.parts[self.number].index_select(0, rows)
 
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Writes `values` to rows `(rows,)`, ascending and unique."""
+        self.store.check()
         self.store.parts[self.number].index_copy_(0, rows, values.to(self.store.dtype))
 
     def expect(self, rows: torch.Tensor) -> None:

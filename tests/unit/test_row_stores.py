@@ -395,3 +395,15 @@ def test_descriptors_are_shared_by_copies_opened_anew_by_pickles_and_closed_with
     assert same(again.read(WANTED), table[WANTED])
     del again
     assert open_files(folder) == 0
+
+
+def test_a_part_of_a_mapped_file_that_was_cut_is_neither_read_nor_written(make):
+    """Between a pass and its optimizer step; a mapping of a file that was cut kills the process."""
+    store = make("mapping")
+    part, rows = store.part(0), torch.tensor([1, 3])
+    part.write(rows, part.read(rows))  # control
+    os.truncate(shard(store), 100)
+    with pytest.raises(EngramFormatError, match="changed while its rows were in use"):
+        part.read(rows)
+    with pytest.raises(EngramFormatError, match="changed while its rows were in use"):
+        part.write(rows, torch.zeros(2, store.width))
