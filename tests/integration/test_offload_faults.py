@@ -9,6 +9,7 @@ tests/unit/test_prefetch.py.
 Run: pytest tests/integration/test_offload_faults.py
 """
 
+import copy
 import errno
 import gc
 import os
@@ -40,6 +41,7 @@ from ..faults import (
     shard_of,
     soon,
 )
+from ..tiny import fill_memory
 
 
 placed = pytest.mark.parametrize("placement", ["disk", "cpu"])
@@ -108,6 +110,24 @@ def test_a_shard_that_changes_in_use_is_refused_and_never_read(change, placement
     with pytest.raises(EngramFormatError, match="load the model"):
         logits(model, ids)
     assert torch.equal(logits(placed_at(placement, folder), ids), expected)
+
+
+@placed
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_shard_that_is_replaced_or_deleted_is_read_on(change, placement, folder, ids, expected):
+    model = placed_at(placement, folder)
+    assert torch.equal(logits(model, ids), expected)
+    if change == "deleted":
+        shard_of(folder).unlink()
+        with pytest.raises(FileNotFoundError, match="engram-memory-"):
+            placed_at(placement, folder)
+    else:
+        other = fill_memory(placed_at("device", folder), seed=1)
+        other.save_pretrained(folder)
+        assert torch.equal(logits(placed_at(placement, folder), ids), logits(other, ids))
+        assert not torch.equal(logits(other, ids), expected)
+    for asked in (logits(model, ids), logits(copy.deepcopy(model), ids)):
+        assert torch.equal(asked, expected)
 
 
 @pytest.mark.parametrize("length", [9, 70], ids=["at once", "in the background"])
