@@ -55,3 +55,10 @@ def load():
     # been before there was this one. Without threads of their own, backward passes also stay on their streams.
     torch._C._set_multithreading_enabled(False)
     return torch_module
+
+
+def crossing(action) -> tuple[int, int]:
+    """Bytes that an action carries to the device and back."""
+    with counted() as block:
+        action()
+    return block.h2d, block.d2h

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Gemma4TextConfig, Qwen4ExpTextCon
 from engram_transformers import EngramFormatError
 from engram_transformers.embedding_offload import offload_embedding
 
-from ..counting_device import counted
+from ..counting_device import counted, crossing
 from .backbones import HEADS, MIXED, gemma3n, qwen4_exp
 from .placed import logits, repeating_texts, same
 
@@ -76,12 +76,6 @@ def plain(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     return repeating_texts()
-
-
-def crossing(action) -> tuple[int, int]:
-    with counted() as block:
-        action()
-    return block.h2d, block.d2h
 
 
 @pytest.mark.parametrize("placement", ["cpu", "disk"])

@@ -26,7 +26,7 @@ from transformers.integrations.accelerate import _get_device_map
 from engram_transformers import EngramConfig, EngramForCausalLM, EngramTrainer
 
 from ..conftest import examples
-from ..counting_device import counted
+from ..counting_device import counted, crossing
 from .placed import TOLERANCE, loaded, logits, repeating_texts, same
 
 
@@ -74,12 +74,6 @@ def travel(control, ids, start: int = 0) -> tuple[int, int]:
                 numbers = min(numbers, lists * heads * each + len(read) * wide(lists))
             up += row_bytes + numbers
     return up, rows.numel() * 8
-
-
-def crossing(action) -> tuple[int, int]:
-    with counted() as block:
-        action()
-    return block.h2d, block.d2h
 
 
 @pytest.mark.parametrize("place", ["device", "cpu", "disk"])

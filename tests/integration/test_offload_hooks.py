@@ -27,12 +27,6 @@ def ids() -> torch.Tensor:
     return repeating_texts()
 
 
-def crossing(action) -> tuple[int, int]:
-    with counted() as block:
-        action()
-    return block.h2d, block.d2h
-
-
 class PassOn(ModelHook):
     """A hook of somebody else's."""
 
