@@ -40,10 +40,9 @@ from .guard_engram import full_package
 from .hash_constants_engram import check_constants, derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map, on_meta
 from .hash_tokens_engram import check_token_map
-from .injection_engram import WITHOUT_MEMORY, insert_memory
 from .inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
 from .layer_engram import EngramLayer
-from .memory_engram import EngramMemory, MemoryReads, layer_device
+from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
 from .rows_placement_engram import (
     TABLES_PREFIX,
     check_placement,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..rows_index_engram import RowIndex
+from ..rows_overlay_engram import RowIndex
 from .stochastic_rounding import rounded
 
 

@@ -10,7 +10,7 @@ import inspect
 import pytest
 from torch import nn
 
-from engram_transformers.injection_engram import InsertMemory, ReadsInFlight
+from engram_transformers.memory_engram import InsertMemory, ReadsInFlight
 
 
 class CountedHook(InsertMemory):

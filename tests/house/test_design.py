@@ -30,7 +30,7 @@ DECODING, GRADIENT, LOADING = (
     "From the gradient to a row",
     "From `from_pretrained` to a placement",
 )
-MOST_STEPS = {DECODING: 7, GRADIENT: 7, LOADING: 7}
+MOST_STEPS = {DECODING: 6, GRADIENT: 7, LOADING: 7}
 
 
 def section(heading: str) -> str:
@@ -145,8 +145,8 @@ def test_a_gradient_runs_through_the_files_of_its_walk(tiny_engram, tmp_path, pl
     loss = model(ids, labels=ids).loss
     backward, _ = run_and_name(loss.backward)
     step, _ = run_and_name(optimizer.step)
-    stores = set(files_in(paragraph(GRADIENT, "`part.write` ends")))
-    assert (backward | step) - stores == told(GRADIENT, "Checks on this walk")
+    walk, stores = told(GRADIENT, "Checks on this walk"), set(files_in(paragraph(GRADIENT, "`part.write` ends")))
+    assert (backward | step) - (stores - walk) == walk
 
 
 def test_loading_runs_through_the_files_of_its_walk(tiny_engram, tmp_path):

@@ -41,7 +41,6 @@ FLOORS = {
     "layer_engram": 8,
     "inputs_engram": 8,
     "memory_engram": 9,
-    "injection_engram": 10,
     "files_checkpoint_engram": 10,
     "pretrained_engram": 11,
     "modeling_engram": 12,

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from engram_transformers import EngramConfig, EngramForCausalLM
 from engram_transformers.hash_tokens_engram import TokenCompressor
-from engram_transformers.injection_engram import InsertMemory
+from engram_transformers.memory_engram import InsertMemory
 
 from .backbones import BACKBONES
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.injection_engram import InsertMemory
+from engram_transformers.memory_engram import InsertMemory
 from engram_transformers.training import create_optimizer
 
 from .backbones import BACKBONES

@@ -16,8 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engram_transformers.backbone_engram import find_decoder_layers
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.injection_engram import InsertMemory, ReadsInFlight, insert_memory
-from engram_transformers.memory_engram import EngramMemory, MemoryReads
+from engram_transformers.memory_engram import EngramMemory, InsertMemory, MemoryReads, ReadsInFlight, insert_memory
 
 
 IDS = torch.arange(20, 32)[None]

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_transformers.files_safetensors_engram import read_header, write_shard
-from engram_transformers.rows_index_engram import RowIndex
-from engram_transformers.rows_overlay_engram import RowOverlay
+from engram_transformers.rows_overlay_engram import RowIndex, RowOverlay
 from engram_transformers.rows_storage_engram import FileRows, ShardFile, file_part
 from engram_transformers.rows_table_engram import OrderRows
 

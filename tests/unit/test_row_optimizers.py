@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engram_transformers import rows_index_engram
+from engram_transformers import rows_overlay_engram
 from engram_transformers.rows_gradient_engram import RowGradient
-from engram_transformers.rows_index_engram import RowIndex
+from engram_transformers.rows_overlay_engram import RowIndex
 from engram_transformers.rows_table_engram import TablePart
 from engram_transformers.training import row_state
 from engram_transformers.training.optimizer import EngramOptimizer
@@ -259,7 +259,7 @@ def test_an_anchored_row_comes_home_when_its_gradients_end():
 @examples(50)
 @given(visits=st.lists(st.sets(st.integers(0, 2**32 - 1) | st.integers(0, 30), max_size=9), max_size=12))
 def test_the_index_is_a_dictionary(visits):
-    longest, rows_index_engram.LONGEST_RECENT = rows_index_engram.LONGEST_RECENT, 4
+    longest, rows_overlay_engram.LONGEST_RECENT = rows_overlay_engram.LONGEST_RECENT, 4
     try:
         index, known = RowIndex(), {}
         for visit in visits:
@@ -276,11 +276,11 @@ def test_the_index_is_a_dictionary(visits):
         assert index.rows.tolist() == sorted(known)
         assert index.places.tolist() == [known[row] for row in sorted(known)]
     finally:
-        rows_index_engram.LONGEST_RECENT = longest
+        rows_overlay_engram.LONGEST_RECENT = longest
 
 
 def test_known_rows_cost_no_merge_and_new_ones_are_merged_into_the_short_list(monkeypatch):
-    monkeypatch.setattr(rows_index_engram, "LONGEST_RECENT", 4)
+    monkeypatch.setattr(rows_overlay_engram, "LONGEST_RECENT", 4)
     index = RowIndex()
     index.slots(torch.arange(0, 400_000, 2))
     with Sizes() as sizes:
