@@ -114,6 +114,20 @@ class NgramHasher(nn.Module):
         Returns:
             `torch.LongTensor` of shape `(N, batch, length)`; entry i is i positions back.
         """
+        shifted, blocked = self._reach(classes, history, segments)
+        return torch.where(blocked, self.pad_class, shifted)
+
+    def windows(
+        self, classes: torch.Tensor, history: torch.Tensor | None = None, segments: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `lookback`, with -1 at and before what ends an n-gram: no class, so no n-gram of a text has it."""
+        shifted, blocked = self._reach(classes, history, segments)
+        return shifted.masked_fill(blocked, DEAD)
+
+    def _reach(
+        self, classes: torch.Tensor, history: torch.Tensor | None, segments: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns classes `(N, batch, length)`, entry i is i positions back, and which of them end an n-gram."""
         batch, length = classes.shape
         n = self.context_length + 1
         if history is None:
@@ -125,7 +139,7 @@ class NgramHasher(nn.Module):
         if segments is not None:
             places = _shift_back(segments, n, length)  # (N, batch, length)
             blocked = blocked | (places != places[0])
-        return torch.where(blocked, self.pad_class, shifted)
+        return shifted, blocked
 
     def hash_lookback(self, lookback: torch.Tensor) -> torch.Tensor:
         """Hashes n-grams `(N, batch, length)` to `(layers, batch, length, orders, heads)`, before offsets."""

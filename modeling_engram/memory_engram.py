@@ -22,6 +22,7 @@ from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .compat_engram import cache_argument, counts_positions, keeps_own_state
 from .hash_constants_engram import derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map
+from .knowledge_pack_engram import FoundRecords, PackStack
 from .layer_engram import EngramLayer
 from .rows_accelerate_engram import rows_hook, take_back_table
 from .rows_placement_engram import TABLES_PREFIX, named_orders
@@ -45,6 +46,7 @@ class MemoryReads:
         cache ([`EngramCacheLayer`], *optional*): where histories are stored.
         segments (`torch.LongTensor` of shape `(batch, lookback + length)`, *optional*): document numbers, if several.
         fetches (`dict[int, list[RowFetch]]`): running prefetches, by layer id.
+        records ([`FoundRecords`], *optional*): what the active knowledge packs hold of the pass's n-grams.
     """
 
     tables: nn.ModuleDict
@@ -53,6 +55,7 @@ class MemoryReads:
     cache: EngramCacheLayer | None
     segments: torch.Tensor | None = None
     fetches: dict[int, list[RowFetch]] = field(default_factory=dict)
+    records: FoundRecords | None = None
 
     def __post_init__(self):
         self.left = set(self.rows)  # layers that have not asked yet
@@ -70,7 +73,8 @@ class MemoryReads:
 
     def vectors(self, layer_id: int) -> torch.Tensor:
         """Returns a layer's memory vectors, `(batch, length, orders * heads * width)`; waits for their prefetch."""
-        return self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
+        vectors = self.tables[str(layer_id)](self.rows[layer_id], self.fetches.get(layer_id))
+        return vectors if self.records is None else self.records.apply(layer_id, vectors)
 
     def remember(self) -> None:
         """Appends the pass's classes to the history, after the backbone has run."""
@@ -107,6 +111,7 @@ class EngramMemory(nn.Module):
             }
         )
         self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
+        self.packs = PackStack()
         self.reset_token_ids = list(config.engram_reset_token_ids or [])
         # Earlier positions that the convolution reads, and that either n-grams or the convolution read.
         self.receptive_field = self.layers[str(self.layer_ids[0])].receptive_field
@@ -157,6 +162,9 @@ class EngramMemory(nn.Module):
         by_layer = dict(zip(self.layer_ids, rows.unbind(), strict=True))
         segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
+        if self.packs.active:
+            history = None if history is None else history.to(classes.device)
+            reads.records = self.packs.find(self.hashing.windows(classes, history, segments))
         if not torch.compiler.is_compiling():
             self.take_back_tables()
         if self.placement != "device":

@@ -41,6 +41,7 @@ from .hash_constants_engram import check_constants, derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map, on_meta
 from .hash_tokens_engram import check_token_map
 from .inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
+from .knowledge_pack_engram import SUFFIX, FoundRecords, KnowledgePack, pack_identity
 from .layer_engram import EngramLayer
 from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
 from .rows_placement_engram import (
@@ -446,6 +447,110 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         return cache, use_cache
+
+    def load_memory(self, pack: KnowledgePack | str | os.PathLike, name: str | None = None) -> str:
+        """Loads a knowledge pack and reads it after those that are loaded. No weight changes, and nothing is saved
+        with the model.
+
+        Args:
+            pack ([`KnowledgePack`], `str` or `os.PathLike`): a pack, or its file.
+            name (`str`, *optional*): its name here; the file's, without its ending, if None.
+
+        Returns:
+            `str`: the name.
+
+        Raises:
+            `FileNotFoundError`: if the file is missing.
+            [`EngramFormatError`]: if it is damaged.
+            `ValueError`: for a pack of another memory (token map, layers, widths, reader), a name in use, a pack
+                without a name, or a model whose tables are placed nowhere.
+
+        Example:
+
+        ```python
+        >>> model.load_memory("people.engram-pack.safetensors")
+        'people'
+        ```"""
+        if self.memory.placement == "none":
+            raise ValueError('this model runs without its memory (placement "none"): place_memory("cpu") loads it.')
+        if not isinstance(pack, KnowledgePack):
+            name = Path(pack).name.removesuffix(SUFFIX) if name is None else name
+            pack = KnowledgePack.load(pack)
+        if not name:
+            raise ValueError("a pack that is not a file needs a name: load_memory(pack, name=...).")
+        self.memory.packs.load(pack, name, pack_identity(self.config, self.memory.layers))
+        return name
+
+    def unload_memory(self, name: str) -> KnowledgePack:
+        """Removes a loaded pack and returns it. The model is then bit for bit what it was without it.
+
+        Raises:
+            `ValueError`: if no pack of this name is loaded.
+        """
+        return self.memory.packs.unload(name)
+
+    def set_memories(self, names: list[str]) -> None:
+        """Chooses which loaded packs are read, and in which order; an empty list reads none.
+
+        Where two hold the same n-gram, an "add" pack is added to what was read before it, and a "replace" pack stands
+        in for it. `memory_conflicts` lists such n-grams.
+
+        Raises:
+            `ValueError`: for a name that is not loaded, or is given twice.
+
+        Example:
+
+        ```python
+        >>> model.set_memories(["people", "places"])
+        ```"""
+        self.memory.packs.choose(names)
+
+    @property
+    def active_memories(self) -> list[str]:
+        """Names of the packs that are read, in their order."""
+        return list(self.memory.packs.active)
+
+    def memory_conflicts(self) -> dict[tuple[int, ...], list[str]]:
+        """Returns n-grams (token classes) that several active packs hold, and the packs' names in their order."""
+        return self.memory.packs.conflicts()
+
+    @torch.no_grad()
+    def memory_trace(self, input_ids: torch.LongTensor) -> list[dict]:
+        """Returns what one text reads, token by token, without running the backbone.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(1, length)` or `(length,)`): the text.
+
+        Returns:
+            `list[dict]`: for each token its `id`, its `records` as `(pack, n-gram of token classes)`, and its `rows`:
+            `(orders, heads)` numbers by layer, counted from the first row of each order.
+
+        Raises:
+            `ValueError`: for more than one text, or ids outside of the vocabulary.
+
+        Example:
+
+        ```python
+        >>> for token in model.memory_trace(tokenizer("Ada Lovelace", return_tensors="pt").input_ids):
+        ...     print(token["id"], token["records"])
+        ```"""
+        ids = input_ids[None] if input_ids.ndim == 1 else input_ids  # (1, length)
+        if len(ids) != 1:
+            raise ValueError(f"memory_trace takes one text, given are {len(ids)}.")
+        memory = self.memory
+        check_ids(ids, memory.hashing.token_map, may_be_absent=False)
+        classes, rows = memory.hashing(ids)
+        trace = [{"id": int(token), "records": [], "rows": {}} for token in ids[0]]
+        for layer, own in zip(memory.layer_ids, rows, strict=True):
+            for token, numbers in zip(trace, own[0].tolist(), strict=True):
+                token["rows"][layer] = numbers
+        windows = memory.hashing.windows(classes)  # (N, 1, length)
+        for name in memory.packs.active:
+            for _, order, _, _, matches in FoundRecords([memory.packs.loaded[name]], windows).found:
+                for place in matches[0].nonzero().flatten().tolist():
+                    gram = tuple(windows[:order, 0, place].flip(0).tolist())
+                    trace[place]["records"].append((name, gram))
+        return trace
 
     def check_tokenizer(self, tokenizer) -> None:
         """Refuses a tokenizer whose ids do not mean what the memory's rows were trained for.

@@ -38,6 +38,7 @@ FLOORS = {
     "rows_*": 6,
     "embedding_offload": 7,  # does not travel, and no memory needs it
     "cache_engram": 7,
+    "knowledge_pack_engram": 7,
     "layer_engram": 8,
     "inputs_engram": 8,
     "memory_engram": 9,

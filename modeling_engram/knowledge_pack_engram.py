@@ -1,0 +1,376 @@
+"""KnowledgePack: records that are looked up by the n-gram itself, and the packs that a model reads.
+
+What it chooses: a record is found by a 64-bit key and then compared class by class, so a text that holds none of a
+pack's n-grams reads nothing of it; hashed rows cannot promise that. One record holds a vector for each Engram layer.
+Promises: loading, ordering and unloading packs changes no weight, so unloading restores every bit; a file is checked
+completely before anything is loaded; a damaged file or a pack of another memory changes nothing. Never unpickles.
+Source: docs/packs.md.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .configuration_engram import EngramFormatError
+from .files_atomic_engram import flush
+from .files_safetensors_engram import read_header
+
+
+SUFFIX = ".engram-pack.safetensors"
+KIND = "engram-pack"
+VERSION = "1"
+MODES = ("add", "replace")
+
+# What a pack has to share with the memory that reads it.
+FITS = ("token_map", "classes", "layers", "widths", "reader")
+
+
+class KnowledgePack:
+    """A dictionary from n-grams to vectors.
+
+    Args:
+        ngrams (`dict[int, torch.LongTensor]`): by order n, classes `(records, n)` in the order of the text.
+        vectors (`dict[int, dict[int, torch.Tensor]]`): by layer and order, `(records, width)`; stored in float32.
+        fits (`dict`): the memory that it was made for, from `pack_identity`.
+        mode (`str`, *optional*, defaults to `"add"`):
+            "add" adds a record to what is read so far (table and earlier packs), "replace" stands in for it.
+        provenance (`dict`, *optional*): anything that JSON can hold, such as a licence.
+
+    Raises:
+        `ValueError`: if shapes do not belong together, an n-gram is given twice or is not made of the memory's
+            classes, or a vector is not finite.
+
+    Example:
+
+    ```python
+    >>> pack = KnowledgePack.load("people.engram-pack.safetensors")
+    >>> model.load_memory(pack, name="people")
+    ```"""
+
+    def __init__(
+        self,
+        ngrams: Mapping[int, torch.Tensor],
+        vectors: Mapping[int, Mapping[int, torch.Tensor]],
+        fits: Mapping,
+        mode: str = "add",
+        provenance: Mapping | None = None,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} of a pack must be one of {', '.join(map(repr, MODES))}.")
+        self.fits, self.mode, self.provenance = dict(fits), mode, dict(provenance or {})
+        _check_shapes(ngrams, vectors, self.fits)
+        self.records: dict[int, _Records] = {}
+        for order, grams in sorted(ngrams.items()):
+            _check_classes(order, grams, self.fits["classes"])
+            own = {layer: by_order[order] for layer, by_order in sorted(vectors.items())}
+            self.records[order] = _Records(grams, own)
+
+    def __len__(self) -> int:
+        return sum(len(records.ngrams) for records in self.records.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of n-grams and vectors."""
+        return sum(t.nbytes for records in self.records.values() for t in (records.ngrams, *records.vectors.values()))
+
+    def ngrams(self) -> set[tuple[int, ...]]:
+        """Returns all n-grams, as tuples of classes."""
+        return {tuple(gram) for records in self.records.values() for gram in records.ngrams.tolist()}
+
+    def without(self, ngrams: Iterable[Sequence[int]]) -> "KnowledgePack":
+        """Returns a pack without some n-grams, given as classes.
+
+        Raises:
+            `ValueError`: for an n-gram that the pack does not hold.
+        """
+        gone = {tuple(gram) for gram in ngrams}
+        if gone - self.ngrams():
+            raise ValueError(f"the pack holds no record of {sorted(gone - self.ngrams())[:3]}: nothing was removed.")
+        keeps = {
+            order: torch.tensor(
+                [tuple(gram) not in gone for gram in records.ngrams.tolist()], dtype=torch.bool, device="cpu"
+            )
+            for order, records in self.records.items()
+        }
+        grams = {order: self.records[order].ngrams[keep] for order, keep in keeps.items()}
+        vectors = {
+            layer: {order: self.records[order].vectors[layer][keep] for order, keep in keeps.items()}
+            for layer in self.fits["layers"]
+        }
+        return KnowledgePack(grams, vectors, self.fits, self.mode, self.provenance)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Writes one file, under another name first, and returns its path; `<name>.engram-pack.safetensors` is usual.
+
+        Equal packs give equal bytes.
+        """
+        path = Path(path)
+        tensors = {}
+        for order, records in self.records.items():
+            tensors[f"order{order}.ngrams"] = records.ngrams.contiguous()
+            for layer, vectors in records.vectors.items():
+                tensors[f"layers.{layer}.order{order}.vectors"] = vectors.contiguous()
+        told = {"version": VERSION, "fits": self.fits, "mode": self.mode, "provenance": self.provenance}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        try:
+            save_file(
+                tensors, draft, {KIND: json.dumps(told, sort_keys=True)}
+            )  # one entry, so that bytes are reproducible
+            flush(draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "KnowledgePack":
+        """Reads a file.
+
+        Raises:
+            `FileNotFoundError`: if it is missing.
+            [`EngramFormatError`]: if it is truncated, damaged, or another kind of file.
+        """
+        path = Path(path)
+        entries = read_header(path)  # sizes, before anything is allocated
+        with safe_open(path, framework="pt") as file:
+            told = (file.metadata() or {}).get(KIND)
+            if told is None:
+                raise EngramFormatError(
+                    f"'{path}' is a safetensors file, but not a knowledge pack: KnowledgePack.save writes one."
+                )
+            try:
+                told = json.loads(told)
+                if told["version"] != VERSION:
+                    raise ValueError(f"version {told['version']!r}, and this code reads {VERSION!r}")
+                fits, mode, provenance = told["fits"], told["mode"], told["provenance"]
+                orders = sorted(int(order) for order in fits["widths"])
+                wanted = {f"order{n}.ngrams" for n in orders}
+                wanted |= {f"layers.{layer}.order{n}.vectors" for layer in fits["layers"] for n in orders}
+                if set(entries) != wanted:
+                    raise ValueError(f"tensors {sorted(set(entries) ^ wanted)[:3]} are missing or unknown")
+                ngrams = {n: file.get_tensor(f"order{n}.ngrams") for n in orders}
+                vectors = {
+                    layer: {n: file.get_tensor(f"layers.{layer}.order{n}.vectors") for n in orders}
+                    for layer in fits["layers"]
+                }
+                return cls(ngrams, vectors, fits, mode, provenance)
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                raise EngramFormatError(
+                    f"'{path}' is a damaged or newer knowledge pack ({error}). Copy or download it again, or install a "
+                    "newer engram-transformers."
+                ) from error
+
+
+class _Records:
+    """Records of one order, and the index that finds them.
+
+    Args:
+        ngrams (`torch.LongTensor` of shape `(records, n)`): classes.
+        vectors (`dict[int, torch.Tensor]`): by layer, `(records, width)`.
+    """
+
+    def __init__(self, ngrams: torch.Tensor, vectors: Mapping[int, torch.Tensor]):
+        ngrams = ngrams.to("cpu", torch.int64)
+        for seed in count():
+            generator = torch.Generator(device="cpu").manual_seed(seed)
+            factors = torch.randint(-(2**62), 2**62, (ngrams.shape[1],), generator=generator, device="cpu") * 2 + 1
+            keys = (ngrams * factors).sum(-1)  # (records,), int64 overflow wanted
+            order = keys.argsort(stable=True)
+            keys, sorted_grams = keys[order], ngrams[order]
+            same = keys[1:] == keys[:-1]  # (records - 1,)
+            if not bool(same.any()):
+                break
+            twice = (sorted_grams[1:] == sorted_grams[:-1]).all(-1) & same
+            if bool(twice.any()):
+                raise ValueError(f"n-gram {sorted_grams[1:][twice][0].tolist()} is given twice.")
+        self.factors, self.keys, self.ngrams = factors, keys, sorted_grams
+        self.vectors = {layer: rows[order].to("cpu", torch.float32) for layer, rows in vectors.items()}
+        self._elsewhere: dict[torch.device, _Records] = {}
+
+    def on(self, device: torch.device) -> "_Records":
+        """Returns these records on a device; copied at the first use."""
+        if device == self.keys.device:
+            return self
+        if device not in self._elsewhere:
+            copied = object.__new__(_Records)
+            for name in ("factors", "keys", "ngrams"):
+                setattr(copied, name, getattr(self, name).to(device))
+            copied.vectors = {layer: vectors.to(device) for layer, vectors in self.vectors.items()}
+            self._elsewhere[device] = copied
+        return self._elsewhere[device]
+
+    def find(self, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Finds n-grams `(batch, length, n)`: slots `(batch, length)`, and where there is one."""
+        keys = (window * self.factors).sum(-1)  # (batch, length)
+        slots = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)  # (batch, length)
+        return slots, (self.ngrams[slots] == window).all(-1)
+
+
+class FoundRecords:
+    """The records that one forward pass reads.
+
+    Args:
+        packs (`list[KnowledgePack]`): active packs, in their order.
+        classes (`torch.LongTensor` of shape `(N, batch, length)`): entry i is i positions back; -1 ends an n-gram.
+    """
+
+    def __init__(self, packs: Iterable[KnowledgePack], classes: torch.Tensor):
+        self.found = []  # (pack's mode, order, records, slots, matches)
+        backwards = classes.permute(1, 2, 0)  # (batch, length, N)
+        for pack in packs:
+            for order, records in pack.records.items():
+                if len(records.ngrams):
+                    records = records.on(classes.device)
+                    self.found.append((pack.mode, order, records, *records.find(backwards[..., :order].flip(-1))))
+
+    def apply(self, layer_id: int, vectors: torch.Tensor) -> torch.Tensor:
+        """Adds records to a layer's memory vectors `(batch, length, orders * width)`, or puts them in their place.
+
+        Positions without a record keep every bit. Returns float32, which holds every type of a table exactly.
+        """
+        vectors = vectors.float()
+        for mode, order, records, slots, matches in self.found:
+            rows, slots, matches = (t.to(vectors.device) for t in (records.vectors[layer_id], slots, matches))
+            width = rows.shape[1]
+            own = slice((order - 2) * width, (order - 1) * width)
+            read = rows[slots]  # (batch, length, width)
+            before = vectors[..., own]  # (batch, length, width)
+            after = torch.where(matches[..., None], before + read if mode == "add" else read, before)
+            vectors = torch.cat([vectors[..., : own.start], after, vectors[..., own.stop :]], dim=-1)
+        return vectors
+
+
+class PackStack:
+    """The packs of a memory by name, and which of them are read, in which order."""
+
+    def __init__(self):
+        self.loaded: dict[str, KnowledgePack] = {}
+        self.active: tuple[str, ...] = ()
+
+    def load(self, pack: KnowledgePack, name: str, identity: Mapping) -> None:
+        """Adds a pack and reads it after the others.
+
+        Raises:
+            `ValueError`: for a name in use, or a pack of another memory.
+        """
+        if name in self.loaded:
+            raise ValueError(f"a memory named {name!r} is loaded already: unload it first, or give another name.")
+        for key in FITS:
+            made_for, here = pack.fits.get(key), identity[key]
+            if made_for != here and not (key == "reader" and made_for is None):
+                raise ValueError(
+                    f"memory {name!r} was made for {_SAID[key]} {_short(made_for)}, and this model has {_short(here)}: "
+                    "load it into the model that it was made with, or make it again for this one."
+                )
+        self.loaded = {**self.loaded, name: pack}
+        self.active = (*self.active, name)
+
+    def unload(self, name: str) -> KnowledgePack:
+        """Removes a pack and returns it."""
+        self._check([name])
+        self.active = tuple(other for other in self.active if other != name)
+        pack = self.loaded[name]
+        self.loaded = {other: kept for other, kept in self.loaded.items() if other != name}
+        return pack
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Reads these packs, in this order."""
+        if isinstance(names, str):
+            raise TypeError(f"names are a list, such as [{names!r}], and not one text.")
+        names = tuple(names)
+        self._check(names)
+        if len(set(names)) != len(names):
+            raise ValueError(f"a memory is named twice in {list(names)}: each is read once.")
+        self.active = names
+
+    def find(self, classes: torch.Tensor) -> FoundRecords | None:
+        """Returns what the active packs hold of n-grams `(N, batch, length)`; None if there are none."""
+        return FoundRecords([self.loaded[name] for name in self.active], classes) if self.active else None
+
+    def conflicts(self) -> dict[tuple[int, ...], list[str]]:
+        """Returns n-grams that several active packs hold, and the packs, in the order in which they are read."""
+        holders: dict[tuple[int, ...], list[str]] = {}
+        for name in self.active:
+            for gram in self.loaded[name].ngrams():
+                holders.setdefault(gram, []).append(name)
+        return {gram: names for gram, names in holders.items() if len(names) > 1}
+
+    def _check(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.loaded:
+                raise ValueError(f"no memory named {name!r} is loaded; loaded are {sorted(self.loaded)}.")
+
+
+_SAID = {
+    "token_map": "the token map",
+    "classes": "token classes to the number of",
+    "layers": "the Engram layers",
+    "widths": "vectors by order of width",
+    "reader": "the projections and norms with the digest",
+}
+
+
+def _short(value) -> str:
+    """Returns a value as text, digests shortened."""
+    return f"{value[:16]}..." if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def pack_identity(config, layers: nn.ModuleDict) -> dict:
+    """Returns what a pack must share with a memory: token map, layers, widths and a digest of the reader.
+
+    The reader is what turns a vector into an addition to the stream (projections, norms, convolution). Its digest is
+    taken in bfloat16, so that a model that was loaded in another type still has the reader that it was trained with.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(layers.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    width = config.engram_n_heads * config.engram_head_dim
+    return {
+        "token_map": config.engram_token_map_sha256,
+        "classes": config.engram_compressed_vocab_size,
+        "layers": list(config.engram_layer_ids),
+        "widths": {str(order): width for order in range(2, config.engram_max_ngram_size + 1)},
+        "reader": digest.hexdigest(),
+    }
+
+
+def _check_shapes(ngrams: Mapping, vectors: Mapping, fits: Mapping) -> None:
+    """Raises ValueError if n-grams and vectors do not belong together, or to the memory."""
+    orders, layers = {int(order): width for order, width in fits["widths"].items()}, list(fits["layers"])
+    if set(ngrams) != set(orders) or sorted(vectors) != sorted(layers):
+        raise ValueError(
+            f"a pack of this memory needs n-grams of the orders {sorted(orders)} (none is a tensor of shape (0, n)) "
+            f"and vectors for the layers {layers}; given are orders {sorted(ngrams)} and layers {sorted(vectors)}."
+        )
+    for order, width in orders.items():
+        grams = ngrams[order]
+        if grams.ndim != 2 or grams.shape[1] != order or grams.is_floating_point():
+            raise ValueError(f"n-grams of order {order} have shape {tuple(grams.shape)}, type {grams.dtype}.")
+        for layer in layers:
+            rows = vectors[layer].get(order)
+            if rows is None or tuple(rows.shape) != (len(grams), width) or not rows.is_floating_point():
+                found = None if rows is None else tuple(rows.shape)
+                raise ValueError(
+                    f"vectors of layer {layer}, order {order} have shape {found}, needed is {(len(grams), width)}."
+                )
+            if not bool(torch.isfinite(rows).all()):
+                raise ValueError(f"vectors of layer {layer}, order {order} hold infinity or NaN.")
+
+
+def _check_classes(order: int, ngrams: torch.Tensor, classes: int) -> None:
+    """Raises ValueError for an n-gram that no text can hold."""
+    if len(ngrams) and (int(ngrams.min()) < 0 or int(ngrams.max()) >= classes):
+        outside = ((ngrams < 0) | (ngrams >= classes)).any(-1)
+        raise ValueError(
+            f"n-gram {ngrams[outside][0].tolist()} is not made of the memory's token classes 0 to {classes - 1}."
+        )
