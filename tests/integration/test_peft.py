@@ -147,7 +147,9 @@ def test_projections_of_the_memory_are_adapted_when_asked_for(tiny_engram):
     both = logits(model)
     assert not near(both, logits(alone))
     merged = model.merge_and_unload()
-    assert near(logits(merged), both)
+    # Merged keys are rounded, and the gate is steep near 0: up to 2e-5 on some CPUs, 1e-5 elsewhere.
+    assert torch.allclose(logits(merged), both, rtol=0, atol=1e-4)
+    assert not torch.allclose(logits(alone), both, rtol=0, atol=1e-2), "control: the memory's adapter is merged too"
     assert all(type(layer.key_value) is Projection for layer in merged.memory.layers.values())
     with torch.no_grad():
         short = merged.generate(ids()[:1], max_new_tokens=4, do_sample=False, eos_token_id=None)
