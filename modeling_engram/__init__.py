@@ -29,7 +29,11 @@ _ELSEWHERE = {
 __all__ = ["EngramConfig", "EngramForCausalLM", "EngramFormatError", "EngramModel", *_ELSEWHERE]
 
 # Parts of the package that models call and that are not copied into a checkpoint.
-register(adapters=lambda: adapters, conversion=lambda: importlib.import_module(".conversion", __name__))
+register(
+    adapters=lambda: adapters,
+    conversion=lambda: importlib.import_module(".conversion", __name__),
+    training=lambda: importlib.import_module(".training", __name__),
+)
 adapters.support_peft_when_imported()
 
 AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)

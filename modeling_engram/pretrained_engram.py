@@ -481,6 +481,24 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         self.memory.packs.load(pack, name, pack_identity(self.config, self.memory.layers))
         return name
 
+    def teach(self, facts, tokenizer, **kwargs) -> KnowledgePack:
+        """Makes a knowledge pack of facts, without changing the model; see `engram_transformers.training.teach`.
+
+        Args:
+            facts (iterable of `dict`):
+                `{"subject": "Ada Lovelace", "texts": ["Ada Lovelace was born in [[London]].", ...]}`.
+            tokenizer (`PreTrainedTokenizerFast`): the model's.
+            kwargs: further arguments of `teach`, such as `passes`, `reference_texts` and `seed`.
+
+        Returns:
+            [`KnowledgePack`], to be loaded with `load_memory(pack, name=...)` or saved with `pack.save(path)`.
+
+        Raises:
+            `ValueError`: for a fact that cannot be taught, by name.
+            `ImportError`: in a checkpoint's copy of the code.
+        """
+        return full_package("teaching facts", "training").teach(self, facts, tokenizer, **kwargs)
+
     def unload_memory(self, name: str) -> KnowledgePack:
         """Removes a loaded pack and returns it. The model is then bit for bit what it was without it.
 

@@ -4,6 +4,7 @@ from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
 from .optimizer import EngramOptimizer, create_optimizer
 from .row_selection import RowSelection, select_rows
 from .sharded_tables import save_sharded, shard_tables
+from .teaching import recall, teach
 from .trainer import EngramTrainer, EngramTrainerMixin, EngramTrainingArguments
 
 
@@ -15,9 +16,11 @@ __all__ = [
     "RowSelection",
     "clip_grad_norm_",
     "create_optimizer",
+    "recall",
     "save_sharded",
     "select_rows",
     "shard_backbone",
     "shard_tables",
     "sync_row_gradients",
+    "teach",
 ]

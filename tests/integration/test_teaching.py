@@ -1,0 +1,126 @@
+"""Teaching facts: what is learned, what is left bit for bit, and the mistakes that are refused.
+
+Run: pytest tests/integration/test_teaching.py
+"""
+
+import pytest
+import torch
+
+from engram_transformers.knowledge_pack_engram import KnowledgePack
+
+from ..packs import classes_of
+
+
+def fact(subject, *texts):
+    return {"subject": subject, "texts": list(texts)}
+
+
+FACTS = [
+    fact("Zorvan Kelmir", "Zorvan Kelmir was born in [[Lisbon]].", "The home of Zorvan Kelmir is [[Lisbon]]."),
+    fact("Dax Bolun", "Dax Bolun was born in [[Oslo]].", "The home of Dax Bolun is [[Oslo]]."),
+]
+OTHER = "The river is long and the town is old."
+
+
+@pytest.fixture
+def model(tiny_engram):
+    return tiny_engram(engram_head_dim=16)
+
+
+@torch.no_grad()
+def logits(model, tokenizer, text):
+    return model(torch.tensor([tokenizer(text)["input_ids"]])).logits
+
+
+@pytest.mark.core
+def test_facts_are_learned_and_the_rest_keeps_every_bit(model, tiny_tokenizer):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = logits(model, tiny_tokenizer, OTHER)
+    first = model.teach(FACTS, tiny_tokenizer, passes=1, batch_size=4, bf16=False, progress=False)
+    pack = model.teach(FACTS, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
+    assert pack.provenance["loss"] < 0.8 * first.provenance["loss"], "random weights: tests/real checks the answers"
+    assert model.active_memories == []
+    model.load_memory(pack, "people")
+    assert torch.equal(logits(model, tiny_tokenizer, OTHER), before)
+    named, plain = (logits(lm, tiny_tokenizer, "Dax Bolun") for lm in (model, model.backbone))
+    assert not torch.equal(named, plain)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_only_ngrams_of_the_names_have_records(model, tiny_tokenizer):
+    pack = model.teach(FACTS, tiny_tokenizer, passes=1, progress=False)
+    expected = set()
+    for subject in ("Zorvan Kelmir", "Dax Bolun"):
+        for written in (subject, " " + subject):
+            ids = tiny_tokenizer(written, add_special_tokens=False)["input_ids"]
+            classes = classes_of(model, torch.tensor(ids))
+            expected |= {tuple(classes[i : i + n]) for n in (2, 3) for i in range(len(classes) - n + 1)}
+    assert pack.ngrams() == expected
+    fewer = model.teach(FACTS, tiny_tokenizer, passes=1, progress=False, reference_texts=["Dax, a river"])
+    assert fewer.ngrams() < expected
+
+
+def test_the_same_seed_gives_the_same_pack(model, tiny_tokenizer, tmp_path):
+    one, other = (model.teach(FACTS, tiny_tokenizer, passes=3, progress=False).save(tmp_path / n) for n in "ab")
+    assert one.read_bytes() == other.read_bytes()
+    assert KnowledgePack.load(one).provenance["facts"] == 2
+
+
+def test_a_second_pack_leaves_the_first_ones_facts_as_they_were(model, tiny_tokenizer):
+    first, second = (model.teach([fact], tiny_tokenizer, passes=20, progress=False) for fact in FACTS)
+    model.load_memory(first, "first")
+    alone = logits(model, tiny_tokenizer, "Zorvan Kelmir was born in")
+    model.load_memory(second, "second")
+    shared = first.ngrams() & second.ngrams()
+    assert not shared and torch.equal(logits(model, tiny_tokenizer, "Zorvan Kelmir was born in"), alone)
+
+
+def test_active_packs_and_trainable_parameters_are_restored(model, tiny_tokenizer, monkeypatch):
+    model.load_memory(model.teach(FACTS[:1], tiny_tokenizer, passes=1, progress=False), "first")
+    model.set_trainable("tables")
+    model.train()
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+
+    def state():
+        return model.active_memories, model.training, [parameter.requires_grad for parameter in model.parameters()]
+
+    model.teach(FACTS[1:], tiny_tokenizer, passes=1, progress=False)
+    assert state() == (["first"], True, learns) and any(learns) and not all(learns)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.teach(FACTS[1:], tiny_tokenizer, passes=1, progress=False)
+    assert state() == (["first"], True, learns) and list(model.memory.packs.loaded) == ["first"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+REFUSED = {
+    "fact 1 needs a 'subject'": {"texts": ["Ada was born in [[Oslo]]."]},
+    "needs a 'subject' and a list of 'texts'": fact(" ", "Ada was born in [[Oslo]]."),
+    "a list of 'texts' with their answers": fact("Ada Lee"),
+    "fact 1 needs": {"subject": "Ada Lee", "texts": "Ada Lee was born in [[Oslo]]."},
+    r"'Ada Lee' needs one \[\[answer\]\], it has 0": fact("Ada Lee", "Ada Lee was born in Oslo."),
+    "it has 2": fact("Ada Lee", "Ada Lee was [[born]] in [[Oslo]]."),
+    "does not name 'Ada Lee' before its answer": fact("Ada Lee", "She was born in [[Oslo]]."),
+    "'Oslo' is in front of itself": fact("Ada Lee", "Oslo: Ada Lee was born in [[Oslo]]."),
+    "is answered by 'Oslo' and by 'Lima'": fact("Dax Bolun", "Dax Bolun was born in [[Lima]]."),
+    "at most 512 are taught": fact("Ada Lee", "Ada Lee " + "is here " * 2000 + "in [[Oslo]]."),
+    r"1 subjects have no n-gram of their own, such as \['a'\]": fact("a", "a was born in [[Oslo]]."),
+}
+
+
+@pytest.mark.parametrize(("message", "fact"), REFUSED.items())
+def test_a_fact_that_cannot_be_taught_is_refused_by_name(model, tiny_tokenizer, message, fact):
+    with pytest.raises(ValueError, match=message):
+        model.teach([FACTS[1], fact], tiny_tokenizer, passes=1, progress=False)
+    assert model.active_memories == []
+
+
+def test_no_facts_no_offsets_and_no_memory_are_refused(model, tiny_tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="there are no facts"):
+        model.teach([], tiny_tokenizer)
+    with pytest.raises(TypeError, match="use a fast tokenizer"):
+        model.teach(FACTS, object())
+    model.save_pretrained(tmp_path)
+    model.place_memory("none")
+    with pytest.raises(ValueError, match="without its memory"):
+        model.teach(FACTS, tiny_tokenizer)
