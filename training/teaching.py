@@ -272,8 +272,7 @@ def _answer_loss(model, examples: list[_Example], pad: int) -> torch.Tensor:
 def _reading_only(model, pack: KnowledgePack):
     """Lets a model read a pack whose vectors alone are trainable; yields them and restores everything else."""
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    packs, training = model.memory.packs, model.training
-    active, name = packs.active, "being taught"
+    packs, training, name = model.memory.packs, model.training, "being taught"
     model.requires_grad_(False)
     model.eval()
     learned = []
@@ -288,7 +287,6 @@ def _reading_only(model, pack: KnowledgePack):
     finally:
         if name in packs.loaded:
             packs.unload(name)
-        packs.active = active
         model.train(training)
         for parameter in learns:
             parameter.requires_grad_(True)
