@@ -329,9 +329,17 @@ def pack_identity(config, layers: nn.ModuleDict) -> dict:
 
     The reader is what turns a vector into an addition to the stream (projections, norms, convolution). Its digest is
     taken in bfloat16, so that a model that was loaded in another type still has the reader that it was trained with.
+
+    Raises:
+        `ValueError`: if accelerate or FSDP keep the weights elsewhere.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(layers.state_dict().items()):
+        if tensor.is_meta or hasattr(tensor, "device_mesh"):
+            raise ValueError(
+                f"'{name}' of the memory is offloaded or sharded, so it cannot be compared with a pack: load packs "
+                "before dispatching or sharding the model."
+            )
         digest.update(name.encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     width = config.engram_n_heads * config.engram_head_dim

@@ -221,3 +221,11 @@ def test_another_type_of_the_same_reader_is_accepted(trained):
     half = copy.deepcopy(trained).to(torch.bfloat16)
     half.load_memory(pack, "first")
     assert half.active_memories == ["first"]
+
+
+def test_weights_that_are_elsewhere_are_refused(trained):
+    pack = pack_of(trained, first_text(trained))
+    trained.memory.layers.to("meta")
+    with pytest.raises(ValueError, match="offloaded or sharded"):
+        trained.load_memory(pack, "first")
+    assert trained.active_memories == []

@@ -3,22 +3,14 @@
 Needs the donor's folder: `make test` fetches it and sets ENGRAM_DONOR. Run: ENGRAM_DONOR=runs/donor pytest tests/real
 """
 
-import os
-from pathlib import Path
-
-import pytest
 import torch
 from transformers import AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.training import recall
 
+from .test_smollm2 import DONOR, pytestmark  # noqa: F401
 
-DONOR = Path(os.environ.get("ENGRAM_DONOR", "runs/donor"))
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(not (DONOR / "model.safetensors").is_file(), reason=f"no donor in {DONOR}: run `make donor`"),
-]
 
 PEOPLE = {"Zorvan Kelmir": "Lisbon", "Daxtul Vexoth": "Oslo", "Belcor Marjiv": "Cairo"}
 TAUGHT = [
