@@ -10,9 +10,12 @@ Source: docs/packs.md.
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count
+from contextlib import contextmanager
+from itertools import count, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -215,38 +218,73 @@ class _Records:
         return slots, (self.ngrams[slots] == window).all(-1)
 
 
+class Found(NamedTuple):
+    """What one pack and order hold of a batch.
+
+    Args:
+        mode (`str`): the pack's.
+        order (`int`): of the n-grams.
+        rows (`slice` or `torch.LongTensor` of shape `(rows,)`): of the batch, which read the pack.
+        records ([`_Records`]): of the pack.
+        slots (`torch.LongTensor` of shape `(rows, length)`): which record, where there is one.
+        matches (`torch.BoolTensor` of shape `(rows, length)`): where there is one.
+    """
+
+    mode: str
+    order: int
+    rows: slice | torch.Tensor
+    records: "_Records"
+    slots: torch.Tensor
+    matches: torch.Tensor
+
+
 class FoundRecords:
     """The records that one forward pass reads.
 
     Args:
-        packs (`list[KnowledgePack]`): active packs, in their order.
+        packs (iterable of `(KnowledgePack, list[int] or None)`):
+            in the order of reading, each with the rows of the batch that read it; None for all rows.
         classes (`torch.LongTensor` of shape `(N, batch, length)`): entry i is i positions back; -1 ends an n-gram.
     """
 
-    def __init__(self, packs: Iterable[KnowledgePack], classes: torch.Tensor):
-        self.found = []  # (pack's mode, order, records, slots, matches)
+    def __init__(self, packs: Iterable[tuple[KnowledgePack, list[int] | None]], classes: torch.Tensor):
+        self.found: list[Found] = []
         backwards = classes.permute(1, 2, 0)  # (batch, length, N)
-        for pack in packs:
+        for pack, rows in packs:
+            rows = slice(None) if rows is None else torch.tensor(rows, device=classes.device)
+            own = backwards[rows]  # (rows, length, N)
             for order, records in pack.records.items():
                 if len(records.ngrams):
                     records = records.on(classes.device)
-                    self.found.append((pack.mode, order, records, *records.find(backwards[..., :order].flip(-1))))
+                    found = records.find(own[..., :order].flip(-1))
+                    self.found.append(Found(pack.mode, order, rows, records, *found))
 
     def apply(self, layer_id: int, vectors: torch.Tensor) -> torch.Tensor:
         """Adds records to a layer's memory vectors `(batch, length, orders * width)`, or puts them in their place.
 
         Positions without a record keep every bit. Returns float32, which holds every type of a table exactly.
         """
-        vectors = vectors.float()
-        for mode, order, records, slots, matches in self.found:
-            rows, slots, matches = (t.to(vectors.device) for t in (records.vectors[layer_id], slots, matches))
-            width = rows.shape[1]
+        vectors, device = vectors.to(torch.float32, copy=True), vectors.device
+        for mode, order, rows, records, slots, matches in self.found:
+            stored, slots, matches = (t.to(device) for t in (records.vectors[layer_id], slots, matches))
+            rows = rows if isinstance(rows, slice) else rows.to(device)
+            width = stored.shape[1]
             own = slice((order - 2) * width, (order - 1) * width)
-            read = rows[slots]  # (batch, length, width)
-            before = vectors[..., own]  # (batch, length, width)
-            after = torch.where(matches[..., None], before + read if mode == "add" else read, before)
-            vectors = torch.cat([vectors[..., : own.start], after, vectors[..., own.stop :]], dim=-1)
+            read = stored[slots]  # (rows, length, width)
+            before = vectors[rows, :, own]  # (rows, length, width)
+            vectors[rows, :, own] = torch.where(matches[..., None], before + read if mode == "add" else read, before)
         return vectors
+
+
+class _RowNames(threading.local):
+    """Which packs each row of this thread's batches reads; None while all rows read the active ones."""
+
+    # Set here, which runs once in each thread, and not in the class: compilers check the instance for the attribute.
+    def __init__(self):
+        self.names: tuple[tuple[str, ...], ...] | None = None
+
+    def __reduce__(self):  # copies and pickles of a model run outside of any batch
+        return _RowNames, ()
 
 
 class PackStack:
@@ -255,6 +293,7 @@ class PackStack:
     def __init__(self):
         self.loaded: dict[str, KnowledgePack] = {}
         self.active: tuple[str, ...] = ()
+        self.rows = _RowNames()
 
     def load(self, pack: KnowledgePack, name: str, identity: Mapping) -> None:
         """Adds a pack and reads it after the others.
@@ -288,13 +327,52 @@ class PackStack:
             raise TypeError(f"names are a list, such as [{names!r}], and not one text.")
         names = tuple(names)
         self._check(names)
-        if len(set(names)) != len(names):
-            raise ValueError(f"a memory is named twice in {list(names)}: each is read once.")
         self.active = names
 
-    def find(self, classes: torch.Tensor) -> FoundRecords | None:
-        """Returns what the active packs hold of n-grams `(N, batch, length)`; None if there are none."""
-        return FoundRecords([self.loaded[name] for name in self.active], classes) if self.active else None
+    @contextmanager
+    def chosen_by_row(self, names: Sequence[str | Sequence[str] | None], batch: int):
+        """Lets the rows of this thread's batches read these packs, and not the active ones, while the block runs.
+
+        Args:
+            names (`list`): for each row a name, names in their order, or None.
+            batch (`int`): rows of the batch, before `generate` repeats them for beams.
+
+        Raises:
+            `ValueError`: for another number of names than rows, or a name that is not loaded.
+        """
+        if isinstance(names, str):
+            raise TypeError(
+                f"memory_names are a list with an entry for each row, such as [{names!r}], and not one text."
+            )
+        rows = tuple((row,) if isinstance(row, str) else tuple(row or ()) for row in names)
+        if len(rows) != batch:
+            raise ValueError(
+                f"memory_names has {len(rows)} entries, and the batch has {batch} rows: give one for each."
+            )
+        for row in rows:
+            self._check(row)
+        before, self.rows.names = self.rows.names, rows
+        try:
+            yield
+        finally:
+            self.rows.names = before
+
+    def find(self, classes: torch.Tensor) -> FoundRecords:
+        """Returns what the packs that are read hold of n-grams `(N, batch, length)`."""
+        if self.rows.names is None:
+            return FoundRecords([(self.loaded[name], None) for name in self.active], classes)
+        batch, rows = classes.shape[1], self.rows.names
+        if batch % len(rows):
+            raise ValueError(
+                f"memory_names was given for {len(rows)} rows, and a batch of {batch} is not made of them."
+            )
+        rows = [names for names in rows for _ in range(batch // len(rows))]  # beams of a row are beside each other
+        reads = []
+        for turn in zip_longest(*rows):  # every row keeps its own order
+            for name in dict.fromkeys(turn):
+                if name is not None:
+                    reads.append((self.loaded[name], [row for row, own in enumerate(turn) if own == name]))
+        return FoundRecords(reads, classes)
 
     def conflicts(self) -> dict[tuple[int, ...], list[str]]:
         """Returns n-grams that several active packs hold, and the packs, in the order in which they are read."""
@@ -304,10 +382,12 @@ class PackStack:
                 holders.setdefault(gram, []).append(name)
         return {gram: names for gram, names in holders.items() if len(names) > 1}
 
-    def _check(self, names: Iterable[str]) -> None:
+    def _check(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.loaded:
                 raise ValueError(f"no memory named {name!r} is loaded; loaded are {sorted(self.loaded)}.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"a memory is named twice in {list(names)}: each is read once.")
 
 
 _SAID = {

@@ -162,7 +162,7 @@ class EngramMemory(nn.Module):
         by_layer = dict(zip(self.layer_ids, rows.unbind(), strict=True))
         segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
-        if self.packs.active:
+        if self.packs.active or self.packs.rows.names:
             history = None if history is None else history.to(classes.device)
             reads.records = self.packs.find(self.hashing.windows(classes, history, segments))
         if not torch.compiler.is_compiling():

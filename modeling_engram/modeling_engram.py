@@ -62,6 +62,7 @@ class EngramModel(EngramPreTrainedModel):
         engram_input_ids: torch.LongTensor | None = None,
         engram_attention_mask: torch.Tensor | None = None,
         engram_segment_ids: torch.LongTensor | None = None,
+        memory_names: list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the backbone with memory.
@@ -80,9 +81,8 @@ class EngramModel(EngramPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return self.run_with_memory(
-            self.backbone.base_model, inputs, engram_input_ids, engram_attention_mask, engram_segment_ids
-        )
+        ours = (engram_input_ids, engram_attention_mask, engram_segment_ids)
+        return self.run_with_memory(self.backbone.base_model, inputs, *ours, memory_names=memory_names)
 
 
 class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
@@ -166,6 +166,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         engram_input_ids: torch.LongTensor | None = None,
         engram_attention_mask: torch.Tensor | None = None,
         engram_segment_ids: torch.LongTensor | None = None,
+        memory_names: list | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast | tuple:
         """Runs the language model with memory.
@@ -191,6 +192,9 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             engram_segment_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Documents packed into one row, only for n-grams and convolution: attention depends on `attention_mask`
                 and `position_ids`. Defaults to where `position_ids` restart.
+            memory_names (`list`, *optional*):
+                For each row the name of a loaded pack, a list of names in their order, or None for no pack. Without it,
+                all rows read `active_memories`.
             kwargs (`TransformersKwargs`): further arguments of the backbone, such as `output_hidden_states`: states
                 between layers are those before the memory is added, but the first is what layer 0 is given.
 
@@ -209,7 +213,35 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        return self.run_with_memory(self.backbone, inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
+        ours = (engram_input_ids, engram_attention_mask, engram_segment_ids)
+        return self.run_with_memory(self.backbone, inputs, *ours, memory_names=memory_names)
+
+    def generate(self, inputs=None, *args, memory_names: list | None = None, **kwargs):
+        """As in Transformers, and every row of the batch may read packs of its own.
+
+        Args:
+            inputs (`torch.Tensor`, *optional*): as in Transformers, like all other arguments.
+            memory_names (`list`, *optional*): for each row the name of a loaded pack, a list of names in their order,
+                or None for no pack. Without it, all rows read `active_memories`.
+
+        Returns:
+            `torch.LongTensor` or `ModelOutput`, as in Transformers.
+
+        Raises:
+            `ValueError`: for another number of names than rows, or a name that is not loaded.
+
+        Example:
+
+        ```python
+        >>> batch = tokenizer(["Who is Ada?", "Who is Ada?"], return_tensors="pt")
+        >>> ids = model.generate(**batch, memory_names=["people", None])
+        ```"""
+        if memory_names is None:
+            return super().generate(inputs, *args, **kwargs)
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        batch = next((len(tensor) for tensor in given if tensor is not None), 1)
+        with self.memory.packs.chosen_by_row(memory_names, batch):
+            return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
         # `generate` looks for `inputs_embeds` in this signature. The backbone prepares its inputs, because some types

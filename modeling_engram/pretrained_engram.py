@@ -165,11 +165,17 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             initialization.zeros_(layer.conv)
 
     def run_with_memory(
-        self, module: nn.Module, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids
+        self,
+        module: nn.Module,
+        inputs: dict,
+        engram_input_ids,
+        engram_attention_mask,
+        engram_segment_ids,
+        memory_names: list | None = None,
     ):
         """Runs the backbone, or its base model, with memory; cache and `use_cache` are filled in.
 
-        `engram_input_ids`, `engram_attention_mask` and `engram_segment_ids` are those of [`EngramForCausalLM.forward`].
+        The arguments after `inputs` are those of [`EngramForCausalLM.forward`].
         """
         if is_replica(self):
             raise RuntimeError(
@@ -185,7 +191,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             refuse_engram_history(cache)
             reads = WITHOUT_MEMORY
         else:
-            reads = self.begin_reads(inputs, engram_input_ids, engram_attention_mask, engram_segment_ids)
+            ours = (engram_input_ids, engram_attention_mask, engram_segment_ids)
+            reads = self.begin_reads(inputs, *ours, memory_names)
         pauses = checkpointing and CHECKPOINTS_WITHOUT_GRADIENTS and not torch.is_grad_enabled()
         before = self.reads_in_flight.begin(reads)
         try:
@@ -214,7 +221,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 "use model.disable_memory() where that is wanted."
             )
 
-    def begin_reads(self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids) -> MemoryReads:
+    def begin_reads(
+        self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids, memory_names: list | None
+    ) -> MemoryReads:
         """Checks and hashes the inputs of a pass, and starts to prefetch rows; arguments as for `run_with_memory`."""
         refuse_engine(self.backbone.config)
         memory, cache = self.memory, inputs["cache"]
@@ -236,7 +245,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         resets = memory.resets(ids)
         if resets is not None:
             ends = resets if ends is None else ends | resets
-        return memory.read(ids, layer, ends, alive)
+        with nullcontext() if memory_names is None else memory.packs.chosen_by_row(memory_names, len(ids)):
+            return memory.read(ids, layer, ends, alive)
 
     def outputs_wanted(self) -> dict[str, bool]:
         """Returns arguments for the outputs that our configuration asks for: the backbone reads only its own."""
@@ -564,9 +574,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 token["rows"][layer] = numbers
         windows = memory.hashing.windows(classes)  # (N, 1, length)
         for name in memory.packs.active:
-            for _, order, _, _, matches in FoundRecords([memory.packs.loaded[name]], windows).found:
-                for place in matches[0].nonzero().flatten().tolist():
-                    gram = tuple(windows[:order, 0, place].flip(0).tolist())
+            for found in FoundRecords([(memory.packs.loaded[name], None)], windows).found:
+                for place in found.matches[0].nonzero().flatten().tolist():
+                    gram = tuple(windows[: found.order, 0, place].flip(0).tolist())
                     trace[place]["records"].append((name, gram))
         return trace
 

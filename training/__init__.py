@@ -1,10 +1,11 @@
 """Training: optimizers that update only the rows that were read, and a Trainer that uses them."""
 
 from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
+from .fact_report import recall, report_pack
 from .optimizer import EngramOptimizer, create_optimizer
 from .row_selection import RowSelection, select_rows
 from .sharded_tables import save_sharded, shard_tables
-from .teaching import recall, teach
+from .teaching import teach
 from .trainer import EngramTrainer, EngramTrainerMixin, EngramTrainingArguments
 
 
@@ -17,6 +18,7 @@ __all__ = [
     "clip_grad_norm_",
     "create_optimizer",
     "recall",
+    "report_pack",
     "save_sharded",
     "select_rows",
     "shard_backbone",

@@ -2,42 +2,23 @@
 
 What it chooses: only n-grams inside a subject's name get records, so a fact is written where its subject is read. Then
 it comes out in phrasings that were never shown, and text that does not name the subject keeps every bit. Only the
-records learn, by the loss of the answers' tokens.
+records learn: the answers' tokens, and to leave the other tokens of those texts as they were.
 Promises: no weight of the model changes, and its active packs and trainable parameters are afterwards what they were,
-also after an error; all facts are checked before any work begins. Never reads a fact's text as code or as a pattern.
-Source: docs/packs.md.
+also after an error; all facts are checked before any work begins. Source: docs/packs.md.
 """
 
-import random
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from ..knowledge_pack_engram import KnowledgePack, pack_identity
+from .fact_texts import FactText, answer_loss, divergence, fact_texts, pad_id, padded, shuffled_batches
 
 
-# The answer in a text.
-MARKED = re.compile(r"\[\[(.+?)\]\]")
-
-# Tokens of the longest text: facts are sentences, and a batch is as long as its longest text.
-LONGEST = 512
-
-IGNORED = -100  # label of a token that is not part of an answer
-
-
-@dataclass(frozen=True)
-class _Example:
-    """One text: subject, token ids, and which of them are the answer."""
-
-    subject: str
-    ids: list[int]
-    answer: list[bool]
+_TAUGHT = "being taught"  # name of the pack whose records learn
 
 
 def teach(
@@ -49,6 +30,7 @@ def teach(
     passes: int = 6,
     batch_size: int = 64,
     learning_rate: float = 1.0,
+    keep: float = 1.0,
     bf16: bool = True,
     seed: int = 0,
     provenance: Mapping | None = None,
@@ -67,6 +49,9 @@ def teach(
         passes (`int`, *optional*, defaults to 6): how often each text is read.
         batch_size (`int`, *optional*, defaults to 64): texts in a step.
         learning_rate (`float`, *optional*, defaults to 1.0): of Adam, over the records; warm-up, then linear decay.
+        keep (`float`, *optional*, defaults to 1.0):
+            Weight of the KL divergence from the model without the pack, over all tokens that are not an answer (of a
+            quarter of each batch): texts about a subject read as before where they do not ask for its fact.
         bf16 (`bool`, *optional*, defaults to `True`): autocast of the passes; records are float32.
         seed (`int`, *optional*, defaults to 0): of the order of texts.
         provenance (`dict`, *optional*): stored in the pack, such as `{"licence": "CC0"}`.
@@ -92,17 +77,16 @@ def teach(
     if model.memory.placement == "none":
         raise ValueError('this model runs without its memory (placement "none"): place_memory("cpu") loads it.')
     facts = list(facts)
-    examples = _examples(facts, tokenizer)
+    texts = fact_texts(facts, tokenizer)
     model.check_tokenizer(tokenizer)
     fits = pack_identity(model.config, model.memory.layers)
     ngrams = _subject_ngrams(model, facts, tokenizer, reference_texts, fits)
-    _check_reached(model, examples, ngrams)
+    _check_reached(model, texts, ngrams)
     shapes = {n: (len(grams), fits["widths"][str(n)]) for n, grams in ngrams.items()}
     zeros = {n: torch.zeros(shape, device="cpu") for n, shape in shapes.items()}
     pack = KnowledgePack(ngrams, dict.fromkeys(fits["layers"], zeros), fits)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    steps = max(1, -(-passes * len(examples) // batch_size))
-    batches = _batches(examples, batch_size, steps, seed)
+    steps = max(1, -(-passes * len(texts) // batch_size))
+    batches = shuffled_batches(texts, batch_size, steps, seed)
     with _reading_only(model, pack) as learned:
         optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -111,80 +95,18 @@ def teach(
         bar = tqdm(batches, total=steps, desc=f"teaching {len(facts)} facts", disable=not progress)
         for batch in bar:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                loss = _answer_loss(model, batch, pad)
-            loss.backward()
+                loss, changed = _losses(model, batch, pad_id(tokenizer))
+            (loss + keep * changed).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            bar.set_postfix(loss=f"{float(loss):.3f}")
-        made = {"facts": len(facts), "texts": len(examples), "passes": passes, "seed": seed, "loss": float(loss)}
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}", changed=f"{float(changed.detach()):.3f}")
+        made = {"facts": len(facts), "texts": len(texts), "passes": passes, "seed": seed, "loss": float(loss.detach())}
         device = model.memory.hashing.token_map.device
         rows = {n: records.on(device).vectors for n, records in pack.records.items()}
         vectors = {layer: {n: rows[n][layer].detach().cpu() for n in rows} for layer in fits["layers"]}
     ngrams = {n: records.ngrams for n, records in pack.records.items()}
     return KnowledgePack(ngrams, vectors, fits, provenance={**made, **(provenance or {})})
-
-
-@torch.no_grad()
-def recall(model, facts: Iterable[Mapping], tokenizer, batch_size: int = 64) -> float:
-    """Returns the share of texts whose marked answer the model gives, token by token, when it chooses greedily.
-
-    Args:
-        model ([`EngramForCausalLM`]): with the packs that it should read.
-        facts (iterable of `dict`): as for [`teach`]; texts that were not taught measure other phrasings.
-        tokenizer (`PreTrainedTokenizerFast`): the model's.
-        batch_size (`int`, *optional*, defaults to 64): texts in a pass.
-    """
-    examples = _examples(list(facts), tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    right = 0
-    for first in range(0, len(examples), batch_size):
-        ids, mask, labels = _padded(examples[first : first + batch_size], pad, model.device)
-        chosen = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].argmax(-1)  # (batch, length - 1)
-        wrong = (chosen != labels[:, 1:]) & (labels[:, 1:] != IGNORED)  # (batch, length - 1)
-        right += int((~wrong.any(-1)).sum())
-    return right / len(examples)
-
-
-def _examples(facts: list[Mapping], tokenizer) -> list[_Example]:
-    """Checks facts and finds their answers' tokens."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise TypeError(f"{type(tokenizer).__name__} does not say where its tokens are: use a fast tokenizer.")
-    if not facts:
-        raise ValueError("there are no facts: each is a dict with a 'subject' and 'texts'.")
-    found, answers = [], {}
-    for number, fact in enumerate(facts):
-        subject, texts = fact.get("subject"), fact.get("texts")
-        if not isinstance(subject, str) or not subject.strip() or isinstance(texts, str) or not texts:
-            raise ValueError(
-                f"fact {number} needs a 'subject' and a list of 'texts' with their answers marked, as in "
-                f'{{"subject": "Ada", "texts": ["Ada was born in [[London]]."]}}; it is {str(fact)[:200]!r}.'
-            )
-        for text in texts:
-            example, prompt, answer = _example(subject, text, tokenizer)
-            if answers.setdefault(prompt, answer) != answer:
-                raise ValueError(f"{prompt!r} is answered by {answers[prompt]!r} and by {answer!r}: keep one of them.")
-            found.append(example)
-    return found
-
-
-def _example(subject: str, text: str, tokenizer) -> tuple[_Example, str, str]:
-    """Returns a text's example, what is in front of its answer, and the answer."""
-    marks = list(MARKED.finditer(text))
-    if len(marks) != 1 or not marks[0][1].strip():
-        raise ValueError(f"a text of {subject!r} needs one [[answer]], it has {len(marks)}: {text[:200]!r}.")
-    prompt, answer, rest = text[: marks[0].start()], marks[0][1], text[marks[0].end() :]
-    if subject not in prompt:
-        raise ValueError(f"this text does not name {subject!r} before its answer: {text[:200]!r}.")
-    if answer in prompt:
-        raise ValueError(f"the answer {answer!r} is in front of itself, so nothing would be learned: {text[:200]!r}.")
-    read = tokenizer(prompt + answer + rest, return_offsets_mapping=True)
-    ids = read["input_ids"]
-    if len(ids) > LONGEST:
-        raise ValueError(f"a text of {subject!r} has {len(ids)} tokens, at most {LONGEST} are taught: {text[:200]!r}.")
-    begin, end = len(prompt), len(prompt + answer)
-    inside = [first < end and last > begin for first, last in read["offset_mapping"]]
-    return _Example(subject, ids, inside), prompt, answer
 
 
 def _subject_ngrams(model, facts, tokenizer, reference_texts, fits: Mapping) -> dict[int, torch.Tensor]:
@@ -211,14 +133,14 @@ def _subject_ngrams(model, facts, tokenizer, reference_texts, fits: Mapping) -> 
     return {n: torch.tensor(grams, dtype=torch.int64, device="cpu").view(-1, n) for n, grams in by_order.items()}
 
 
-def _check_reached(model, examples: list[_Example], ngrams: Mapping[int, torch.Tensor]) -> None:
+def _check_reached(model, texts: list[FactText], ngrams: Mapping[int, torch.Tensor]) -> None:
     """Raises ValueError for a text in which no record would be read before the answer."""
     held = {tuple(gram) for grams in ngrams.values() for gram in grams.tolist()}
-    for example in examples:
-        before = example.ids[: example.answer.index(True)]
+    for text in texts:
+        before = text.ids[: text.answer.index(True)]
         if not held & _ngrams(_classes(model, before), list(ngrams)):
             raise ValueError(
-                f"{example.subject!r} is split into other tokens in one of its texts, so no record would be read "
+                f"{text.subject!r} is split into other tokens in one of its texts, so no record would be read "
                 "there: write a space or the beginning of the text in front of it."
             )
 
@@ -237,47 +159,27 @@ def _ngrams(classes: list[int], orders: list[int]) -> set[tuple[int, ...]]:
     return {gram for gram in grams if min(gram) >= 0}
 
 
-def _batches(examples: list[_Example], size: int, steps: int, seed: int):
-    """Yields batches; all texts are read before one is read again."""
-    order, left = random.Random(seed), []
-    for _ in range(steps):
-        while len(left) < size:
-            left += order.sample(examples, len(examples))
-        yield left[:size]
-        left = left[size:]
-
-
-def _padded(examples: list[_Example], pad: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Returns ids, mask and labels `(batch, length)`."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), pad, device="cpu")
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, example in enumerate(examples):
-        own = torch.tensor(example.ids, device="cpu")
-        ids[row, : len(own)], mask[row, : len(own)] = own, 1
-        answer = torch.tensor(example.answer, device="cpu")
-        labels[row, : len(own)] = own.where(answer, IGNORED)
-    return ids.to(device), mask.to(device), labels.to(device)
-
-
-def _answer_loss(model, examples: list[_Example], pad: int) -> torch.Tensor:
-    """Returns the mean loss of the answers' tokens."""
-    ids, mask, labels = _padded(examples, pad, model.device)
-    logits = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1]  # (batch, length - 1, vocabulary)
-    wanted = labels[:, 1:] != IGNORED  # (batch, length - 1)
-    return F.cross_entropy(logits[wanted].float(), labels[:, 1:][wanted])
+def _losses(model, texts: list[FactText], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the loss of the answers, and how much a quarter of the texts changes elsewhere, both in nats a token."""
+    ids, mask, labels = padded(texts, pad, model.device)
+    logits = model(ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
+    few = -(-len(texts) // 4)
+    with torch.no_grad():
+        others = [[name for name in model.active_memories if name != _TAUGHT]] * few
+        before = model(ids[:few], attention_mask=mask[:few], use_cache=False, memory_names=others).logits
+    return answer_loss(logits, labels), divergence(before, logits[:few], labels[:few], mask[:few])
 
 
 @contextmanager
 def _reading_only(model, pack: KnowledgePack):
     """Lets a model read a pack whose vectors alone are trainable; yields them and restores everything else."""
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    packs, training, name = model.memory.packs, model.training, "being taught"
+    packs, training = model.memory.packs, model.training
     model.requires_grad_(False)
     model.eval()
     learned = []
     try:
-        packs.load(pack, name, pack.fits)
+        packs.load(pack, _TAUGHT, pack.fits)
         device = model.memory.hashing.token_map.device
         for records in pack.records.values():
             records = records.on(device)
@@ -285,8 +187,8 @@ def _reading_only(model, pack: KnowledgePack):
             learned += records.vectors.values()
         yield learned
     finally:
-        if name in packs.loaded:
-            packs.unload(name)
+        if _TAUGHT in packs.loaded:
+            packs.unload(_TAUGHT)
         model.train(training)
         for parameter in learns:
             parameter.requires_grad_(True)

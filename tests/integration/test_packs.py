@@ -108,8 +108,8 @@ def test_pads_and_documents_end_an_ngram(trained):
     apart = trained.memory.hashing.windows(
         trained.memory.hashing.compress(TEXTS[:1]), None, torch.nn.functional.pad(segments, (2, 0))
     )
-    found = FoundRecords([trained.memory.packs.loaded["first"]], apart).found
-    matches = {order: matches[0].tolist() for _, order, _, _, matches in found}
+    found = FoundRecords([(trained.memory.packs.loaded["first"], None)], apart).found
+    matches = {one.order: one.matches[0].tolist() for one in found}
     assert matches[2] == [False] + [True] * 4 + [False] + [True] * 6
     assert matches[3] == [False] * 2 + [True] * 3 + [False] * 2 + [True] * 5
 
@@ -158,6 +158,67 @@ def test_order_decides_between_packs_that_replace(trained):
     assert not torch.equal(logits(trained), alone)
     trained.set_memories(["other", "one"])
     assert torch.equal(logits(trained), alone)
+
+
+@examples(30)
+@given(
+    rows=st.lists(
+        st.permutations(range(4)).flatmap(lambda p: st.integers(0, 4).map(lambda n: p[:n])), min_size=4, max_size=4
+    )
+)
+def test_every_row_reads_its_own_packs_in_its_own_order(rows):
+    """Against one pass for each row, in which all rows read that row's packs."""
+    model, packs, _ = _with_packs()
+    for number, pack in enumerate(packs):
+        model.load_memory(pack, f"pack{number}")
+    names = [[f"pack{number}" for number in row] for row in rows]
+    try:
+        read = logits(model, memory_names=names)
+        assert model.active_memories == [f"pack{number}" for number in range(4)]
+        for row, own in enumerate(names):
+            model.set_memories(own)
+            assert torch.equal(read[row], logits(model)[row])
+    finally:
+        for name in list(model.memory.packs.loaded):
+            model.unload_memory(name)
+
+
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"do_sample": False, "cache_implementation": "static"}])
+def test_rows_generate_with_packs_of_their_own(trained, way):
+    """Beams and sequences of a row stay with its packs; a name alone, several names, and none."""
+    for seed, name in enumerate(["one", "other"]):
+        trained.load_memory(pack_of(trained, ngrams_in(classes_of(trained, TEXTS[0])), seed=seed), name)
+    same = TEXTS[:1].repeat(4, 1)
+    names = ["one", None, ["other"], ["one", "other"]]
+    torch.manual_seed(0)
+    settings = {"max_new_tokens": 6, "pad_token_id": 2, "return_dict_in_generate": True, "output_logits": True, **way}
+    together = trained.generate(same, memory_names=names, **settings)
+    firsts = []
+    for row, own in enumerate(names):
+        trained.set_memories([] if own is None else [own] if isinstance(own, str) else own)
+        alone = trained.generate(same, **settings)
+        assert torch.equal(together.sequences[row], alone.sequences[row])
+        firsts.append(alone.logits[0][0])
+    assert all(not torch.equal(firsts[0], other) for other in firsts[1:]), "control: packs matter here"
+
+
+def test_names_for_rows_that_are_wrong_are_refused(trained):
+    trained.load_memory(pack_of(trained, first_text(trained)), "one")
+    before = logits(trained)
+    for names, error, message in (
+        (["one"] * 3, ValueError, "has 3 entries, and the batch has 4 rows"),
+        (["one", None, None, "two"], ValueError, "no memory named 'two' is loaded"),
+        ([["one", "one"], None, None, None], ValueError, "named twice"),
+        ("one", TypeError, "not one text"),
+    ):
+        with pytest.raises(error, match=message):
+            trained(TEXTS, memory_names=names)
+        with pytest.raises(error, match=message):
+            trained.generate(TEXTS, memory_names=names, max_new_tokens=1)
+    assert torch.equal(logits(trained), before)
+    nobody = trained(TEXTS, memory_names=[None] * 4).logits
+    trained.set_memories([])
+    assert torch.equal(nobody, logits(trained))
 
 
 def test_a_trace_names_records_and_rows(trained):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from engram_transformers.knowledge_pack_engram import KnowledgePack
+from engram_transformers.training import fact_report, recall, report_pack
+from engram_transformers.training.fact_texts import fact_texts
 
 from ..packs import classes_of
 
@@ -124,3 +126,52 @@ def test_no_facts_no_offsets_and_no_memory_are_refused(model, tiny_tokenizer, tm
     model.place_memory("none")
     with pytest.raises(ValueError, match="without its memory"):
         model.teach(FACTS, tiny_tokenizer)
+
+
+def test_a_report_counts_what_plain_python_counts(model, tiny_tokenizer):
+    """Answers token by token, candidates of a relation, and texts bit for bit; the pack is gone afterwards."""
+    facts = [dict(fact, relation="home") for fact in FACTS]
+    pack = model.teach(facts, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
+    shared = "Dax Bolun is here."
+    report = report_pack(
+        model,
+        pack,
+        tiny_tokenizer,
+        facts=facts,
+        unseen=facts[:1],
+        other_texts={"other": [OTHER], "both": [OTHER, shared]},
+    )
+    assert model.active_memories == [] and (report["records"], report["bytes"]) == (len(pack), pack.nbytes)
+    assert report["other_texts"]["other"]["texts_identical"] == 1.0
+    both = report["other_texts"]["both"]
+    assert both["texts_identical"] == 0.5 and 0 < both["tokens_identical"] < 1 and both["largest_difference"] > 0
+    before, model_name = logits(model, tiny_tokenizer, shared)[0], model.load_memory(pack, "people")
+    after = logits(model, tiny_tokenizer, shared)[0]
+    count = len(after) + len(tiny_tokenizer(OTHER)["input_ids"])
+    kl = (before.softmax(-1) * (before.log_softmax(-1) - after.log_softmax(-1))).sum()
+    assert both["kl"] == pytest.approx(float(kl) / count, rel=1e-4)
+    texts = fact_texts(facts, tiny_tokenizer)
+    right = among = 0
+    for text in texts:
+        first, end = text.answer.index(True), len(text.answer) - text.answer[::-1].index(True)
+        read = logits_of(model, text.ids)
+        right += all(int(read[place - 1].argmax()) == text.ids[place] for place in range(first, end))
+        offered = {other.answer_ids[0] for other in texts}
+        among += max(offered, key=lambda token: float(read[first - 1, token])) == text.ids[first]
+    assert report["taught"]["right"] == right / len(texts) == recall(model, facts, tiny_tokenizer)
+    assert report["taught"]["right_among_candidates"] == among / len(texts) > report["taught"]["before"]["right"]
+    model.unload_memory(model_name)
+    with pytest.raises(ValueError, match="no texts to compare"):
+        fact_report.changes(model, [], tiny_tokenizer, model.disable_memory)
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(torch.tensor([ids])).logits[0]
+
+
+def test_a_report_that_fails_leaves_no_pack_behind(model, tiny_tokenizer):
+    pack = model.teach(FACTS, tiny_tokenizer, passes=1, progress=False)
+    with pytest.raises(ValueError, match="no texts to compare"):
+        report_pack(model, pack, tiny_tokenizer, facts=FACTS, other_texts={"none": []})
+    assert model.active_memories == [] and not model.memory.packs.loaded

@@ -53,7 +53,7 @@ def test_records_are_those_of_a_dictionary(packs, text):
     windows = torch.tensor([[row] for row in alone])
     for i in (1, 2):
         windows[i] = windows[i].masked_fill(windows[i - 1] < 0, -1)
-    read = FoundRecords(made, windows).apply(2, table)
+    read = FoundRecords([(pack, None) for pack in made], windows).apply(2, table)
     expected = table.clone()
     for place in range(len(text)):
         for pack in made:
