@@ -19,6 +19,8 @@ MARKED = re.compile(r"\[\[(.+?)\]\]")
 # Tokens of the longest text: facts are sentences, and a batch is as long as its longest text.
 LONGEST = 512
 
+GROUPED = 16  # batches that are sorted by length together
+
 IGNORED = -100  # label of a token that is not part of an answer
 
 
@@ -101,13 +103,19 @@ def _fact_text(subject: str, relation: str, text: str, tokenizer) -> tuple[FactT
 
 
 def shuffled_batches(texts: list[FactText], size: int, steps: int, seed: int) -> Iterator[list[FactText]]:
-    """Yields batches; all texts are read before one is read again."""
-    order, left = random.Random(seed), []
+    """Yields batches of texts that are about equally long, so that little is padded.
+
+    All texts are read before one is read again. The order of the batches is random, and what is in one as well.
+    """
+    order, left, ready = random.Random(seed), [], []
     for _ in range(steps):
-        while len(left) < size:
-            left += order.sample(texts, len(texts))
-        yield left[:size]
-        left = left[size:]
+        if not ready:
+            while len(left) < GROUPED * size:
+                left += order.sample(texts, len(texts))
+            group, left = sorted(left[: GROUPED * size], key=lambda text: len(text.ids)), left[GROUPED * size :]
+            ready = [group[first : first + size] for first in range(0, len(group), size)]
+            order.shuffle(ready)
+        yield ready.pop()
 
 
 def padded(texts: list[FactText], pad: int, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -8,10 +8,11 @@ also after an error; all facts are checked before any work begins. Source: docs/
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..knowledge_pack_engram import KnowledgePack, pack_identity
@@ -87,7 +88,7 @@ def teach(
     pack = KnowledgePack(ngrams, dict.fromkeys(fits["layers"], zeros), fits)
     steps = max(1, -(-passes * len(texts) // batch_size))
     batches = shuffled_batches(texts, batch_size, steps, seed)
-    with _reading_only(model, pack) as learned:
+    with _reading_only(model, pack) as learned, _attention_for_short_texts(model.device):
         optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / 5) * max(0.05, 1 - step / steps)
@@ -168,6 +169,14 @@ def _losses(model, texts: list[FactText], pad: int) -> tuple[torch.Tensor, torch
         others = [[name for name in model.active_memories if name != _TAUGHT]] * few
         before = model(ids[:few], attention_mask=mask[:few], use_cache=False, memory_names=others).logits
     return answer_loss(logits, labels), divergence(before, logits[:few], labels[:few], mask[:few])
+
+
+def _attention_for_short_texts(device: torch.device):
+    """Returns a context in which attention on a CPU is plain matrix products.
+
+    The fused kernel's backward pass takes a quarter of a whole step there, because texts are short.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 @contextmanager
