@@ -17,6 +17,7 @@ from functools import cached_property
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
@@ -196,15 +197,16 @@ class _Ways:
             optimizer, lambda step: min(1, (step + 1) / 5) * max(0.05, 1 - step / steps)
         )
         begun = time.monotonic()
-        for batch in shuffled_batches(texts, 64, steps, self.seed):
-            ids, mask, labels = padded(batch, pad_id(self.tokenizer), model.device)
-            with torch.autocast(model.device.type, torch.bfloat16):
-                loss = answer_loss(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(learned, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
+        with sdpa_kernel(SDPBackend.MATH):  # as `teach` does on a CPU
+            for batch in shuffled_batches(texts, 64, steps, self.seed):
+                ids, mask, labels = padded(batch, pad_id(self.tokenizer), model.device)
+                with torch.autocast(model.device.type, torch.bfloat16):
+                    loss = answer_loss(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
         seconds = time.monotonic() - begun
         others = {
             kind: fact_report.changes(model, texts, self.tokenizer, model.disable_adapter)
