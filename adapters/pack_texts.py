@@ -1,7 +1,7 @@
 """Texts of a knowledge pack: its n-grams in words, and the n-grams of a name.
 
-What it chooses: records hold classes of tokens, and not tokens, because tokens that read alike share a class. A class is
-shown as what its tokens have in common: lower case, without accents and spaces around it.
+What it chooses: records hold classes of tokens, and not tokens, because tokens that read alike share a class. A class
+is shown as what its tokens have in common: lower case, without accents and spaces around it.
 Promises: needs no model; a tokenizer with another token map is refused, because its classes would be other words.
 Source: docs/packs.md, hash_tokens_engram.py.
 """

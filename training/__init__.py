@@ -1,6 +1,7 @@
 """Training: optimizers that update only the rows that were read, and a Trainer that uses them."""
 
 from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
+from .fact_files import read_facts, read_lines
 from .optimizer import EngramOptimizer, create_optimizer
 from .row_selection import RowSelection, select_rows
 from .sharded_tables import save_sharded, shard_tables
@@ -16,6 +17,8 @@ __all__ = [
     "RowSelection",
     "clip_grad_norm_",
     "create_optimizer",
+    "read_facts",
+    "read_lines",
     "recall",
     "save_sharded",
     "select_rows",
