@@ -117,6 +117,7 @@ def remove(
     ] = None,
     ngrams: Annotated[list[str] | None, typer.Option(help='Token classes of one n-gram, such as "74 234".')] = None,
     tokenizer: _Tokenizer = None,
+    partly: Annotated[bool, typer.Option("--partly", help="Also a name that the pack holds in part.")] = False,
     out: Annotated[Path | None, typer.Option(help="New file for what remains.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace FILE by what remains.")] = False,
     overwrite: _Overwrite = False,
@@ -128,7 +129,7 @@ def remove(
     out = _target(file, out, in_place, overwrite)
     pack = KnowledgePack.load(file)
     texts = _texts(pack, tokenizer)
-    gone = {_parsed(text, pack) for text in ngrams or ()} | _named(subject or (), pack, texts)
+    gone = {_parsed(text, pack) for text in ngrams or ()} | _named(subject or (), pack, texts, partly)
     if not gone:
         raise ValueError("nothing to remove was named: give --ngrams, or --subject and --tokenizer.")
     pack.without(gone).save(out)
@@ -174,16 +175,21 @@ def _parsed(text: str, pack: KnowledgePack) -> tuple[int, ...]:
     return gram
 
 
-def _named(subjects: Iterable[str], pack: KnowledgePack, texts: PackTexts | None) -> set[tuple[int, ...]]:
+def _named(subjects: Iterable[str], pack: KnowledgePack, texts: PackTexts | None, partly: bool) -> set[tuple[int, ...]]:
     """Returns the n-grams of a pack that are inside these names."""
     held, found = pack.ngrams(), set()
     for subject in subjects:
         if texts is None:
             raise ValueError(f"--subject {subject!r} needs --tokenizer: records hold token classes and no text.")
-        own = texts.ngrams(subject) & held
-        if not own:
+        own = texts.ngrams(subject)
+        if not own & held:
             raise ValueError(f"the pack holds no record of {subject!r}: nothing was removed.")
-        found |= own
+        if own - held and not partly:
+            raise ValueError(
+                f"the pack holds {len(own & held)} of the {len(own)} n-grams of {subject!r}. They may be another "
+                "name's, or general text kept the others out. Nothing was removed; --partly removes them."
+            )
+        found |= own & held
     return found
 
 
