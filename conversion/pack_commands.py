@@ -1,4 +1,4 @@
-"""`engram pack`: knowledge packs are shown, merged, compared, and records are removed, all without a model.
+"""The group `engram pack`: knowledge packs are shown, merged, compared, and records are removed, all without a model.
 
 Promises: everything is checked before a file is written, and a file is written whole or not at all; no file is
 overwritten unless an option says so. Texts from packs and tokenizers cannot control the terminal. Never loads a model.
