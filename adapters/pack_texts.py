@@ -43,7 +43,7 @@ class PackTexts:
             )
         self._tokenizer, self._token_map = tokenizer, token_map.tolist()
         self._orders = sorted(pack.records)
-        self._example = {own: token for token, own in reversed(list(enumerate(self._token_map)))}  # class -> first id
+        self._example = {own: token for token, own in enumerate(self._token_map)}  # class -> one of its tokens
 
     def words(self, ngram: Sequence[int]) -> list[str]:
         """Returns the text of each class of an n-gram."""

@@ -63,12 +63,12 @@ def test_layouts_may_be_mixed_and_a_file_may_be_one_array(tmp_path):
 def test_a_question_and_texts_that_look_like_patterns_stay_as_they_are(tmp_path):
     question = {
         "subject": "X",
-        "src": "What is the birthplace of X?",
+        "src": "What is the {} birthplace of X?",
         "rephrase": "{} {0.__class__} X?",
         "answers": ["Lisbon"],
     }
     assert read_facts(write(tmp_path, question))[0]["texts"] == [
-        "What is the birthplace of X? [[Lisbon]]",
+        "What is the {} birthplace of X? [[Lisbon]]",
         "{} {0.__class__} X? [[Lisbon]]",
     ]
     rewrite = {"subject": "{}", "prompt": "{} \u2028 {0}", "target_new": {"str": "\\1"}}

@@ -119,6 +119,9 @@ def test_a_names_ngrams_are_those_of_its_tokens(tokenizer, fits):
     texts = PackTexts(make(set(), fits=fits), tokenizer)
     classes = TokenCompressor.from_tokenizer(tokenizer).lookup_table
     expected = set()
+    alone, after_space = (tokenizer(name, add_special_tokens=False)["input_ids"] for name in ("Łukasz", " Łukasz"))
+    assert texts.ngrams("Łukasz") == ngrams_in(classes[alone].tolist()) | ngrams_in(classes[after_space].tolist())
+    assert ngrams_in(classes[alone].tolist()) != ngrams_in(classes[after_space].tolist())
     for written in ("Zorvan Kelmir", " Zorvan Kelmir"):
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]
         expected |= ngrams_in(classes[ids].tolist())
