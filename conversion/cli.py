@@ -4,18 +4,17 @@ Promises: progress and errors on stderr, results on stdout; exit code 0 for succ
 2 if the command could not be carried out; never a traceback for a user's mistake.
 """
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..configuration import PRESETS
+from ..knowledge_pack_engram import SUFFIX
+from .pack_commands import app as pack_app
+from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
 app = typer.Typer(
@@ -24,24 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-progress = Console(stderr=True)
-result = Console()
-
-
-def user_errors(verb: Callable) -> Callable:
-    """Prints errors that a user can cause as one message and exits with 2."""
-
-    @functools.wraps(verb)
-    def run(*args, **kwargs):
-        try:
-            return verb(*args, **kwargs)
-        except (ValueError, TypeError, OSError, StrictDataclassError) as error:
-            progress.print(
-                f"[red]error:[/red] {escape(f'{type(error).__name__}: {error}')}", soft_wrap=True, highlight=False
-            )
-            raise typer.Exit(2) from None
-
-    return run
+app.add_typer(pack_app, name="pack")
 
 
 @app.callback()
@@ -57,6 +39,28 @@ def integers(text: str | None, option: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{option} {text!r} must be integers separated by commas, such as 1,10.") from error
+
+
+def pack_file(out: Path, name: str | None, facts: Path) -> Path:
+    """Returns the file of a new pack: `out` itself, or a file in the folder `out`."""
+    if out.name.endswith(SUFFIX):
+        if name is not None:
+            raise ValueError(f"--name {name!r} is for a folder, and '{out}' names the file already: leave one out.")
+        return out
+    name = facts.name.split(".")[0] if name is None else name
+    if not name or Path(name).name != name:
+        raise ValueError(f"--name {name!r} must be a name without folders, such as people.")
+    return out / f"{name}{SUFFIX}"
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that is not there."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here ({error}): give another one, such as cpu.") from error
 
 
 @app.command()
@@ -149,6 +153,48 @@ def verify(
     result.print(table)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+@app.command()
+@user_errors
+def teach(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an Engram checkpoint.")],
+    facts: Annotated[Path, typer.Argument(help="JSON lines of facts; docs/packs.md has the layouts.")],
+    out: Annotated[Path, typer.Argument(help=f"New file whose name ends with {SUFFIX}, or a folder for it.")],
+    name: Annotated[
+        str | None, typer.Option(help="The pack's name, if OUT is a folder; that of FACTS if left out.")
+    ] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="General text in UTF-8; n-grams that it holds get no record.")
+    ] = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="How often each text is read.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam, over the records.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of texts.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs, such as cuda.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option(help="Replace a pack that is there.")] = False,
+) -> None:
+    """Write a knowledge pack of facts; the model is not changed.
+
+    Options have the names of the arguments of `model.teach`.
+    """
+    from .. import EngramForCausalLM
+    from ..training import read_facts, read_lines
+
+    file = pack_file(out, name, facts)
+    check_new_file(file, overwrite)
+    read = read_facts(facts)
+    lines = [line for path in reference or () for line in read_lines(path)]
+    check_device(device)
+    given = {"passes": passes, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    tokenizer = load_tokenizer(model)
+    with progress.status(f"loading {escape(visible(model))}"):
+        loaded = EngramForCausalLM.from_pretrained(model).to(device)
+    options = {option: value for option, value in given.items() if value is not None}
+    pack = loaded.teach(read, tokenizer, reference_texts=lines, **options)
+    pack.save(file)
+    progress.print(f"{len(pack):,} records, {pack.nbytes:,} bytes", highlight=False)
+    print(visible(str(file)))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -144,33 +144,38 @@ class KnowledgePack:
         """
         path = Path(path)
         entries = read_header(path)  # sizes, before anything is allocated
-        with safe_open(path, framework="pt") as file:
-            told = (file.metadata() or {}).get(KIND)
-            if told is None:
-                raise EngramFormatError(
-                    f"'{path}' is a safetensors file, but not a knowledge pack: KnowledgePack.save writes one."
-                )
-            try:
-                told = json.loads(told)
-                if told["version"] != VERSION:
-                    raise ValueError(f"version {told['version']!r}, and this code reads {VERSION!r}")
-                fits, mode, provenance = told["fits"], told["mode"], told["provenance"]
-                orders = sorted(int(order) for order in fits["widths"])
-                wanted = {f"order{n}.ngrams" for n in orders}
-                wanted |= {f"layers.{layer}.order{n}.vectors" for layer in fits["layers"] for n in orders}
-                if set(entries) != wanted:
-                    raise ValueError(f"tensors {sorted(set(entries) ^ wanted)[:3]} are missing or unknown")
-                ngrams = {n: file.get_tensor(f"order{n}.ngrams") for n in orders}
-                vectors = {
-                    layer: {n: file.get_tensor(f"layers.{layer}.order{n}.vectors") for n in orders}
-                    for layer in fits["layers"]
-                }
-                return cls(ngrams, vectors, fits, mode, provenance)
-            except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-                raise EngramFormatError(
-                    f"'{path}' is a damaged or newer knowledge pack ({error}). Copy or download it again, or install a "
-                    "newer engram-transformers."
-                ) from error
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = (file.metadata() or {}).get(KIND)
+                if told is not None:
+                    return cls(*_content(file, entries, json.loads(told)))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+            raise EngramFormatError(
+                f"'{path}' is a damaged or newer knowledge pack ({error}). Copy or download it again, or install a "
+                "newer engram-transformers."
+            ) from error
+        raise EngramFormatError(
+            f"'{path}' is a safetensors file, but not a knowledge pack: KnowledgePack.save writes one."
+        )
+
+
+def _content(file: safe_open, entries: Mapping, told: Mapping) -> tuple:
+    """Returns the arguments of [`KnowledgePack`] from an open file, its header's entries and its metadata."""
+    if told["version"] != VERSION:
+        raise ValueError(f"version {told['version']!r}, and this code reads {VERSION!r}")
+    fits, mode, provenance = told["fits"], told["mode"], told["provenance"]
+    if type(fits["classes"]) is not int:
+        raise ValueError(f"{fits['classes']!r} token classes")
+    orders = sorted(int(order) for order in fits["widths"])
+    wanted = {f"order{n}.ngrams" for n in orders}
+    wanted |= {f"layers.{layer}.order{n}.vectors" for layer in fits["layers"] for n in orders}
+    if set(entries) != wanted:
+        raise ValueError(f"tensors {sorted(set(entries) ^ wanted)[:3]} are missing or unknown")
+    ngrams = {n: file.get_tensor(f"order{n}.ngrams") for n in orders}
+    vectors = {
+        layer: {n: file.get_tensor(f"layers.{layer}.order{n}.vectors") for n in orders} for layer in fits["layers"]
+    }
+    return ngrams, vectors, fits, mode, provenance
 
 
 class _Records:

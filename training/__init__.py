@@ -1,6 +1,7 @@
 """Training: optimizers that update only the rows that were read, and a Trainer that uses them."""
 
 from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
+from .fact_files import read_facts, read_lines
 from .fact_report import recall, report_pack
 from .optimizer import EngramOptimizer, create_optimizer
 from .row_selection import RowSelection, select_rows
@@ -17,6 +18,8 @@ __all__ = [
     "RowSelection",
     "clip_grad_norm_",
     "create_optimizer",
+    "read_facts",
+    "read_lines",
     "recall",
     "report_pack",
     "save_sharded",
