@@ -49,7 +49,10 @@ setup(
     python_requires=">=3.10",
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"engram_transformers.model_cards": ["*.md"]},
+    package_data={
+        "engram_transformers.model_cards": ["*.md"],
+        "engram_transformers.training": ["general_english.*"],
+    },
     install_requires=REQUIRED,
     extras_require={
         "demo": ["gguf>=0.17", "matplotlib>=3.8"],

@@ -165,7 +165,11 @@ def teach(
         str | None, typer.Option(help="The pack's name, if OUT is a folder; that of FACTS if left out.")
     ] = None,
     reference: Annotated[
-        list[Path] | None, typer.Option(help="General text in UTF-8; n-grams that it holds get no record.")
+        list[Path] | None,
+        typer.Option(help="General text in UTF-8, besides the package's; n-grams that it holds get no record."),
+    ] = None,
+    unseen: Annotated[
+        Path | None, typer.Option(help="The same facts in other phrasings, for the report; they are not taught.")
     ] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="How often each text is read.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a step.")] = None,
@@ -179,21 +183,23 @@ def teach(
     Options have the names of the arguments of `model.teach`.
     """
     from .. import EngramForCausalLM
-    from ..training import read_facts, read_lines
+    from ..training import general_english, read_facts, read_lines, report_lines
 
     file = pack_file(out, name, facts)
     check_new_file(file, overwrite)
     read = read_facts(facts)
-    lines = [line for path in reference or () for line in read_lines(path)]
+    lines = general_english() + [line for path in reference or () for line in read_lines(path)]
+    asked = [] if unseen is None else read_facts(unseen)
     check_device(device)
     given = {"passes": passes, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     tokenizer = load_tokenizer(model)
     with progress.status(f"loading {escape(visible(model))}"):
         loaded = EngramForCausalLM.from_pretrained(model).to(device)
     options = {option: value for option, value in given.items() if value is not None}
-    pack = loaded.teach(read, tokenizer, reference_texts=lines, **options)
+    pack = loaded.teach(read, tokenizer, unseen=asked, reference_texts=lines, **options)
     pack.save(file)
-    progress.print(f"{len(pack):,} records, {pack.nbytes:,} bytes", highlight=False)
+    for line in report_lines(pack.provenance["report"]):
+        progress.print(line, highlight=False)
     print(visible(str(file)))
 
 

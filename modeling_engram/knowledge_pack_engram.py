@@ -192,8 +192,8 @@ class _Records:
             generator = torch.Generator(device="cpu").manual_seed(seed)
             factors = torch.randint(-(2**62), 2**62, (ngrams.shape[1],), generator=generator, device="cpu") * 2 + 1
             keys = (ngrams * factors).sum(-1)  # (records,), int64 overflow wanted
-            order = keys.argsort(stable=True)
-            keys, sorted_grams = keys[order], ngrams[order]
+            order = None if bool((keys[1:] > keys[:-1]).all()) else keys.argsort(stable=True)  # files are in order
+            keys, sorted_grams = _in_order(keys, order), _in_order(ngrams, order)
             same = keys[1:] == keys[:-1]  # (records - 1,)
             if not bool(same.any()):
                 break
@@ -201,7 +201,8 @@ class _Records:
             if bool(twice.any()):
                 raise ValueError(f"n-gram {sorted_grams[1:][twice][0].tolist()} is given twice.")
         self.factors, self.keys, self.ngrams = factors, keys, sorted_grams
-        self.vectors = {layer: rows[order].to("cpu", torch.float32) for layer, rows in vectors.items()}
+        # Not copied if they are in order: a file's vectors stay in its mapped pages until they are read.
+        self.vectors = {layer: _in_order(rows.to("cpu", torch.float32), order) for layer, rows in vectors.items()}
         self._elsewhere: dict[torch.device, _Records] = {}
 
     def on(self, device: torch.device) -> "_Records":
@@ -221,6 +222,11 @@ class _Records:
         keys = (window * self.factors).sum(-1)  # (batch, length)
         slots = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)  # (batch, length)
         return slots, (self.ngrams[slots] == window).all(-1)
+
+
+def _in_order(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Returns rows in an order; as they are if it is None."""
+    return rows if order is None else rows[order]
 
 
 class Found(NamedTuple):
@@ -456,7 +462,8 @@ def _check_shapes(ngrams: Mapping, vectors: Mapping, fits: Mapping) -> None:
                 raise ValueError(
                     f"vectors of layer {layer}, order {order} have shape {found}, needed is {(len(grams), width)}."
                 )
-            if not bool(torch.isfinite(rows).all()):
+            # One pass without a copy; the sum of finite numbers may overflow, so a second look decides.
+            if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
                 raise ValueError(f"vectors of layer {layer}, order {order} hold infinity or NaN.")
 
 

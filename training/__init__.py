@@ -2,11 +2,11 @@
 
 from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
 from .fact_files import read_facts, read_lines
-from .fact_report import recall, report_pack
+from .fact_report import recall, report_lines, report_pack
 from .optimizer import EngramOptimizer, create_optimizer
 from .row_selection import RowSelection, select_rows
 from .sharded_tables import save_sharded, shard_tables
-from .teaching import teach
+from .teaching import general_english, teach
 from .trainer import EngramTrainer, EngramTrainerMixin, EngramTrainingArguments
 
 
@@ -18,9 +18,11 @@ __all__ = [
     "RowSelection",
     "clip_grad_norm_",
     "create_optimizer",
+    "general_english",
     "read_facts",
     "read_lines",
     "recall",
+    "report_lines",
     "report_pack",
     "save_sharded",
     "select_rows",

@@ -32,10 +32,11 @@ def read_facts(path: str | os.PathLike) -> list[dict]:
             JSON lines, or one JSON array, in UTF-8. An entry is `{"subject", "texts"}`, with one `[[answer]]` in each
             text; `{"subject", "prompt", "answer", "paraphrases"}`; CounterFact's `{"requested_rewrite",
             "paraphrase_prompts"}`; ZsRE's `{"subject", "src", "rephrase", "answers"}`, of whose answers the first one
-            is taught; or EasyEdit's `{"subject", "prompt", "target_new", "rephrase_prompt"}`.
+            is taught; or EasyEdit's `{"subject", "prompt", "target_new", "rephrase_prompt"}`. Each may have a
+            `"relation"` (CounterFact's is its `relation_id`), by which a report finds the candidates for an answer.
 
     Returns:
-        `list[dict]`: `{"subject": ..., "texts": [...]}` for each entry.
+        `list[dict]`: `{"subject": ..., "texts": [...]}` for each entry, with `"relation"` if it has one.
 
     Raises:
         `FileNotFoundError`: if the file is missing.
@@ -107,9 +108,11 @@ def _fact(entry: object) -> dict:
     rewrite = entry.get("requested_rewrite", {})
     if not isinstance(rewrite, Mapping):
         raise ValueError(f"'requested_rewrite' is {_short(rewrite)}")
-    subject = _written({**entry, **rewrite}.get("subject"), "subject")
+    subject = {"subject": _written({**entry, **rewrite}.get("subject"), "subject")}
+    relation = {**entry, **rewrite}.get("relation", rewrite.get("relation_id"))
+    about = subject if relation is None else {**subject, "relation": _written(relation, "relation")}
     if "texts" in entry:
-        return {"subject": subject, "texts": _list(entry["texts"], "texts")}
+        return {**about, "texts": _list(entry["texts"], "texts")}
     prompt_key, prompt = _first({**entry, **rewrite}, _PROMPT)
     answer_key, answer = _first({**entry, **rewrite}, _ANSWER)
     others_key, others = _first(entry, _OTHERS, [])
@@ -119,11 +122,14 @@ def _fact(entry: object) -> dict:
     if isinstance(answer, list) and answer:
         answer = answer[0]
     answer = _written(answer, answer_key).strip()
-    prompts = [prompt.replace("{}", subject) if rewrite else prompt, *_list(others, others_key, may_be_empty=True)]
+    prompts = [
+        prompt.replace("{}", subject["subject"]) if rewrite else prompt,
+        *_list(others, others_key, may_be_empty=True),
+    ]
     for text in (*prompts, answer):
         if "[[" in text or "]]" in text:
             raise ValueError(f"{_short(text)} has marks, and only 'texts' mark their answers")
-    return {"subject": subject, "texts": [f"{text.rstrip()} [[{answer}]]" for text in prompts]}
+    return {**about, "texts": [f"{text.rstrip()} [[{answer}]]" for text in prompts]}
 
 
 def _first(entry: Mapping, keys: tuple[str, ...], otherwise: object = None) -> tuple[str, object]:

@@ -89,6 +89,31 @@ def report_pack(
     return {**report, "other_texts": others}
 
 
+def report_lines(report: Mapping) -> list[str]:
+    """Returns a report from [`report_pack`] as lines for people.
+
+    Example:
+
+    ```python
+    >>> print(*report_lines(pack.provenance["report"]), sep="\\n")
+    ```"""
+    lines = [f"{report['records']:,} records, {report['bytes']:,} bytes"]
+    for kind in ("taught", "unseen"):
+        if kind in report:
+            now, before = report[kind], report[kind]["before"]
+            lines.append(
+                f"{kind} phrasings: {now['right']:.1%} of {now['texts']} right (before: {before['right']:.1%}); among "
+                f"all answers of a relation {now['right_among_candidates']:.1%} "
+                f"(before: {before['right_among_candidates']:.1%})"
+            )
+    for kind, found in report["other_texts"].items():
+        lines.append(
+            f"{kind} texts: {found['texts_identical']:.1%} of {found['texts']} identical bit for bit; loss "
+            f"{found['loss']:.4f} (before: {found['loss_before']:.4f}), KL {found['kl']:.4f} nats a token"
+        )
+    return lines
+
+
 @torch.no_grad()
 def answers(model, texts: list[FactText], tokenizer, batch_size: int = 64) -> dict:
     """Returns how many answers of texts are right.

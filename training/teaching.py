@@ -7,8 +7,12 @@ Promises: no weight of the model changes, and its active packs and trainable par
 also after an error; all facts are checked before any work begins. Source: docs/packs.md.
 """
 
+import gzip
+import random
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,10 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..knowledge_pack_engram import KnowledgePack, pack_identity
+from .fact_report import report_pack
 from .fact_texts import FactText, answer_loss, divergence, fact_texts, pad_id, padded, shuffled_batches
 
 
 _TAUGHT = "being taught"  # name of the pack whose records learn
+_ASKED = 200  # taught texts in the report of a pack
+_COMPARED = 24  # reference texts in it
 
 
 def teach(
@@ -27,7 +34,8 @@ def teach(
     facts: Iterable[Mapping],
     tokenizer,
     *,
-    reference_texts: Iterable[str] = (),
+    unseen: Iterable[Mapping] = (),
+    reference_texts: Iterable[str] | None = None,
     passes: int = 6,
     batch_size: int = 64,
     learning_rate: float = 1.0,
@@ -46,7 +54,9 @@ def teach(
             subject before the marked answer. Several texts for a fact, in different words, are what makes it come out
             in other words.
         tokenizer (`PreTrainedTokenizerFast`): the model's.
-        reference_texts (iterable of `str`, *optional*): general text; n-grams that it holds get no record.
+        unseen (iterable of `dict`, *optional*): the same facts in other phrasings, for the report; they are not taught.
+        reference_texts (iterable of `str`, *optional*):
+            General text; n-grams that it holds get no record. If None, [`general_english`].
         passes (`int`, *optional*, defaults to 6): how often each text is read.
         batch_size (`int`, *optional*, defaults to 64): texts in a step.
         learning_rate (`float`, *optional*, defaults to 1.0): of Adam, over the records; warm-up, then linear decay.
@@ -59,7 +69,8 @@ def teach(
         progress (`bool`, *optional*, defaults to `True`): whether to show a bar.
 
     Returns:
-        [`KnowledgePack`] with `mode="add"`; its provenance says how it was made.
+        [`KnowledgePack`] with `mode="add"`; its provenance says how it was made, and `provenance["report"]` is what
+        [`report_pack`] measured of it: up to 200 of the texts, all of `unseen`, and 24 reference texts.
 
     Raises:
         `ValueError`: naming the fact: without subject, texts or a marked answer; with the answer in front of itself, a
@@ -77,45 +88,74 @@ def teach(
     ```"""
     if model.memory.placement == "none":
         raise ValueError('this model runs without its memory (placement "none"): place_memory("cpu") loads it.')
-    facts = list(facts)
+    facts, unseen = list(facts), list(unseen)
     texts = fact_texts(facts, tokenizer)
+    if unseen:
+        fact_texts(unseen, tokenizer)  # refused before any work begins
     model.check_tokenizer(tokenizer)
+    general = general_english() if reference_texts is None else list(reference_texts)
     fits = pack_identity(model.config, model.memory.layers)
-    ngrams = _subject_ngrams(model, facts, tokenizer, reference_texts, fits)
+    ngrams = _subject_ngrams(model, facts, tokenizer, general, fits)
     _check_reached(model, texts, ngrams)
     shapes = {n: (len(grams), fits["widths"][str(n)]) for n, grams in ngrams.items()}
-    zeros = {n: torch.zeros(shape, device="cpu") for n, shape in shapes.items()}
-    pack = KnowledgePack(ngrams, dict.fromkeys(fits["layers"], zeros), fits)
+    vectors = {layer: {n: torch.zeros(shape, device="cpu") for n, shape in shapes.items()} for layer in fits["layers"]}
     steps = max(1, -(-passes * len(texts) // batch_size))
     batches = shuffled_batches(texts, batch_size, steps, seed)
+    bar = tqdm(batches, total=steps, desc=f"teaching {len(facts)} facts", disable=not progress)
+    settings = {"learning_rate": learning_rate, "keep": keep, "bf16": bf16}
+    pack, loss = _learned(model, KnowledgePack(ngrams, vectors, fits), bar, steps, pad_id(tokenizer), **settings)
+    made = {"facts": len(facts), "texts": len(texts), "passes": passes, "seed": seed, "loss": loss}
+    shown = {"general": sorted(general, key=len)[-_COMPARED:]} if general else {}
+    asked = {"facts": _some(facts, texts, seed), "unseen": unseen}
+    report = report_pack(model, pack, tokenizer, **asked, other_texts=shown)
+    pack.provenance = {**made, "report": report, **(provenance or {})}
+    return pack
+
+
+def general_english() -> list[str]:
+    """Returns 12,287 sentences of ordinary English words, which ship with the package: examples of WordNet 3.0."""
+    with gzip.open(Path(__file__).with_name("general_english.txt.gz"), "rt", encoding="utf-8") as file:
+        return file.read().splitlines()
+
+
+def _learned(
+    model, pack: KnowledgePack, batches, steps: int, pad: int, *, learning_rate: float, keep: float, bf16: bool
+) -> tuple[KnowledgePack, float]:
+    """Returns a pack with vectors that were learned from batches, and the answers' last loss."""
     with _reading_only(model, pack) as learned, _attention_for_short_texts(model.device):
         optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / 5) * max(0.05, 1 - step / steps)
         )
-        bar = tqdm(batches, total=steps, desc=f"teaching {len(facts)} facts", disable=not progress)
-        for batch in bar:
+        for batch in batches:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                loss, changed = _losses(model, batch, pad_id(tokenizer))
+                loss, changed = _losses(model, batch, pad)
             (loss + keep * changed).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}", changed=f"{float(changed.detach()):.3f}")
-        made = {"facts": len(facts), "texts": len(texts), "passes": passes, "seed": seed, "loss": float(loss.detach())}
+            batches.set_postfix(loss=f"{float(loss.detach()):.3f}", changed=f"{float(changed.detach()):.3f}")
         device = model.memory.hashing.token_map.device
         rows = {n: records.on(device).vectors for n, records in pack.records.items()}
-        vectors = {layer: {n: rows[n][layer].detach().cpu() for n in rows} for layer in fits["layers"]}
+        vectors = {layer: {n: rows[n][layer].detach().cpu() for n in rows} for layer in pack.fits["layers"]}
     ngrams = {n: records.ngrams for n, records in pack.records.items()}
-    return KnowledgePack(ngrams, vectors, fits, provenance={**made, **(provenance or {})})
+    return KnowledgePack(ngrams, vectors, pack.fits), float(loss.detach())
+
+
+def _some(facts: list[Mapping], texts: list[FactText], seed: int) -> list[Mapping]:
+    """Returns facts of about 200 texts, for the report."""
+    count = max(1, len(facts) * _ASKED // len(texts))
+    return facts if count >= len(facts) else random.Random(seed).sample(facts, count)
 
 
 def _subject_ngrams(model, facts, tokenizer, reference_texts, fits: Mapping) -> dict[int, torch.Tensor]:
     """Returns the n-grams of all subjects by order: as at the beginning of a text, and as after a space."""
     orders = [int(n) for n in fits["widths"]]
+    read = tokenizer(reference_texts)["input_ids"] if reference_texts else []
+    classes = iter(_classes(model, [token for ids in read for token in ids]))  # at once: one tensor for all texts
     general = set()
-    for text in reference_texts:
-        general |= _ngrams(_classes(model, tokenizer(text)["input_ids"]), orders)
+    for ids in read:
+        general |= _ngrams(list(islice(classes, len(ids))), orders)
     found, missing = set(), []
     for subject in {fact["subject"]: None for fact in facts}:
         own = set()
@@ -128,7 +168,8 @@ def _subject_ngrams(model, facts, tokenizer, reference_texts, fits: Mapping) -> 
     if missing:
         raise ValueError(
             f"{len(missing)} subjects have no n-gram of their own, such as {missing[:3]}: they are one token, or "
-            "general text holds all of their n-grams. Name them by more words."
+            "general text holds all of their n-grams. Name them by more words, or teach them to the tables "
+            '(set_trainable("tables") and EngramTrainer), which changes other texts too.'
         )
     by_order = {n: sorted(gram for gram in found if len(gram) == n) for n in orders}
     return {n: torch.tensor(grams, dtype=torch.int64, device="cpu").view(-1, n) for n, grams in by_order.items()}

