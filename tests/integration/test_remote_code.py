@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+from ..packs import classes_of, ngrams_in, pack_of
 from .forked import Forked
 
 
@@ -93,6 +94,39 @@ def test_without_the_package_the_folders_own_code_is_used(run, saved, tmp_path):
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["engram_trainable"] == "memory", "kept for whoever trains it, though nothing is trained here"
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "again").glob("*.py")}
+
+
+PACK_SCRIPT = """
+import json, sys
+folder, pack = sys.argv[1], sys.argv[4]
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = torch.arange(3, 20).repeat(2, 1)
+name = model.load_memory(pack)
+with torch.no_grad():
+    read = model(ids, memory_names=[name, None]).logits.double().abs().sum((1, 2)).tolist()
+try:
+    model.teach([], None)
+except ImportError as error:
+    print(json.dumps({"read": read, "active": model.active_memories, "error": str(error)}))
+"""
+
+
+def test_the_folders_own_code_reads_a_pack(run, tiny_engram, tmp_path):
+    model = tiny_engram(trained=True)
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.arange(3, 20)
+    pack = pack_of(model, ngrams_in(classes_of(model, ids))).save(tmp_path / "people.engram-pack.safetensors")
+    done = run(tmp_path / "saved", "block", "trust", str(pack), script=PACK_SCRIPT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    model.load_memory(pack)
+    with torch.no_grad():
+        here = model(ids.repeat(2, 1), memory_names=["people", None]).logits.double().abs().sum((1, 2))
+    assert result["active"] == ["people"] and result["read"] == pytest.approx(here.tolist(), rel=1e-9)
+    assert abs(result["read"][0] - result["read"][1]) > 1
+    assert "teaching facts" in result["error"]
 
 
 def test_with_the_package_installed_but_not_imported_remote_code_still_works(run, saved, tmp_path):
