@@ -246,7 +246,7 @@ def read_delta_header(path: str | os.PathLike) -> DeltaHeader:
         raise EngramFormatError(f"'{path}' cannot be read ({error}): copy it again.") from error
     if metadata.get("kind") not in (KIND, OLD_KIND) or metadata.get("version") != VERSION:
         raise EngramFormatError(
-            f"'{path}' is no memory delta of version {VERSION} (kind {metadata.get('kind')!r}, version "
+            f"'{path}' is not a memory delta of version {VERSION} (kind {metadata.get('kind')!r}, version "
             f"{metadata.get('version')!r}): name a file that save_memory_delta wrote, or upgrade this package."
         )
     try:

@@ -166,7 +166,7 @@ def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | 
             )
         return Path(donor, subfolder)
     if os.sep in str(donor) and str(donor).count("/") != 1 or str(donor).startswith("."):
-        raise FileNotFoundError(f"donor '{donor}' is no folder, and no Hub id of the form 'owner/name'.")
+        raise FileNotFoundError(f"donor '{donor}' is neither a folder nor a Hub id of the form 'owner/name'.")
     inside = subfolder.strip("/") + "/" if subfolder.strip("/") else ""
 
     def fetch(names: list[str], revision: str | None) -> Path:

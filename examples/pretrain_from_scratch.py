@@ -1,7 +1,7 @@
 """Trains a small language model with a memory from nothing, beside the same model without one.
 
 Shows the paper's settings: tables by Adam at 5 times the learning rate and without weight decay, a convolution that
-starts at zero, everything trained. A table of zeros is no graft here, only a start: backbone and memory grow together.
+starts at zero, everything trained: backbone and memory grow together.
 
 Run: python -m examples.pretrain_from_scratch --max-steps 200
 """

@@ -65,7 +65,7 @@ SECONDS_TO_WAIT = 10.0
 def checkpoint_in(folder: Path) -> str | None:
     """Returns what a folder's own weights are, as its `config.json` says; an adapter does not count.
 
-    "delta" is another checkpoint's weights and a memory delta; "whole" is a whole checkpoint; None is no Engram
+    "delta" is another checkpoint's weights and a memory delta; "whole" is a whole checkpoint; None is not an Engram
     checkpoint.
 
     Raises:

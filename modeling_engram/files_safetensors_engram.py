@@ -187,7 +187,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         _check_layout(entries)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise EngramFormatError(
-            f"'{path}' is no complete safetensors file ({error}): it is truncated or damaged. "
+            f"'{path}' is not a complete safetensors file ({error}): it is truncated or damaged. "
             "Copy or download it again."
         ) from error
     expected = 8 + length + max((entry.end for entry in entries.values()), default=0)
@@ -255,14 +255,14 @@ def read_index(folder: Path, name: str = INDEX_NAME) -> dict[str, str]:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{folder}' has no {name}: it is no Engram checkpoint, or a save was interrupted. Save it again, or "
+            f"'{folder}' has no {name}: it is not an Engram checkpoint, or a save was interrupted. Save it again, or "
             "graft a donor with `engram graft DONOR OUT`."
         )
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         entries = list(weight_map.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EngramFormatError(f"'{path}' is no checkpoint index ({error}): restore it.") from error
+        raise EngramFormatError(f"'{path}' is not a checkpoint index ({error}): restore it.") from error
     for name, file_name in entries:
         if not isinstance(file_name, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", file_name, re.ASCII):
             raise EngramFormatError(

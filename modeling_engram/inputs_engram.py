@@ -2,7 +2,7 @@
 
 Promises: every input that would read a wrong row is refused, where checking is cheap (values are checked in eager mode;
 on an accelerator only before passes of more than one token). Never changes an input.
-Source: docs/design.md, "Pads and other positions that are no text" and "Documents packed into one row".
+Source: docs/design.md, "Pads and other positions that are not text" and "Documents packed into one row".
 """
 
 import torch
@@ -23,7 +23,7 @@ def checked_text_ids(input_ids, inputs_embeds, engram_input_ids) -> torch.Tensor
     if ids is None:
         raise ValueError(
             "the memory is addressed by token ids, and inputs_embeds has none: pass engram_input_ids beside it, of "
-            "shape (batch, length), with -1 where a position is no text."
+            "shape (batch, length), with -1 where a position is not text."
         )
     _check_integers(ids, name)
     if ids.ndim != 2 or 0 in ids.shape:

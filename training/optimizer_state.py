@@ -17,7 +17,7 @@ def check_state(optimizer, state_dict: dict) -> None:
         `ValueError`: if it does not belong to this optimizer.
     """
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= set(state_dict):
-        raise ValueError('this is no optimizer state: needed is a dict with "state" and "param_groups".')
+        raise ValueError('this is not an optimizer state: needed is a dict with "state" and "param_groups".')
     mine, saved = optimizer.param_groups, state_dict["param_groups"]
     if [_outline(group) for group in mine] != [_outline(group) for group in saved]:
         raise ValueError(

@@ -174,11 +174,11 @@ class EngramTrainerMixin:
         elif isinstance(resume_from_checkpoint, (str, os.PathLike)) and not _is_whole(Path(resume_from_checkpoint)):
             if not Path(resume_from_checkpoint).is_dir():
                 raise FileNotFoundError(
-                    f"'{resume_from_checkpoint}' is no folder: name a checkpoint, or True for the last whole one."
+                    f"'{resume_from_checkpoint}' is not a folder: name a checkpoint, or True for the last whole one."
                 )
             raise ValueError(
-                f"'{resume_from_checkpoint}' is no whole checkpoint (no readable {TRAINER_STATE_NAME}): its save was "
-                "interrupted. resume_from_checkpoint=True takes the last whole one."
+                f"'{resume_from_checkpoint}' is not a whole checkpoint (no readable {TRAINER_STATE_NAME}): its save "
+                "was interrupted. resume_from_checkpoint=True takes the last whole one."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -32,10 +32,10 @@ class Recipe:
     """What is trained, and how.
 
     Args:
-        memory (`dict`, *optional*): fields of EngramConfig; None is no memory.
+        memory (`dict`, *optional*): fields of EngramConfig; None for no memory.
         table_lr (`float`): learning rate of tables.
         dense_lr (`float`): learning rate of the memory's other weights.
-        lora_lr (`float`, *optional*): learning rate of LoRA; None is no LoRA.
+        lora_lr (`float`, *optional*): learning rate of LoRA; None for no LoRA.
         lora_rank (`int`): its rank; its alpha is twice that.
         passes (`int`): times that the text is read.
         batch (`int`): sequences in a step.

@@ -19,7 +19,7 @@ It is ordinary memory behind PyTorch's PrivateUse1 key, and every operator is th
 | `steps` | copies, operators, events and waits in order, with their streams |
 
 A view counts its own elements, not its storage. A copy that changes the type counts the bytes of the side that is the
-device: CUDA converts on the host, either way. What operators do on the device is no copy. A CPU index of a device
+device: CUDA converts on the host, either way. What operators do on the device is not a copy. A CPU index of a device
 tensor is brought over and counted; any other CPU tensor of more than one number beside a device's is an error, as on
 CUDA. `device.late_copies()`, `pinning_fails()` and `total_memory(bytes)` stand for what goes wrong elsewhere.
 

@@ -202,7 +202,7 @@ class EngramCase(StockCase):
         )
 
     def test_sdpa_can_dispatch_non_composite_models(self):
-        # As for a model that is no composite: otherwise it would be skipped. V4 has no such attention to dispatch to.
+        # As for a model that is not composite: otherwise it would be skipped. V4 has no such attention to dispatch to.
         self._is_composite = not self.backbone.base_model_class._supports_sdpa
         super().test_sdpa_can_dispatch_non_composite_models()
 

@@ -37,7 +37,7 @@ def repository_files() -> list[Path]:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
     )
     if listed.returncode:
-        pytest.skip("this is no git checkout, so which files belong to the repository is unknown")
+        pytest.skip("this is not a git checkout, so which files belong to the repository is unknown")
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
 
 
@@ -61,6 +61,16 @@ def test_a_module_is_short_enough_to_read(path):
 def test_no_file_has_a_name_that_says_nothing():
     vague = [named(p) for p in repository_files() if set(re.split(r"[_\W]", p.stem.lower())) & VAGUE]
     assert vague == []
+
+
+def test_a_thing_is_not_another_thing_rather_than_no_other_thing():
+    """Plain English: "there is no file" stays, and what was called "no file" is "not a file"."""
+    idiom = re.compile(r"(?<!there )\b(?:is|are|was) no (?!longer\b|more\b)[a-z]", re.IGNORECASE)
+    listed = [path for path in repository_files() if path.suffix in (".py", ".md") and path.name != "CHANGELOG.md"]
+    found = [
+        named(path) for path in listed if idiom.search(path.read_text(encoding="utf-8")) and path != Path(__file__)
+    ]
+    assert found == []
 
 
 def test_travelling_files_say_whose_they_are():

@@ -1,7 +1,7 @@
 """Kinds of attention: a memory reads the same whichever kernel its backbone attends with.
 
 Logits are compared to 1e-5 in float32 (the plain backbone's own difference between kinds is up to 5e-6), at positions
-that are no pads; tokens exactly. Flex attention runs in its eager form: the C++ that torch 2.13 makes of it for a CPU
+that are not pads; tokens exactly. Flex attention runs in its eager form: the C++ that torch 2.13 makes of it for a CPU
 does not compile, with the plain backbone either.
 
 Run: pytest tests/integration/test_attention_kinds.py
@@ -203,7 +203,7 @@ def test_a_mask_of_four_dimensions_goes_with_one_of_two_for_the_memory(kind, ids
     causal = torch.ones(15, 15, dtype=torch.bool).tril() & mask[:, None, None, :].bool()  # (batch, 1, length, length)
     causal |= torch.eye(15, dtype=torch.bool)  # a pad attends to itself: a row without any would be nan
     additive = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
-    # Positions from the first token that is no pad, as the model counts them for a mask of two dimensions.
+    # Positions from the first token that is not a pad, as the model counts them for a mask of two dimensions.
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = model(ids, attention_mask=mask, position_ids=positions).logits
     found = model(ids, attention_mask=additive, engram_attention_mask=mask, position_ids=positions).logits

@@ -1,4 +1,4 @@
-"""What a forward pass is given for the memory: masks, positions that are no text, any split into chunks, odd caches.
+"""What a forward pass is given for the memory: masks, positions that are not text, any split into chunks, odd caches.
 
 Every way of generating on every backbone is in test_matrix.py. Logits are compared to 1e-5 in float32.
 Run: pytest tests/integration/test_generation.py

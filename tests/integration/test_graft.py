@@ -179,7 +179,7 @@ def test_what_is_in_use_or_no_donor_is_refused(donor_folder, tmp_path):
         graft(folder, out, [1], **FIELDS)
     with pytest.raises(ValueError, match="already has an Engram memory"):
         graft(out, tmp_path / "again", [1], **FIELDS)
-    with pytest.raises(FileNotFoundError, match="no folder, and no Hub id"):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id"):
         graft(tmp_path / "nowhere" / "at all", tmp_path / "again", [1], **FIELDS)
     with pytest.raises(ValueError, match=r"engram_layer_ids=\[1, 9\].*layers 0..3"):
         graft(folder, tmp_path / "again", [1, 9], **FIELDS)

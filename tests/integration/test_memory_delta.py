@@ -193,7 +193,7 @@ DAMAGES = {
     "no safetensors": (lambda path: path.write_bytes(b"no file of ours, and long enough"), "no complete safetensors"),
     "no delta": (lambda path: rewritten(path, kind="something"), "no memory delta of version 1"),
     "of a later version": (lambda path: rewritten(path, version="2"), r"version '2'.*upgrade"),
-    "digests that are no JSON": (lambda path: rewritten(path, digests="{"), "damaged header"),
+    "digests that are not JSON": (lambda path: rewritten(path, digests="{"), "damaged header"),
     "of another base": (lambda path: rewritten(path, base_sha256="0" * 64), "has other rows or weights"),
     "rows too high": (
         lambda path: rewritten(path, lambda held: held[f"{NAME}.rows"].add_(10**6)),

@@ -1,4 +1,4 @@
-"""Text models of multimodal configurations, and positions that are no text: image embeddings under ids of -1.
+"""Text models of multimodal configurations, and positions that are not text: image embeddings under ids of -1.
 
 What a memory adds is taken from its layers by a hook. Compared with the same text without images, exactly in what the
 memory adds, and to 1e-5 in float32 in logits that attention cannot have changed.
@@ -154,7 +154,7 @@ def test_a_whole_multimodal_model_is_refused_with_what_to_do(name, tiny_tokenize
     assert not (tmp_path / "graft").exists()
 
 
-# Positions that are no text.
+# Positions that are not text.
 
 
 @torch.no_grad()

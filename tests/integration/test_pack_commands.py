@@ -193,7 +193,7 @@ REFUSED = {
     "is a file, so": ["merge", "{a}", "{b}", "--out", "{a}/new"],
     "Choose conflicts='sum'": ["merge", "{a}", "{b}", "{a}", "--out", "{d}/new"],
     "conflicts='all' must be one of": ["merge", "{a}", "--out", "{d}/new", "--conflicts", "all"],
-    "is no complete safetensors file": ["show", "{t}/config.json"],
+    "is not a complete safetensors file": ["show", "{t}/config.json"],
     "is missing from": ["merge", "{a}", "{d}/none", "--out", "{d}/new"],
     "holds no tokenizer that can be read": ["show", "{a}", "--tokenizer", "{d}"],
     "its n-grams would be shown as other words": ["show", "{a}", "--tokenizer", "{o}"],

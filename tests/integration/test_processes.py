@@ -209,7 +209,7 @@ def test_ranks_that_are_not_alike_are_stopped_on_both_sides(pair, change, said):
 
 
 def left_to_ddp(wrap: bool) -> tuple[int, int, list[str]]:
-    """Values of parameters that DDP takes, of those that are no table's, and the names of its buffers."""
+    """Values of parameters that DDP takes, of those that are not a table's, and the names of its buffers."""
     model = small_model()
     wrapped = model
     if wrap:

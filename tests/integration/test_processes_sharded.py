@@ -94,7 +94,7 @@ def test_rows_and_gradients_travel_to_whom_they_belong(trio, case, dtype, repeat
         assert torch.equal(values, table[requests[rank]])
         assert all(bounds[rank] <= row < bounds[rank + 1] for row in rows.tolist())
         got[rows] += gradient
-    torch.testing.assert_close(got, expected / ranks, rtol=1e-6, atol=0)  # a third is no binary number
+    torch.testing.assert_close(got, expected / ranks, rtol=1e-6, atol=0)  # a third is not a binary number
     asked = {row for own in requests for row in own}
     assert {row for row, values in enumerate(got) if bool(values.any())} == asked
 

@@ -219,7 +219,7 @@ def test_a_run_killed_in_a_save_goes_on_from_the_last_whole_checkpoint(
     assert there == ["checkpoint-2", "checkpoint-4"]
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert "checkpoint-4' was not written to its end" in caplog.text
-    with pytest.raises(ValueError, match=r"checkpoint-4' is no whole checkpoint.*last whole one"):
+    with pytest.raises(ValueError, match=r"checkpoint-4' is not a whole checkpoint.*last whole one"):
         train(loaded(saved), dataset, tmp_path, resume=str(tmp_path / "checkpoint-4"))
     model = loaded(saved)
     train(model, dataset, tmp_path, resume=True)
@@ -257,7 +257,7 @@ def test_no_whole_checkpoint_is_an_error(saved, dataset, tmp_path):
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{")
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         train(loaded(saved), dataset, tmp_path, resume=True)
-    with pytest.raises(FileNotFoundError, match="checkpoint-4' is no folder"):
+    with pytest.raises(FileNotFoundError, match="checkpoint-4' is not a folder"):
         train(loaded(saved), dataset, tmp_path, resume=str(tmp_path / "checkpoint-4"))
 
 

@@ -215,7 +215,7 @@ def test_accumulation_equals_the_larger_batch(tiny_engram, dataset, arguments):
 
 @pytest.fixture
 def uneven():
-    """Texts with 1 to 19 labels each, so that a mean of means is no mean."""
+    """Texts with 1 to 19 labels each, so that a mean of means is not a mean."""
     generator = torch.Generator().manual_seed(2)
     entries = []
     for index, text in enumerate(torch.randint(3, 300, (24, 20), generator=generator)):

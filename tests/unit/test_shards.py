@@ -125,7 +125,7 @@ def sparse_folder(tmp_path):
 
 
 def test_zeros_take_no_disk(sparse_folder):
-    """100 MB of zeros, as a `ZeroTensor` and as 8 MB of ordinary ones, beside a control that is no zeros."""
+    """100 MB of zeros, as a `ZeroTensor` and as 8 MB of ordinary ones, beside a control that is not zeros."""
     rows = ZeroTensor((25_000_000,), torch.float32)
     write_shard(sparse_folder / "holes.safetensors", {"rows": rows, "zeros": torch.zeros(2_000_000)})
     write_shard(sparse_folder / "control.safetensors", {"ones": torch.ones(2_000_000)})
@@ -335,7 +335,7 @@ def test_an_index_names_plain_safetensors_files_only(file_name, tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "{}", '{"weight_map": []}', '{"weight_map": "a"}', "\udcff"])
 def test_what_is_no_index_is_refused(text, tmp_path):
     (tmp_path / INDEX_NAME).write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(EngramFormatError, match=r"is no checkpoint index .*restore it"):
+    with pytest.raises(EngramFormatError, match=r"is not a checkpoint index .*restore it"):
         read_index(tmp_path)
 
 
