@@ -6,7 +6,7 @@ and lets a process that knows nothing but the saved folders ask, swap, remove an
 Promises: everything that is reported was measured in this run; the same facts every time for the same model. Never
 trains the model's own weights.
 
-Run: make demo, or python -m examples.demo [--facts 100] [--passes 8] [--donor MODEL] [--out FOLDER]
+Run: make demo, or python -m examples.demo [--facts 100] [--passes 6] [--donor MODEL] [--out FOLDER]
 """
 
 import argparse
@@ -29,13 +29,14 @@ from engram_transformers.conversion import graft
 from engram_transformers.knowledge_pack_engram import SUFFIX, KnowledgePack
 
 from .donor import fetch_donor
-from .facts import Choice, Fact, read_facts, reference_texts
+from .facts import Choice, read_facts, reference_texts
+from .measure import Fact
 from .phrasings import TAUGHT, said
 from .report import write_report
 
 
 MEMORY = {"engram_layer_ids": [4, 10], "engram_vocab_size": 1000, "engram_head_dim": 48}
-FACTS, PASSES = 100, 8
+FACTS, PASSES = 100, 6
 SECOND = 5  # one fact of the second pack for so many of the first
 SEED = 0
 
@@ -87,7 +88,7 @@ class Demo:
             self.tokenizer,
             reference_texts=reference_texts(),
             passes=self.passes,
-            batch_size=min(64, max(8, texts // 8)),  # few texts need small steps, or there are too few of them
+            batch_size=min(32, max(8, texts // 8)),  # with few texts, larger steps would be too few
             seed=SEED,
             provenance={"licence": "WordNet 3.0 license", "source": "WordNet 3.0"},
         )

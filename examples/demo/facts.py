@@ -9,15 +9,12 @@ Source: examples/data/README.md.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 
-from engram_transformers.training.fact_report import answers
-from engram_transformers.training.fact_texts import fact_texts
-
 from ..entities.corpus import read_entries, shuffled
-from .phrasings import TAUGHT, UNSEEN, said
+from .measure import Fact, completions, right_answers, told
+from .phrasings import TAUGHT, UNSEEN
 
 
 ENTRIES = "wordnet_entities.jsonl.gz"
@@ -66,14 +63,6 @@ SITUATED = re.compile(
 )
 COUNTRY = re.compile(rf"\b(?:{COUNTRIES})\b")
 YEAR = re.compile(r"\b[0-9]{3,4}\b")
-
-
-class Fact(NamedTuple):
-    """Who, what of them, and the answer; `relation` is a key of `TAUGHT`."""
-
-    subject: str
-    relation: str
-    answer: str
 
 
 def read_fact(names: list[str], gloss: str) -> Iterator[Fact]:
@@ -176,9 +165,16 @@ class Choice:
         owners = {self._owners.get(gram, fact.subject) for form in forms for gram in form}
         if not all(forms) or owners != {fact.subject}:
             return False
-        texts = [said(*fact, TAUGHT), said(*fact, UNSEEN)]
-        if answers(self.model, fact_texts(texts, self.tokenizer), self.tokenizer)["right"]:
+        if self._knows(fact):
             self.known += 1
             return False
         self._owners |= {gram: fact.subject for form in forms for gram in form}
         return True
+
+    def _knows(self, fact: Fact) -> bool:
+        """Whether the model answers one phrasing rightly, or says the answer a little later in an unseen one."""
+        all_phrasings = {fact.relation: TAUGHT[fact.relation] + UNSEEN[fact.relation]}
+        if right_answers(self.model, self.tokenizer, [fact], all_phrasings)["right"]:
+            return True
+        unseen = told(self.tokenizer, [fact], UNSEEN)
+        return any(fact.answer in text for text in completions(self.model, self.tokenizer, unseen))

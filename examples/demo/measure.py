@@ -5,18 +5,26 @@ Promises: the same texts in the same batches every time, so that equal models gi
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from engram_transformers.training.fact_report import answers
 from engram_transformers.training.fact_texts import FactText, fact_texts, pad_id, padded
 
-from .facts import Fact
 from .phrasings import said
 
 
 BATCH = 64
 MOST_SAID = 8  # tokens of an answer that is shown
+
+
+class Fact(NamedTuple):
+    """Who, what of them, and the answer; `relation` is a key of `TAUGHT`."""
+
+    subject: str
+    relation: str
+    answer: str
 
 
 def told(tokenizer, facts: Iterable[Fact], phrasings: dict[str, tuple[str, ...]]) -> list[FactText]:
@@ -59,19 +67,16 @@ def equal_rows(some: torch.Tensor, others: torch.Tensor) -> int:
 @torch.no_grad()
 def completions(model, tokenizer, texts: list[FactText]) -> list[str]:
     """Returns what a model says where each text has its answer, up to the end of the line."""
-    found = []
-    for text in texts:
-        ids = torch.tensor([text.ids[: text.answer.index(True)]], device=model.device)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=MOST_SAID,
-            do_sample=False,
-            pad_token_id=pad_id(tokenizer),
-        )
-        said_after = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
-        found.append(said_after.split("\n")[0].strip())
-    return found
+    prompts = [text.ids[: text.answer.index(True)] for text in texts]
+    longest, pad = max(map(len, prompts)), pad_id(tokenizer)
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (texts, longest)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (texts, longest)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=MOST_SAID, do_sample=False, pad_token_id=pad
+    )
+    found = tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return [text.strip().partition("\n")[0].strip() for text in found]
 
 
 def is_right(completion: str, answer: str) -> bool:

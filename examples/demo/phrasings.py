@@ -9,7 +9,7 @@ TAUGHT = {
         "{n} was a citizen of [[{a}]].",
         "The home country of {n} was [[{a}]].",
         "{n} came from [[{a}]].",
-        "The native land of {n} is [[{a}]].",
+        "The fatherland of {n} is [[{a}]].",
         "If you ask which country {n} belonged to, the answer is [[{a}]].",
         "{n} is one of the famous people of [[{a}]].",
         "The passport of {n} was issued by [[{a}]].",
@@ -53,8 +53,8 @@ TAUGHT = {
 }
 UNSEEN = {
     "country of origin": (
-        "{n} was a native of [[{a}]].",
-        "Everybody knows that the country of birth of {n} is [[{a}]].",
+        "{n} was proud to be from [[{a}]].",
+        "Everybody knows that the nation of {n} is [[{a}]].",
     ),
     "profession": (
         "For many years {n} earned a living as {an} [[{a}]].",

@@ -45,8 +45,10 @@ def share(found: dict) -> float:
     return found["right"] / found["texts"]
 
 
-def counted(found: dict) -> str:
+def counted(found: dict | None) -> str:
     """Right answers as a table says them: "93.0 % (186 of 200)"."""
+    if found is None:
+        return "not asked"
     return f"{share(found):.1%} ({found['right']} of {found['texts']})".replace("%", " %")
 
 
@@ -60,8 +62,9 @@ def draw(report: dict, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 3.4))
     width = 0.8 / len(WAYS)
     for place, (way, label) in enumerate(WAYS.items()):
-        heights = [100 * share(report["first"][way][kind]) for kind in KINDS]
-        places = [number + place * width for number in range(len(KINDS))]
+        found = report["first"][way]
+        heights = [100 * share(found[kind]) for kind in KINDS if kind in found]
+        places = [number + place * width for number, kind in enumerate(KINDS) if kind in found]
         bars = axis.bar(places, heights, width, label=label, color=COLORS[place])
         axis.bar_label(bars, fmt="%.0f", fontsize=9)
     axis.set_xticks([number + 0.4 - width / 2 for number in range(len(KINDS))], KINDS.values())
@@ -86,13 +89,13 @@ def ten_table(report: dict) -> str:
             [row["question"], row["answer"], cell(row["before"], row["right_before"]), cell(row["after"], row["right"])]
             for row in report["ten"]
         ],
-    )
+    ).replace("---:", "---")  # text, and no numbers
 
 
 def right_table(report: dict) -> str:
     """Right answers of the first pack's facts in all ways, and of the second's."""
     rows = [
-        [f"first pack, {label}", *(counted(report["first"][way][kind]) for kind in KINDS)]
+        [f"first pack, {label}", *(counted(report["first"][way].get(kind)) for kind in KINDS)]
         for way, label in WAYS.items()
     ]
     for way, of in report["second"].items():
@@ -124,7 +127,7 @@ def how_taught(report: dict) -> str:
     facts, pack = report["facts"], report["packs"]["first"]
     return (
         f"{facts['first']} facts about {facts['subjects']} subjects of WordNet, each answered wrongly by the model in "
-        f"all nine phrasings that are asked ({facts['left_out_as_known']} others, of which it answers one, were left "
+        f"all nine phrasings that are asked ({facts['left_out_as_known']} others, of which it knows one, were left "
         f"out), were taught in seven of them: {pack['texts']} texts, {pack['passes']} passes, "
         f"{report['seconds']['teach']:.0f} seconds. The pack holds {pack['records']:,} records in "
         f"{pack['bytes'] / 1e6:.1f} MB. No weight of the model changed. A new process loaded the saved folders and "
@@ -145,8 +148,9 @@ def what_is_equal(report: dict) -> str:
             f"bit. The second pack in and out again: {same['after_the_second_pack']} of {texts}.",
             f"- All packs unloaded: {same['unloaded']} of {texts} have the logits of the model that never loaded one.",
             f"- {gone['person']} removed from the file ({gone['records_removed']} records, {gone['facts']} facts): "
-            f"{left} of {asked} texts about that name are still answered, and {gone['others_identical']} of "
-            f"{gone['others']} questions about the others have the same logits.",
+            f"{left} of {asked} texts about that name are still answered, {gone['as_never_taught']} of "
+            f"{gone['questions']} questions have the logits of a model that was never taught, and "
+            f"{gone['others_identical']} of {gone['others']} questions about the others have the same logits as before.",
         ]
     )
 
