@@ -1,9 +1,9 @@
 """Facts of the shipped WordNet entries, and the choice of those that a model does not know.
 
 What it chooses: an entry gives a fact only where a regular expression reads it without doubt, and where one entry alone
-has the subject's name. A fact is taken if the model answers it wrongly in every phrasing, taught and unseen. No two
-subjects share an n-gram, so each one's records are its own. Promises: the same facts for the same model and data.
-Source: examples/data/README.md.
+has the subject's name. A fact is taken if the model answers it wrongly in every phrasing, taught and unseen. A name
+ends in an n-gram that general text lacks, and no two names share one, so each one's records are its own. Promises: the
+same facts for the same model and data. Source: examples/data/README.md.
 """
 
 import re
@@ -99,23 +99,27 @@ def read_facts() -> list[Fact]:
 
 
 def reference_texts() -> list[str]:
-    """Returns general text, whose n-grams are to get no record: what held-out entries say of their subjects."""
-    return [e["text"].partition(":")[2].strip() for e in read_entries(ENTRIES) if e["split"] == "held_out"]
+    """Returns general text, whose n-grams are to get no record: what the entries say of their subjects."""
+    return [entry["text"].partition(":")[2].strip() for entry in read_entries(ENTRIES)]
 
 
-def ngrams(model, tokenizer, texts: Iterable[str]) -> set[tuple[int, ...]]:
-    """Returns the pairs and triples of token classes in texts."""
-    hashing, found = model.memory.hashing, set()
+def ngrams(model, tokenizer, texts: Iterable[str]) -> Iterator[tuple[int, ...]]:
+    """Yields the pairs and triples of token classes in texts, in their order."""
+    hashing = model.memory.hashing
     for text in texts:
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
         classes = hashing.compress(ids.to(hashing.token_map.device))[0].tolist()
-        found |= {tuple(classes[i : i + n]) for n in (2, 3) for i in range(len(classes) - n + 1)}
-    return found
+        yield from (tuple(classes[end - n : end]) for end in range(2, len(classes) + 1) for n in (3, 2) if n <= end)
+
+
+def written(subject: str) -> tuple[str, str]:
+    """Returns a name as it stands at the beginning of a text, and as after a space."""
+    return subject, " " + subject
 
 
 def subject_ngrams(model, tokenizer, subject: str) -> set[tuple[int, ...]]:
-    """Returns the n-grams inside a name, at the beginning of a text and after a space."""
-    return ngrams(model, tokenizer, (subject, " " + subject))
+    """Returns the n-grams inside a name."""
+    return set(ngrams(model, tokenizer, written(subject)))
 
 
 class Choice:
@@ -134,7 +138,7 @@ class Choice:
         self.model, self.tokenizer, self.known = model, tokenizer, 0
         facts = list(facts)
         self._queues = {relation: iter([fact for fact in facts if fact.relation == relation]) for relation in TAUGHT}
-        self._general = ngrams(model, tokenizer, reference_texts())
+        self._general = set(ngrams(model, tokenizer, reference_texts()))
         self._owners: dict[tuple[int, ...], str] = {}
 
     def take(self, count: int) -> Iterator[Fact]:
@@ -158,17 +162,18 @@ class Choice:
             )
 
     def _fits(self, fact: Fact) -> bool:
-        """Whether a name has n-grams of its own, which it then owns, and the model answers nothing of the fact."""
+        """Whether a name ends in an n-gram of its own, which it then owns, and the model does not know the fact."""
         forms = [
-            ngrams(self.model, self.tokenizer, [form]) - self._general for form in (fact.subject, " " + fact.subject)
-        ]
-        owners = {self._owners.get(gram, fact.subject) for form in forms for gram in form}
-        if not all(forms) or owners != {fact.subject}:
+            [None, *ngrams(self.model, self.tokenizer, [form])] for form in written(fact.subject)
+        ]  # None: too short
+        own = set().union(*forms) - self._general - {None}
+        others = {self._owners.get(gram, fact.subject) for gram in own} - {fact.subject}
+        if others or not own.issuperset(form[-1] for form in forms):
             return False
         if self._knows(fact):
             self.known += 1
             return False
-        self._owners |= {gram: fact.subject for form in forms for gram in form}
+        self._owners |= dict.fromkeys(own, fact.subject)
         return True
 
     def _knows(self, fact: Fact) -> bool:

@@ -150,7 +150,7 @@ def what_is_equal(report: dict) -> str:
             f"- {gone['person']} removed from the file ({gone['records_removed']} records, {gone['facts']} facts): "
             f"{left} of {asked} texts about that name are still answered, {gone['as_never_taught']} of "
             f"{gone['questions']} questions have the logits of a model that was never taught, and "
-            f"{gone['others_identical']} of {gone['others']} questions about the others have the same logits as before.",
+            f"{gone['others_identical']} of {gone['others']} questions about the others keep their logits.",
         ]
     )
 
