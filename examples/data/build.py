@@ -1,4 +1,4 @@
-"""The demo's two texts, made from a Debian package and an npm package.
+"""The examples' two texts, made from a Debian package and an npm package.
 
 `wordnet_entities.jsonl.gz` holds WordNet's named entities (instance synsets: people, places, battles) with their
 glosses; `factbook.jsonl.gz` holds prose of some countries of the World Factbook, the domain in which harm is measured.
