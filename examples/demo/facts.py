@@ -9,6 +9,7 @@ same facts for the same model and data. Source: examples/data/README.md.
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
@@ -18,6 +19,7 @@ from .phrasings import TAUGHT, UNSEEN
 
 
 ENTRIES = "wordnet_entities.jsonl.gz"
+AHEAD = 8  # facts that are asked at once, because that costs as little as one
 
 # Nationalities of the entries, and the countries that answer; none that takes an article.
 _NATIONS = """
@@ -136,10 +138,10 @@ class Choice:
 
     def __init__(self, model, tokenizer, facts: Iterable[Fact]):
         self.model, self.tokenizer, self.known = model, tokenizer, 0
-        facts = list(facts)
-        self._queues = {relation: iter([fact for fact in facts if fact.relation == relation]) for relation in TAUGHT}
         self._general = set(ngrams(model, tokenizer, reference_texts()))
         self._owners: dict[tuple[int, ...], str] = {}
+        facts = list(facts)
+        self._queues = {name: self._unknown([fact for fact in facts if fact.relation == name]) for name in TAUGHT}
 
     def take(self, count: int) -> Iterator[Fact]:
         """Yields `count` facts that were not yielded before.
@@ -150,7 +152,7 @@ class Choice:
         given = 0
         while given < count and self._queues:
             for relation in list(self._queues)[: count - given]:
-                fact = next(filter(self._fits, self._queues[relation]), None)
+                fact = next(self._queues[relation], None)
                 if fact is None:
                     del self._queues[relation]
                     continue
@@ -161,25 +163,31 @@ class Choice:
                 f"{count} facts are needed, and the entries hold {given} more that the model does not know."
             )
 
-    def _fits(self, fact: Fact) -> bool:
-        """Whether a name ends in an n-gram of its own, which it then owns, and the model does not know the fact."""
-        forms = [
-            [None, *ngrams(self.model, self.tokenizer, [form])] for form in written(fact.subject)
-        ]  # None: too short
-        own = set().union(*forms) - self._general - {None}
-        others = {self._owners.get(gram, fact.subject) for gram in own} - {fact.subject}
-        if others or not own.issuperset(form[-1] for form in forms):
-            return False
-        if self._knows(fact):
-            self.known += 1
-            return False
-        self._owners |= dict.fromkeys(own, fact.subject)
-        return True
+    def _unknown(self, facts: list[Fact]) -> Iterator[Fact]:
+        """Yields facts that the model does not know; their names then own their n-grams."""
+        named = filter(self._own_ngrams, facts)
+        while ahead := list(islice(named, AHEAD)):
+            unseen = told(self.tokenizer, ahead, UNSEEN)
+            later = completions(self.model, self.tokenizer, unseen)
+            each = len(unseen) // len(ahead)
+            for number, fact in enumerate(ahead):
+                own = self._own_ngrams(fact)  # another name may own them by now
+                if own and self._knows(fact, later[each * number : each * (number + 1)]):
+                    self.known += 1
+                elif own:
+                    self._owners |= dict.fromkeys(own, fact.subject)
+                    yield fact
 
-    def _knows(self, fact: Fact) -> bool:
+    def _own_ngrams(self, fact: Fact) -> set[tuple[int, ...]]:
+        """Returns the n-grams of a name; none if it does not end in one of its own, or another name owns one."""
+        forms = [[None, *ngrams(self.model, self.tokenizer, [form])] for form in written(fact.subject)]
+        own = set().union(*forms) - self._general - {None}
+        free = all(self._owners.get(gram, fact.subject) == fact.subject for gram in own)
+        return own if free and own.issuperset(form[-1] for form in forms) else set()
+
+    def _knows(self, fact: Fact, later: list[str]) -> bool:
         """Whether the model answers one phrasing rightly, or says the answer a little later in an unseen one."""
-        all_phrasings = {fact.relation: TAUGHT[fact.relation] + UNSEEN[fact.relation]}
-        if right_answers(self.model, self.tokenizer, [fact], all_phrasings)["right"]:
+        if any(fact.answer in text for text in later):
             return True
-        unseen = told(self.tokenizer, [fact], UNSEEN)
-        return any(fact.answer in text for text in completions(self.model, self.tokenizer, unseen))
+        all_phrasings = {fact.relation: TAUGHT[fact.relation] + UNSEEN[fact.relation]}
+        return right_answers(self.model, self.tokenizer, [fact], all_phrasings)["right"] > 0

@@ -5,6 +5,7 @@ Promises: every number comes from the run's measurements. Never rounds in JSON.
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -60,14 +61,15 @@ def identical_texts(found: dict) -> str:
 def draw(report: dict, path: Path) -> None:
     """One bar for each kind of phrasing and each way."""
     figure, axis = plt.subplots(figsize=(8, 3.4))
-    width = 0.8 / len(WAYS)
+    width, middles = 0.8 / len(WAYS), {kind: [] for kind in KINDS}
     for place, (way, label) in enumerate(WAYS.items()):
-        found = report["first"][way]
-        heights = [100 * share(found[kind]) for kind in KINDS if kind in found]
-        places = [number + place * width for number, kind in enumerate(KINDS) if kind in found]
-        bars = axis.bar(places, heights, width, label=label, color=COLORS[place])
+        found = {kind: report["first"][way][kind] for kind in KINDS if kind in report["first"][way]}
+        places = [list(KINDS).index(kind) + place * width for kind in found]
+        for kind, middle in zip(found, places, strict=True):
+            middles[kind].append(middle)
+        bars = axis.bar(places, [100 * share(of) for of in found.values()], width, label=label, color=COLORS[place])
         axis.bar_label(bars, fmt="%.0f", fontsize=9)
-    axis.set_xticks([number + 0.4 - width / 2 for number in range(len(KINDS))], KINDS.values())
+    axis.set_xticks([mean(own) for own in middles.values()], KINDS.values())
     axis.set_ylim(0, 108)
     axis.set_ylabel(f"right answers, % ({report['facts']['first']} facts)")
     axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(WAYS), frameon=False)

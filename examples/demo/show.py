@@ -158,18 +158,23 @@ def show(folder: Path, progress: Progress) -> dict:
         },
         "factbook": factbook,
         "removed": removed,
-        "ten": [  # of the first ten facts
-            {
-                "question": question,
-                "answer": fact.answer,
-                "before": was,
-                "after": now,
-                "right_before": is_right(was, fact.answer),
-                "right": is_right(now, fact.answer),
-            }
-            for fact, (question, was), (_, now) in zip(shown.first, said_before, said_after, strict=False)
-        ],
+        "ten": side_by_side(shown.first, said_before, said_after),
     }
+
+
+def side_by_side(facts: list[Fact], before: list[tuple[str, str]], after: list[tuple[str, str]]) -> list[dict]:
+    """Questions about the first facts with what was said to them, as the report shows them."""
+    return [
+        {
+            "question": question,
+            "answer": fact.answer,
+            "before": was,
+            "after": now,
+            "right_before": is_right(was, fact.answer),
+            "right": is_right(now, fact.answer),
+        }
+        for fact, (question, was), (_, now) in zip(facts, before, after, strict=False)
+    ]
 
 
 def main(folder: str) -> None:
