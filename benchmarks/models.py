@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import engram_transformers  # noqa: F401 (registers the grafts' model type)
-from examples.demo.corpus import read_entries, shuffled
+from examples.entities.corpus import read_entries, shuffled
 
 from .command import CannotMeasure
 

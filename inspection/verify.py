@@ -65,7 +65,7 @@ def verify_checkpoint(
     ```python
     >>> from engram_transformers.inspection import verify_checkpoint
 
-    >>> all(finding.ok for finding in verify_checkpoint("runs/demo/checkpoint"))
+    >>> all(finding.ok for finding in verify_checkpoint("runs/demo/graft"))
     True
     ```"""
     folder = Path(folder)

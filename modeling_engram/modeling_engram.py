@@ -40,7 +40,7 @@ class EngramModel(EngramPreTrainedModel):
     >>> import engram_transformers
     >>> from transformers import AutoModel
 
-    >>> model = AutoModel.from_pretrained("runs/demo/checkpoint")
+    >>> model = AutoModel.from_pretrained("runs/demo/graft")
     ```"""
 
     def __init__(
@@ -99,7 +99,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     >>> import engram_transformers
     >>> from transformers import AutoModelForCausalLM
 
-    >>> model = AutoModelForCausalLM.from_pretrained("runs/demo/checkpoint")
+    >>> model = AutoModelForCausalLM.from_pretrained("runs/demo/graft")
     ```"""
 
     def __init__(

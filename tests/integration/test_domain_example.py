@@ -55,4 +55,3 @@ def test_every_run_is_made_once_and_the_tables_have_every_way(tmp_path, donor, m
     for way in ("donor", "memory", "control: its rows shuffled", "control: one row a head", "LoRA at 0.0005"):
         assert f"| {way} |" in shown
     assert f"memory + LoRA at {runs.best:g}" in shown and "| 0.5 | 250 |" in shown
-    assert "| nats a token | donor | memory | control" in publish.in_short(runs)

@@ -1,4 +1,4 @@
-"""Text of the demo: what the memory is taught, what it is asked, and what it must leave alone.
+"""Text of the example: what the memory is taught, what it is asked, and what it must leave alone.
 
 Promises: the same windows on every machine; held-out entries share no key with training entries. Never downloads.
 Source: examples/data/README.md.

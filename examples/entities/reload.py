@@ -1,6 +1,6 @@
-"""The demo's last step, run as a process of its own: load the saved folder by its path alone, and answer.
+"""The last step, run as a process of its own: load the saved folder by its path alone, and answer.
 
-Usage: python -m examples.demo.reload CHECKPOINT < prompts.json > answers.json
+Usage: python -m examples.entities.reload CHECKPOINT < prompts.json > answers.json
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Settings of the demo, chosen by measurement (docs/design.md, "Settings of the demo")."""
+"""Settings, chosen by measurement (docs/design.md, "Settings of a table that learns entities")."""
 
 from dataclasses import dataclass
 

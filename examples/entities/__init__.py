@@ -1,0 +1,1 @@
+"""A memory of hashed tables that is taught a list of named entities."""
