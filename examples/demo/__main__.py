@@ -133,7 +133,11 @@ def run(donor, out: Path, count: int, passes: int) -> dict:
         **shown,
         "facts": {"first": len(first), "second": len(second), "subjects": len(often), "left_out_as_known": known},
         "packs": {
-            name: {"records": len(made), "bytes": (out / f"{name}{SUFFIX}").stat().st_size, **made.provenance}
+            name: {
+                "records": len(made),
+                "bytes": (out / f"{name}{SUFFIX}").stat().st_size,
+                **{key: value for key, value in made.provenance.items() if key != "report"},
+            }
             for name, made in (("first", pack), ("second", other))
         },
         "seconds": demo.seconds,
