@@ -6,7 +6,7 @@ and lets a process that knows nothing but the saved folders ask, swap, remove an
 Promises: everything that is reported was measured in this run; the same facts every time for the same model. Never
 trains the model's own weights.
 
-Run: make demo, or python -m examples.demo [--facts 100] [--passes 6] [--donor MODEL] [--out FOLDER]
+Run: make demo, or python -m examples.demo [--facts 100] [--passes 8] [--donor MODEL] [--out FOLDER]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from .report import write_report
 
 
 MEMORY = {"engram_layer_ids": [4, 10], "engram_vocab_size": 1000, "engram_head_dim": 48}
-FACTS, PASSES = 100, 6
+FACTS, PASSES = 100, 8
 SECOND = 5  # one fact of the second pack for so many of the first
 SEED = 0
 
@@ -77,7 +78,9 @@ class Demo:
         """Returns the facts of both packs, and how many were left out because the model knows them."""
         choice = Choice(self.model, self.tokenizer, read_facts())
         first = list(choice.take(self.count))
-        return first, list(choice.take(max(1, self.count // SECOND))), choice.known
+        named = {fact.subject for fact in first}
+        others = (fact for fact in choice.take(self.count) if fact.subject not in named)
+        return first, list(islice(others, max(1, self.count // SECOND))), choice.known
 
     def teach(self, name: str, facts: list[Fact]) -> KnowledgePack:
         """Teaches facts and saves their pack."""
