@@ -5,6 +5,7 @@ Run: pytest tests/integration/test_examples.py
 """
 
 import ast
+import json
 import re
 import runpy
 import sys
@@ -19,7 +20,7 @@ from engram_transformers import EngramForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("__init__", "texts"))
-MOST_LINES = 80
+MOST_LINES = 90
 
 WORDS = ["sea", "ship", "town", "siege", "river", "king", "stone", "road"]
 NEW = [f"{one} of {two}: the {one} that the {two} has taken from the {three}" for one, two, three in zip(
@@ -136,6 +137,16 @@ def test_finetune_trl_trains_adapter_and_memory_and_loads_both(run, donor, new, 
         f"{path.name} ({path.stat().st_size:,} bytes)" in printed for path in tmp_path.glob("out/adapter/*.saf*")
     )
     run("finetune_trl", "--out", tmp_path / "out", *settings)  # the graft is there already
+
+
+def test_packs_per_user_reads_a_pack_for_each_row(run, donor, tmp_path):
+    """Answers are for the real model: random weights learn none."""
+    printed = run(
+        "packs_per_user", "--model", donor, "--out", tmp_path / "o", "--users", 5, "--adapters", 3, "--passes", 1
+    )
+    found = json.loads(printed.splitlines()[-1])
+    assert len(list((tmp_path / "o").glob("user*.engram-pack.safetensors"))) == 5
+    assert found["bytes a pack"] > 0 and found["with packs"] > 0 and found["with adapters"] > 0
 
 
 # What a reader may expect of each.
