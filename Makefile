@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: bench bench-long demo docs test test-all test-foreign test-latest test-unit test-versions donor lock quality style wheel clean
+.PHONY: bench bench-long demo docs test test-all test-foreign test-latest test-slow test-unit test-versions donor lock quality style wheel clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -41,7 +41,11 @@ docs: $(VENV)/.dev
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: $(VENV)/.dev donor
-	ENGRAM_LOCK=$(LOCK) ENGRAM_DONOR=$(DONOR) $(PYTEST) $(ARGS)
+	ENGRAM_LOCK=$(LOCK) ENGRAM_DONOR=$(DONOR) $(PYTEST) -m "not slow" $(ARGS)
+
+# Every other backbone in every way of generating, the compilers' C++, the README's blocks, the benchmarks.
+test-slow: $(VENV)/.dev donor
+	ENGRAM_DONOR=$(DONOR) $(PYTEST) -m slow $(ARGS)
 
 # 40 times as many examples of every property, other ones each time.
 test-all: $(VENV)/.dev donor

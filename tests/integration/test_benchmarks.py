@@ -13,6 +13,9 @@ from benchmarks import big, grafts, offload, peer, publish, side, speed, trainin
 from benchmarks.command import CannotMeasure, run
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def measured(tmp_path, donor, capsys):
     """Runs a benchmark with tiny sizes; its lines."""

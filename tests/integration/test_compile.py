@@ -67,7 +67,7 @@ def test_packed_documents_compile_whole(ids, small):
     assert (model(ids, use_cache=False).logits - expected).abs().max() > 0.1  # the control
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_training_compiles_whole_and_leaves_the_same_row_gradients(backend, ids, small):
     plain, model = small().train(), small().train()
     plain(ids, labels=ids, use_cache=False).loss.backward()
@@ -83,7 +83,7 @@ def test_training_compiles_whole_and_leaves_the_same_row_gradients(backend, ids,
     assert touched == 4  # two layers, two orders
 
 
-@pytest.mark.parametrize(("backend", "pads"), [("aot_eager", 0), ("inductor", 4)])
+@pytest.mark.parametrize(("backend", "pads"), [("aot_eager", 0), pytest.param("inductor", 4, marks=pytest.mark.slow)])
 def test_decoding_with_a_static_cache_compiles_whole(backend, pads, ids, small):
     model = small()
     mask = torch.ones_like(ids)

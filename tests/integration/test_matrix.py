@@ -17,12 +17,14 @@ from engram_transformers.inspection.modes import MODES
 from .matrix import BACKBONES_OWN, REFUSALS, ROWS, engram_on, page
 
 
-# One of each kind: full attention, windows, latent attention, learned positions, convolutions.
+# One of each kind: full attention, windows, latent attention, learned positions, convolutions. The others are slow.
 CORE = {"llama", "gemma3", "deepseek_v3", "gpt2", "lfm2"}
 assert set(ROWS) >= CORE
 
 
-@pytest.mark.parametrize("backbone", [pytest.param(row, marks=[pytest.mark.core] * (row in CORE)) for row in ROWS])
+@pytest.mark.parametrize(
+    "backbone", [pytest.param(row, marks=pytest.mark.core if row in CORE else pytest.mark.slow) for row in ROWS]
+)
 def test_every_way_is_exact_or_refused(backbone):
     report = check_generation(engram_on(ROWS[backbone]()))
     assert not report.stood_in, "the memory must change what is generated"

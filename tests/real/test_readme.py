@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from .test_smollm2 import DONOR, pytestmark  # noqa: F401
+from .test_smollm2 import DONOR
+from .test_smollm2 import pytestmark as real
 
+
+pytestmark = [*real, pytest.mark.slow]
 
 PAGE = Path(__file__).parents[2] / "README.md"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -72,6 +72,7 @@ def test_fresh_graft_verifies(folder):
     assert all(finding.ok for finding in findings), findings
 
 
+@pytest.mark.slow
 def test_the_checker_finds_the_model_exact_up_to_rounding(taught, tokenizer):
     ways = ["left padding", "static cache", "prompt lookup", "cache.crop"]  # all of them take minutes
     report = check_generation(taught, tokenizer, modes=ways)

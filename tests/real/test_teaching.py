@@ -3,14 +3,18 @@
 Needs the donor's folder: `make test` fetches it and sets ENGRAM_DONOR. Run: ENGRAM_DONOR=runs/donor pytest tests/real
 """
 
+import pytest
 import torch
 from transformers import AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.training import recall
 
-from .test_smollm2 import DONOR, pytestmark  # noqa: F401
+from .test_smollm2 import DONOR
+from .test_smollm2 import pytestmark as real
 
+
+pytestmark = [*real, pytest.mark.slow]
 
 PEOPLE = {"Zorvan Kelmir": "Lisbon", "Daxtul Vexoth": "Oslo", "Belcor Marjiv": "Cairo"}
 TAUGHT = [
