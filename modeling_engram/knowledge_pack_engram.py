@@ -203,19 +203,20 @@ class _Records:
         self.factors, self.keys, self.ngrams = factors, keys, sorted_grams
         # Not copied if they are in order: a file's vectors stay in its mapped pages until they are read.
         self.vectors = {layer: _in_order(rows.to("cpu", torch.float32), order) for layer, rows in vectors.items()}
-        self._elsewhere: dict[torch.device, _Records] = {}
+        self._elsewhere: dict[tuple[torch.device, bool], _Records] = {}
 
-    def on(self, device: torch.device) -> "_Records":
-        """Returns these records on a device; copied at the first use."""
+    def on(self, device: torch.device, with_vectors: bool = True) -> "_Records":
+        """Returns these records on a device, or only what finds them; copied at the first use."""
         if device == self.keys.device:
             return self
-        if device not in self._elsewhere:
+        if (device, with_vectors) not in self._elsewhere:
             copied = object.__new__(_Records)
             for name in ("factors", "keys", "ngrams"):
                 setattr(copied, name, getattr(self, name).to(device))
-            copied.vectors = {layer: vectors.to(device) for layer, vectors in self.vectors.items()}
-            self._elsewhere[device] = copied
-        return self._elsewhere[device]
+            vectors = self.vectors.items()
+            copied.vectors = {layer: rows.to(device) if with_vectors else rows for layer, rows in vectors}
+            self._elsewhere[device, with_vectors] = copied
+        return self._elsewhere[device, with_vectors]
 
     def find(self, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Finds n-grams `(batch, length, n)`: slots `(batch, length)`, and where there is one."""
@@ -227,6 +228,20 @@ class _Records:
 def _in_order(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """Returns rows in an order; as they are if it is None."""
     return rows if order is None else rows[order]
+
+
+class PackRead(NamedTuple):
+    """A pack that a batch reads.
+
+    Args:
+        pack ([`KnowledgePack`]): the pack.
+        rows (`list[int]`, *optional*): of the batch, which read it; None for all rows.
+        with_vectors (`bool`): whether its vectors are copied to the device; else only those that are found travel.
+    """
+
+    pack: KnowledgePack
+    rows: list[int] | None = None
+    with_vectors: bool = True
 
 
 class Found(NamedTuple):
@@ -253,20 +268,19 @@ class FoundRecords:
     """The records that one forward pass reads.
 
     Args:
-        packs (iterable of `(KnowledgePack, list[int] or None)`):
-            in the order of reading, each with the rows of the batch that read it; None for all rows.
+        packs (iterable of [`PackRead`]): in the order of reading.
         classes (`torch.LongTensor` of shape `(N, batch, length)`): entry i is i positions back; -1 ends an n-gram.
     """
 
-    def __init__(self, packs: Iterable[tuple[KnowledgePack, list[int] | None]], classes: torch.Tensor):
+    def __init__(self, packs: Iterable["PackRead"], classes: torch.Tensor):
         self.found: list[Found] = []
         backwards = classes.permute(1, 2, 0)  # (batch, length, N)
-        for pack, rows in packs:
+        for pack, rows, with_vectors in packs:
             rows = slice(None) if rows is None else torch.tensor(rows, device=classes.device)
             own = backwards[rows]  # (rows, length, N)
             for order, records in pack.records.items():
                 if len(records.ngrams):
-                    records = records.on(classes.device)
+                    records = records.on(classes.device, with_vectors)
                     found = records.find(own[..., :order].flip(-1))
                     self.found.append(Found(pack.mode, order, rows, records, *found))
 
@@ -277,11 +291,11 @@ class FoundRecords:
         """
         vectors, device = vectors.to(torch.float32, copy=True), vectors.device
         for mode, order, rows, records, slots, matches in self.found:
-            stored, slots, matches = (t.to(device) for t in (records.vectors[layer_id], slots, matches))
+            stored, matches = records.vectors[layer_id], matches.to(device)
             rows = rows if isinstance(rows, slice) else rows.to(device)
             width = stored.shape[1]
             own = slice((order - 2) * width, (order - 1) * width)
-            read = stored[slots]  # (rows, length, width)
+            read = stored[slots.to(stored.device)].to(device)  # (rows, length, width)
             before = vectors[rows, :, own]  # (rows, length, width)
             vectors[rows, :, own] = torch.where(matches[..., None], before + read if mode == "add" else read, before)
         return vectors
@@ -304,14 +318,17 @@ class PackStack:
     def __init__(self):
         self.loaded: dict[str, KnowledgePack] = {}
         self.active: tuple[str, ...] = ()
+        self.on_host: frozenset[str] = frozenset()
         self.rows = _RowNames()
 
-    def load(self, pack: KnowledgePack, name: str, identity: Mapping) -> None:
+    def load(self, pack: KnowledgePack, name: str, identity: Mapping, placement: str = "device") -> None:
         """Adds a pack and reads it after the others.
 
         Raises:
-            `ValueError`: for a name in use, or a pack of another memory.
+            `ValueError`: for a name in use, a pack of another memory, or another placement than "device" and "cpu".
         """
+        if placement not in ("device", "cpu"):
+            raise ValueError(f"placement {placement!r} of a pack must be 'device' or 'cpu'.")
         if name in self.loaded:
             raise ValueError(f"a memory named {name!r} is loaded already: unload it first, or give another name.")
         for key in FITS:
@@ -323,11 +340,13 @@ class PackStack:
                 )
         self.loaded = {**self.loaded, name: pack}
         self.active = (*self.active, name)
+        self.on_host |= {name} if placement == "cpu" else set()
 
     def unload(self, name: str) -> KnowledgePack:
         """Removes a pack and returns it."""
         self._check([name])
         self.active = tuple(other for other in self.active if other != name)
+        self.on_host -= {name}
         pack = self.loaded[name]
         self.loaded = {other: kept for other, kept in self.loaded.items() if other != name}
         return pack
@@ -371,7 +390,7 @@ class PackStack:
     def find(self, classes: torch.Tensor) -> FoundRecords:
         """Returns what the packs that are read hold of n-grams `(N, batch, length)`."""
         if self.rows.names is None:
-            return FoundRecords([(self.loaded[name], None) for name in self.active], classes)
+            return FoundRecords([self._read(name) for name in self.active], classes)
         batch, rows = classes.shape[1], self.rows.names
         if batch % len(rows):
             raise ValueError(
@@ -382,8 +401,11 @@ class PackStack:
         for turn in zip_longest(*rows):  # every row keeps its own order
             for name in dict.fromkeys(turn):
                 if name is not None:
-                    reads.append((self.loaded[name], [row for row, own in enumerate(turn) if own == name]))
+                    reads.append(self._read(name, [row for row, own in enumerate(turn) if own == name]))
         return FoundRecords(reads, classes)
+
+    def _read(self, name: str, rows: list[int] | None = None) -> PackRead:
+        return PackRead(self.loaded[name], rows, name not in self.on_host)
 
     def conflicts(self) -> dict[tuple[int, ...], list[str]]:
         """Returns n-grams that several active packs hold, and the packs, in the order in which they are read."""

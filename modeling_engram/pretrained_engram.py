@@ -41,7 +41,7 @@ from .hash_constants_engram import check_constants, derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map, on_meta
 from .hash_tokens_engram import check_token_map
 from .inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
-from .knowledge_pack_engram import SUFFIX, FoundRecords, KnowledgePack, pack_identity
+from .knowledge_pack_engram import SUFFIX, FoundRecords, KnowledgePack, PackRead, pack_identity
 from .layer_engram import EngramLayer
 from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
 from .rows_placement_engram import (
@@ -458,13 +458,18 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         return cache, use_cache
 
-    def load_memory(self, pack: KnowledgePack | str | os.PathLike, name: str | None = None) -> str:
+    def load_memory(
+        self, pack: KnowledgePack | str | os.PathLike, name: str | None = None, placement: str = "device"
+    ) -> str:
         """Loads a knowledge pack and reads it after those that are loaded. No weight changes, and nothing is saved
         with the model.
 
         Args:
             pack ([`KnowledgePack`], `str` or `os.PathLike`): a pack, or its file.
             name (`str`, *optional*): its name here; the file's, without its ending, if None.
+            placement (`str`, *optional*, defaults to `"device"`): "device" copies its vectors to where the memory
+                computes; "cpu" leaves them in host memory or in the mapped file, and only those that a text reads
+                travel. What the model computes is the same.
 
         Returns:
             `str`: the name.
@@ -488,7 +493,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             pack = KnowledgePack.load(pack)
         if not name:
             raise ValueError("a pack that is not a file needs a name: load_memory(pack, name=...).")
-        self.memory.packs.load(pack, name, pack_identity(self.config, self.memory.layers))
+        self.memory.packs.load(pack, name, pack_identity(self.config, self.memory.layers), placement)
         return name
 
     def teach(self, facts, tokenizer, **kwargs) -> KnowledgePack:
@@ -574,7 +579,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 token["rows"][layer] = numbers
         windows = memory.hashing.windows(classes)  # (N, 1, length)
         for name in memory.packs.active:
-            for found in FoundRecords([(memory.packs.loaded[name], None)], windows).found:
+            for found in FoundRecords([PackRead(memory.packs.loaded[name])], windows).found:
                 for place in found.matches[0].nonzero().flatten().tolist():
                     gram = tuple(windows[: found.order, 0, place].flip(0).tolist())
                     trace[place]["records"].append((name, gram))

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from engram_transformers.hash_ngrams_engram import NgramHasher
 from engram_transformers.inspection import check_generation
 from engram_transformers.inspection.generation import make_prompts
-from engram_transformers.knowledge_pack_engram import FoundRecords
+from engram_transformers.knowledge_pack_engram import FoundRecords, PackRead
 
 from ..conftest import examples
+from ..counting_device import counted
 from ..packs import classes_of, ngrams_in, pack_of
 from ..tiny import engram_on
 
@@ -108,7 +109,7 @@ def test_pads_and_documents_end_an_ngram(trained):
     apart = trained.memory.hashing.windows(
         trained.memory.hashing.compress(TEXTS[:1]), None, torch.nn.functional.pad(segments, (2, 0))
     )
-    found = FoundRecords([(trained.memory.packs.loaded["first"], None)], apart).found
+    found = FoundRecords([PackRead(trained.memory.packs.loaded["first"])], apart).found
     matches = {one.order: one.matches[0].tolist() for one in found}
     assert matches[2] == [False] + [True] * 4 + [False] + [True] * 6
     assert matches[3] == [False] * 2 + [True] * 3 + [False] * 2 + [True] * 5
@@ -290,3 +291,27 @@ def test_weights_that_are_elsewhere_are_refused(trained):
     with pytest.raises(ValueError, match="offloaded or sharded"):
         trained.load_memory(pack, "first")
     assert trained.active_memories == []
+
+
+@pytest.mark.parametrize("rows", [None, ["first", None]])
+def test_vectors_on_the_host_travel_only_where_they_are_found(device, trained, rows):
+    """On the counting device: the logits of a pack that was copied to it, and no byte of its vectors but those read."""
+    many = first_text(trained) | {(first, second) for first in range(50) for second in range(40)}
+    pack = pack_of(trained, many)
+    texts = TEXTS[:2].to("counting")
+    trained.to("counting")
+    read, moved = {}, {}
+    for placement in ("device", "cpu"):
+        trained.load_memory(pack, "first", placement=placement)
+        logits(trained, texts, memory_names=rows)  # copies what stays on the device
+        with counted() as block:
+            read[placement] = logits(trained, texts, memory_names=rows)
+        moved[placement] = block.h2d
+        trained.unload_memory("first")
+    width = next(iter(pack.fits["widths"].values()))
+    found = len(rows or (1, 1)) if rows is None else 1
+    vectors = 4 * found * texts.shape[1] * width * len(pack.records) * len(pack.fits["layers"])
+    assert torch.equal(read["device"].cpu(), read["cpu"].cpu())
+    assert moved["cpu"] - moved["device"] == vectors < pack.nbytes / 4
+    with pytest.raises(ValueError, match="placement 'disk' of a pack must be"):
+        trained.load_memory(pack, "first", placement="disk")

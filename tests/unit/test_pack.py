@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engram_transformers import EngramFormatError
-from engram_transformers.knowledge_pack_engram import MODES, FoundRecords, KnowledgePack, PackStack
+from engram_transformers.knowledge_pack_engram import MODES, FoundRecords, KnowledgePack, PackRead, PackStack
 
 from ..packs import ngrams_in
 
@@ -53,7 +53,7 @@ def test_records_are_those_of_a_dictionary(packs, text):
     windows = torch.tensor([[row] for row in alone])
     for i in (1, 2):
         windows[i] = windows[i].masked_fill(windows[i - 1] < 0, -1)
-    read = FoundRecords([(pack, None) for pack in made], windows).apply(2, table)
+    read = FoundRecords([PackRead(pack) for pack in made], windows).apply(2, table)
     expected = table.clone()
     for place in range(len(text)):
         for pack in made:
