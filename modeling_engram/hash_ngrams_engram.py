@@ -12,7 +12,7 @@ from torch import nn
 
 from .configuration_engram import EngramFormatError
 from .hash_constants_engram import HashConstants, check_constants, derive_constants
-from .hash_tokens_engram import DEAD, appended_from, token_map_sha256
+from .hash_tokens_engram import DEAD, appended_from, token_map_sha256, without_placeholders
 
 
 # Devices on which a supported PyTorch may round int64 to float32: MPS before PyTorch 2.8.
@@ -25,11 +25,12 @@ def on_meta() -> bool:
 
 
 def identity_map(config) -> torch.Tensor:
-    """Returns the token map of a memory without compression: every id is its own class.
+    """Returns the token map of a memory without compression: every id is its own class, but placeholders are dead.
 
     It has no storage if modules are made so, and cannot be mistaken for the checkpoint's map.
     """
-    return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
+    ids = torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
+    return without_placeholders(ids, config.placeholder_ids)
 
 
 @torch.compiler.assume_constant_result

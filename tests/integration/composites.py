@@ -1,0 +1,225 @@
+"""Tiny random composite models that read text and images, for the golden tokenizer's 4104 ids, and their inputs.
+
+`COMPOSITES[name]()` makes a new configuration; `images_for(model, rows)` makes the arguments that show one image in each
+row. Every image takes four positions, whose ids are `IMAGE`. Text models are those of `backbones.py`, where they are
+the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma4Config,
+    InternVLConfig,
+    Llama4Config,
+    Mistral3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3VLConfig,
+    SmolVLMConfig,
+)
+
+from .backbones import BACKBONES, GROUPED, HEADS, MIXED
+
+
+IMAGE, VIDEO, BEGIN, END = 4102, 4103, 4100, 4101
+TAKES = 4  # positions of an image
+IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": BEGIN, "vision_end_token_id": END}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,  # as many as the language model, so that layers cannot be told apart by their number
+    "num_attention_heads": 2,
+    "initializer_range": 0.1,
+}
+SQUARE = {**VISION, "image_size": 28, "patch_size": 7}
+QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "initializer_range": 0.1,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
+}
+
+
+def gemma3() -> PreTrainedConfig:
+    """An image's positions see each other; windows."""
+    return Gemma3Config(
+        text_config=BACKBONES["gemma3"]().to_dict(),
+        vision_config={"model_type": "siglip_vision_model", **VISION, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=TAKES,
+        boi_token_index=BEGIN,
+        eoi_token_index=END,
+        image_token_index=IMAGE,
+        tie_word_embeddings=True,
+    )
+
+
+def gemma4() -> PreTrainedConfig:
+    """Embeddings of each layer, keys shared by layers, an image's positions that see each other."""
+    text = {**HEADS, **MIXED, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 4104}
+    return Gemma4Config(
+        text_config={**text, "use_bidirectional_attention": "vision", "global_head_dim": 8},
+        vision_config={**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        boi_token_id=BEGIN,
+        eoi_token_id=END,
+        audio_token_id=4099,
+        boa_token_id=4098,
+        eoa_token_index=4097,
+    )
+
+
+def qwen2_5_vl() -> PreTrainedConfig:
+    """Positions of three dimensions, and an offset of them that its module keeps."""
+    return Qwen2_5_VLConfig(
+        text_config={**GROUPED, "rope_parameters": MROPE},
+        vision_config={**QWEN_VISION, "window_size": 16, "fullatt_block_indexes": [1]},
+        **IDS,
+    )
+
+
+def qwen3_vl() -> PreTrainedConfig:
+    """Features of the image are added in the first decoder layers too."""
+    return Qwen3VLConfig(
+        text_config={**HEADS, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        vision_config={**QWEN_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        **IDS,
+    )
+
+
+def qwen3_5() -> PreTrainedConfig:
+    """Gated delta nets beside attention."""
+    return Qwen3_5Config(
+        text_config={**HEADS, **DELTA}, vision_config={**QWEN_VISION, "num_position_embeddings": 16}, **IDS
+    )
+
+
+def qwen3_5_moe() -> PreTrainedConfig:
+    """The same with experts."""
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    sizes = {name: value for name, value in HEADS.items() if name != "intermediate_size"}
+    return Qwen3_5MoeConfig(
+        text_config={**sizes, **DELTA, **experts},
+        vision_config={**QWEN_VISION, "num_position_embeddings": 16},
+        **IDS,
+    )
+
+
+def mistral3() -> PreTrainedConfig:
+    """Mistral with Pixtral."""
+    return Mistral3Config(
+        text_config=BACKBONES["mistral"]().to_dict(),
+        vision_config={"model_type": "pixtral", **SQUARE, "head_dim": 8},
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+
+
+def llama4() -> PreTrainedConfig:
+    """Chunked attention, experts; the language model inside is a whole causal one."""
+    return Llama4Config(
+        text_config={
+            **HEADS,
+            "intermediate_size_mlp": 64,
+            "num_local_experts": 2,
+            "attention_chunk_size": 8,
+            "moe_layers": [1],
+            "no_rope_layers": [1, 0, 1],
+        },
+        vision_config={**SQUARE, "intermediate_size": 64, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        boi_token_index=BEGIN,
+        eoi_token_index=END,
+        image_token_index=IMAGE,
+    )
+
+
+def smolvlm() -> PreTrainedConfig:
+    """Llama with SigLIP."""
+    return SmolVLMConfig(
+        text_config=BACKBONES["llama"]().to_dict(), vision_config=SQUARE, image_token_id=IMAGE, pad_token_id=2
+    )
+
+
+def internvl() -> PreTrainedConfig:
+    """Qwen3 with InternViT."""
+    return InternVLConfig(
+        text_config=BACKBONES["qwen3"]().to_dict(),
+        vision_config={**VISION, "image_size": [28, 28], "patch_size": [7, 7]},
+        image_token_id=IMAGE,
+        image_seq_length=TAKES,
+        tie_word_embeddings=False,
+    )
+
+
+COMPOSITES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma3": gemma3,
+    "gemma4": gemma4,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "mistral3": mistral3,
+    "llama4": llama4,
+    "smolvlm": smolvlm,
+    "internvl": internvl,
+}
+
+
+def composite_donor(name: str, seed: int = 0) -> PreTrainedModel:
+    """A composite model with seeded weights, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(COMPOSITES[name]()).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # a projector of zeros (gemma3) would show no image; biases may be anything
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def with_placeholders(ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Ids `(batch, length)` in which an image with its borders begins at a position."""
+    ids = ids.clone()
+    ids[:, first : first + TAKES + 2] = torch.tensor([BEGIN, *[IMAGE] * TAKES, END])
+    return ids
+
+
+def images_for(name: str, ids: torch.Tensor, seed: int = 0) -> dict:
+    """Arguments that show one image in each row of ids `(batch, length)`; another seed is another image."""
+    generator, rows = torch.Generator().manual_seed(seed), len(ids)
+    kinds = (ids == IMAGE).long()  # (batch, length)
+
+    def pixels(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if name.startswith("qwen"):
+        grid = torch.tensor([[1, 4, 4]] * rows)
+        return {"pixel_values": pixels(rows * 16, 96), "image_grid_thw": grid, "mm_token_type_ids": kinds}
+    if name == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(rows, -1, -1)
+        return {"pixel_values": pixels(rows, 16, 48), "image_position_ids": places, "mm_token_type_ids": kinds}
+    if name == "smolvlm":
+        return {"pixel_values": pixels(rows, 1, 3, 28, 28)}
+    extra = {"gemma3": {"token_type_ids": kinds}, "mistral3": {"image_sizes": torch.tensor([[28, 28]] * rows)}}
+    return {"pixel_values": pixels(rows, 3, 28, 28), **extra.get(name, {})}
