@@ -198,28 +198,29 @@ def composite_donor(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def with_placeholders(ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Ids `(batch, length)` in which an image with its borders begins at a position."""
+def with_image(ids: torch.Tensor, first: int) -> torch.Tensor:
+    """Ids `(..., length)` in which an image with its borders begins at a position."""
     ids = ids.clone()
-    ids[:, first : first + TAKES + 2] = torch.tensor([BEGIN, *[IMAGE] * TAKES, END])
+    ids[..., first : first + TAKES + 2] = torch.tensor([BEGIN, *[IMAGE] * TAKES, END])
     return ids
 
 
-def images_for(name: str, ids: torch.Tensor, seed: int = 0) -> dict:
-    """Arguments that show one image in each row of ids `(batch, length)`; another seed is another image."""
-    generator, rows = torch.Generator().manual_seed(seed), len(ids)
-    kinds = (ids == IMAGE).long()  # (batch, length)
+def images_for(name: str, ids: torch.Tensor, seeds: list[int] | None = None) -> dict:
+    """Arguments that show one image in each row of ids `(batch, length)`: for each row a seed, which is the image."""
+    seeds = list(range(len(ids))) if seeds is None else seeds
+    kinds, rows = (ids == IMAGE).long(), len(seeds)  # (batch, length)
 
     def pixels(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
+        shown = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.cat(shown)  # (rows, ...)
 
     if name.startswith("qwen"):
         grid = torch.tensor([[1, 4, 4]] * rows)
-        return {"pixel_values": pixels(rows * 16, 96), "image_grid_thw": grid, "mm_token_type_ids": kinds}
+        return {"pixel_values": pixels(16, 96).flatten(0, 1), "image_grid_thw": grid, "mm_token_type_ids": kinds}
     if name == "gemma4":
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(rows, -1, -1)
-        return {"pixel_values": pixels(rows, 16, 48), "image_position_ids": places, "mm_token_type_ids": kinds}
+        return {"pixel_values": pixels(16, 48), "image_position_ids": places, "mm_token_type_ids": kinds}
     if name == "smolvlm":
-        return {"pixel_values": pixels(rows, 1, 3, 28, 28)}
+        return {"pixel_values": pixels(1, 3, 28, 28)}
     extra = {"gemma3": {"token_type_ids": kinds}, "mistral3": {"image_sizes": torch.tensor([[28, 28]] * rows)}}
-    return {"pixel_values": pixels(rows, 3, 28, 28), **extra.get(name, {})}
+    return {"pixel_values": pixels(3, 28, 28), **extra.get(name, {})}
