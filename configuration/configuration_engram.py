@@ -461,8 +461,9 @@ def check_composite(composite: PreTrainedConfig) -> None:
             f"the backbone {kind} is an encoder-decoder model: its prompt is read by the encoder, and a memory in the "
             "decoder would never see it. Graft a decoder-only model."
         )
-    placeholders = placeholder_ids(composite)
-    vocabulary = composite.get_text_config(decoder=True).vocab_size
+    text = composite.get_text_config(decoder=True)
+    _refuse_foreign_streams(text)
+    placeholders, vocabulary = placeholder_ids(composite), text.vocab_size
     outside = [token for token in placeholders if token >= vocabulary]
     if outside or not placeholders:
         what = f"names placeholders {outside} outside of the vocabulary of {vocabulary}" if outside else "names none"
@@ -494,14 +495,19 @@ def _check_tokens(config: EngramConfig) -> None:
         )
 
 
+def _refuse_foreign_streams(text_config: PreTrainedConfig) -> None:
+    """Raises ValueError for a backbone whose residual stream no memory fits."""
+    for name, reason in FOREIGN_STREAMS.items():
+        if getattr(text_config, name, None):
+            raise ValueError(
+                f"the backbone {text_config.model_type} has {name}={getattr(text_config, name)}: {reason}. Engram "
+                "needs streams of batch x length x hidden, or batch x length x hc_mult x hidden."
+            )
+
+
 def _check_streams(config: EngramConfig) -> None:
     """Checks that the memory fits the backbone's residual stream."""
-    for name, reason in FOREIGN_STREAMS.items():
-        if getattr(config.text_config, name, None):
-            raise ValueError(
-                f"the backbone {config.text_config.model_type} has {name}={getattr(config.text_config, name)}: "
-                f"{reason}. Engram needs streams of batch x length x hidden, or batch x length x hc_mult x hidden."
-            )
+    _refuse_foreign_streams(config.text_config)
     streams = _backbone_streams(config.text_config)
     if config.engram_hc_mult != streams:
         raise ValueError(

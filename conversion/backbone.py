@@ -127,19 +127,29 @@ def auto_class(config: PreTrainedConfig):
     return AutoModelForImageTextToText
 
 
+def text_class(composite: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Returns the causal class of a composite model's language model.
+
+    Raises:
+        `ValueError`: if Transformers has none.
+    """
+    text_config = composite.get_text_config(decoder=True)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text_config), None)
+    if found is None:
+        raise ValueError(
+            f"the language model of {composite.model_type} ({text_config.model_type}) has no class of its own in "
+            "Transformers' AutoModelForCausalLM, so it cannot be cut out: graft the whole model (text_only=False)."
+        )
+    return found
+
+
 def text_model_of(whole: PreTrainedModel) -> PreTrainedModel:
     """Returns the language model of a composite model, with the same modules; the rest is dropped.
 
     Raises:
         `ValueError`: if Transformers has no causal language model of this type, or the composite model is quantised.
     """
-    reader = whole.get_decoder()
-    kind, made_by = whole.config.model_type, MODEL_FOR_CAUSAL_LM_MAPPING.get(type(reader.config), None)
-    if made_by is None:
-        raise ValueError(
-            f"the language model of {kind} ({reader.config.model_type}) has no class of its own in Transformers' "
-            "AutoModelForCausalLM, so it cannot be cut out: graft the whole model (text_only=False)."
-        )
+    reader, kind, made_by = whole.get_decoder(), whole.config.model_type, text_class(whole.config)
     if getattr(whole, "hf_quantizer", None) is not None:
         raise ValueError(f"text_only=True cannot cut a text model out of a quantised {kind}: load it unquantised.")
     embeddings, head = whole.get_input_embeddings(), whole.get_output_embeddings()

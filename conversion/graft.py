@@ -37,7 +37,7 @@ from ..hash_constants_engram import derive_constants
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
-from .backbone import auto_class, left_out, load_donor, recipe, refuse_own_code, takes_text_model
+from .backbone import auto_class, left_out, load_donor, recipe, refuse_own_code, takes_text_model, text_class
 from .reference_copy import copy_by_reference
 from .sizes import log_size
 
@@ -113,13 +113,14 @@ def graft(
     folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
     composite = _read_donor_config(folder)
     cuts = holds_other_models(composite) and takes_text_model(composite, text_only)
-    maker = auto_class(composite)
-    donor_config = composite.get_text_config(decoder=True) if cuts else composite
+    donor_config, make = composite, auto_class(composite).from_config
+    if cuts:
+        donor_config, make = composite.get_text_config(decoder=True), text_class(composite)
+        donor_config.tie_word_embeddings = composite.tie_word_embeddings
     hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
     tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
     donor_config.dtype = donor_config.dtype or composite.dtype or _stored_dtype(folder)
-    maker = AutoModelForCausalLM if cuts else maker
-    made = recipe(donor_config, tok, maker.from_config, engram_layer_ids=engram_layer_ids, **engram_fields)
+    made = recipe(donor_config, tok, make, engram_layer_ids=engram_layer_ids, **engram_fields)
     config, token_map = made.config, made.token_map
     # Zero tables take no disk: what needs room is a save of trained rows.
     log_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)

@@ -77,7 +77,15 @@ class EngramModel(EngramPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPast`, as the backbone returns it.
+
+        Raises:
+            `TypeError`: for a backbone that Transformers has only with its head (llama4, whole).
         """
+        if self.backbone.base_model is self.backbone:
+            raise TypeError(
+                f"{type(self.backbone).__name__} has no model without its head: use AutoModelForImageTextToText, or "
+                "output_hidden_states=True."
+            )
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -157,9 +157,13 @@ def llama4() -> PreTrainedConfig:
 
 
 def smolvlm() -> PreTrainedConfig:
-    """Llama with SigLIP."""
+    """Llama with SigLIP; only the outer configuration says that embeddings and head are tied."""
     return SmolVLMConfig(
-        text_config=BACKBONES["llama"]().to_dict(), vision_config=SQUARE, image_token_id=IMAGE, pad_token_id=2
+        text_config=BACKBONES["llama"]().to_dict(),
+        vision_config=SQUARE,
+        image_token_id=IMAGE,
+        pad_token_id=2,
+        tie_word_embeddings=True,
     )
 
 

@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
-    LlavaConfig,
+    Gemma3nConfig,
     T5GemmaConfig,
 )
 
@@ -28,14 +28,17 @@ from engram_transformers import (
     check_generation,
 )
 from engram_transformers.compat_engram import CACHE
+from engram_transformers.configuration.configuration_engram import holds_other_models
 from engram_transformers.conversion import graft
 
+from ..tiny import GOLDEN
 from .backbones import BACKBONES, REFUSED, unmapped
-from .composites import BEGIN, COMPOSITES, END, IMAGE, composite_donor, images_for, with_image
+from .composites import COMPOSITES, END, IMAGE, TAKES, composite_donor, images_for, with_image
 
 
 TOLERANCE = 1e-5
-FIELDS = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
+# The tokenizer is named, because those of the Qwens' own classes add tokens to a folder's.
+FIELDS = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4, "tokenizer": str(GOLDEN / "tokenizer")}
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "disable_compile": True}
 FIRST = 5  # position of the image's border in `ids`
 every_type = pytest.mark.parametrize("name", COMPOSITES)
@@ -60,12 +63,12 @@ def ids():
 
 
 @pytest.fixture
-def composite(tiny_tokenizer, fill_memory):
+def composite(fill_memory):
     """Factory of grafts on whole models: `composite(name, trained=True)`."""
 
     def make(name: str, trained: bool = True, **fields) -> EngramForConditionalGeneration:
         model = EngramForConditionalGeneration.from_backbone(
-            composite_donor(name), tiny_tokenizer, [0, 1], **{**FIELDS, **fields}
+            composite_donor(name), engram_layer_ids=[0, 1], **{**FIELDS, **fields}
         )
         return fill_memory(model) if trained else model
 
@@ -73,12 +76,11 @@ def composite(tiny_tokenizer, fill_memory):
 
 
 @pytest.fixture
-def folder(tiny_tokenizer, tmp_path):
+def folder(tmp_path):
     """Factory of the folder of a donor: `folder(name)`."""
 
     def make(name: str):
         composite_donor(name).save_pretrained(tmp_path / name)
-        tiny_tokenizer.save_pretrained(tmp_path / name)
         return tmp_path / name
 
     return make
@@ -199,3 +201,236 @@ def test_every_way_of_generating_from_text_is_exact_or_the_backbones(name, compo
     report = check_generation(composite(name), tiny_tokenizer)
     assert report.ok, report
     assert len([result for result in report.results if result.status == "exact"]) > 20
+
+
+# Positions that are no text.
+
+
+def added_by(model, *args, **kwargs) -> dict[str, torch.Tensor]:
+    """What the memory adds in a forward pass, by layer."""
+    added = {}
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output, number=number: added.update({number: output}))
+        for number, layer in model.memory.layers.items()
+    ]
+    model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return added
+
+
+@torch.no_grad()
+@every_type
+def test_an_image_gets_nothing_and_no_n_gram_reaches_across_it(name, composite, ids):
+    model, image = composite(name), slice(FIRST, FIRST + 6)
+    named = set(model.config.placeholder_ids)
+    shown = torch.isin(ids, torch.tensor(sorted(named)))  # (batch, length)
+    assert IMAGE in named and bool(shown[:, image].any()) and not bool(shown[:, : image.start].any())
+    added = added_by(model, ids, **images_for(name, ids))
+    for output in added.values():
+        assert bool((output[shown] == 0).all())
+        assert bool((output[~shown] != 0).any(-1).all()), "control: text gets something"
+    behind = ids[:, FIRST + 1 + TAKES :]  # with the image's end, where that is text
+    reads, alone = model.memory.read(ids, None), model.memory.read(behind, None)
+    assert torch.equal(reads.vectors(0)[:, FIRST + 1 + TAKES :], alone.vectors(0))
+    other = added_by(model, ids, **images_for(name, ids, [7, 8]))
+    assert torch.equal(added["0"][~shown], other["0"][~shown]), "the same whatever the image shows"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_ids_of_the_memory_override_what_the_configuration_says(name, composite, ids):
+    model, images = composite(name), images_for(name, ids)
+    absent = ids.masked_fill(torch.isin(ids, torch.tensor(model.config.placeholder_ids)), -1)
+    told = ids.masked_fill(ids == END, 50)
+    logits = model(ids, **images).logits
+    assert torch.equal(model(ids, **images, engram_input_ids=absent).logits, logits)
+    assert not torch.allclose(model(ids, **images, engram_input_ids=told).logits, logits, atol=1e-2)
+    written = model.generate(ids, **images, **SETTINGS)
+    assert torch.equal(model.generate(ids, **images, engram_input_ids=absent, **SETTINGS), written)
+    assert [row["records"] for row in model.memory_trace(ids[0])] == [[]] * 17
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
+def test_positions_of_several_dimensions_part_no_documents(name, composite, ids):
+    model, images = composite(name), images_for(name, ids)
+    positions, _ = model.backbone.model.get_rope_index(ids, **{k: v for k, v in images.items() if k != "pixel_values"})
+    assert positions.shape == (3, 2, 17)
+    assert bool((positions.diff(dim=-1) != 1).any()), "control: positions do not rise by one"
+    of_text = torch.arange(17).expand(1, 2, 17)
+    expected = model(ids, **images).logits
+    for given in (positions, torch.cat([of_text, positions])):
+        for use_cache in (True, False):
+            found = model(ids, **images, position_ids=given, use_cache=use_cache).logits
+            torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_training_reads_no_row_at_an_image(composite, ids):
+    model = composite("gemma3").set_trainable("memory")
+    labels = ids.masked_fill(ids >= 4000, -100)
+    model.train()
+    model(ids, **images_for("gemma3", ids), labels=labels).loss.backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    rows = model.memory.hashing.rows_of_classes(
+        model.memory.hashing.compress(ids)
+    )  # (layers, batch, length, orders, heads)
+    for place, layer in enumerate(("0", "1")):
+        gradient = model.memory.tables[layer].order2[0].grad
+        moved = set(gradient.rows[(gradient.row_values != 0).any(-1)].tolist())
+        assert moved and moved <= set(rows[place][:, labels[0] >= 0, 0].flatten().tolist())
+
+
+# Checkpoints.
+
+
+@torch.no_grad()
+@every_type
+def test_a_whole_model_is_the_same_after_saving_and_loading(name, composite, ids, tmp_path):
+    model, images = unmapped(composite(name)), images_for(name, ids)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert "text_config" not in stored and stored["composite_config"]["text_config"]["vocab_size"] == 4104
+    for loader in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        loaded, info = loader.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is EngramForConditionalGeneration and not any(info.values())
+    saved, read = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == read.keys()
+    assert [key for key in saved if not torch.equal(saved[key], read[key])] == []
+    assert torch.equal(unmapped(loaded)(ids, **images).logits, model(ids, **images).logits)
+    assert loaded.config.text_config is loaded.backbone.config.get_text_config(decoder=True)
+    assert loaded.config.image_token_id if name != "llama4" else loaded.config.image_token_index == IMAGE
+    on_disk = EngramForConditionalGeneration.from_pretrained(tmp_path, engram_placement="disk")
+    written = on_disk.generate(ids, **images, **SETTINGS)
+    assert torch.equal(written, model.generate(ids, **images, **SETTINGS))
+
+
+@torch.no_grad()
+@every_type
+def test_the_model_without_head_gives_the_hidden_states_of_the_whole_model(name, composite, ids, tmp_path):
+    model, images = unmapped(composite(name)), images_for(name, ids)
+    model.save_pretrained(tmp_path)
+    headless = unmapped(AutoModel.from_pretrained(tmp_path))
+    if name == "llama4":  # Transformers has it only with its head
+        for headless in (headless, model.base_model):
+            with pytest.raises(TypeError, match="has no model without its head"):
+                headless(ids, **images)
+        return
+    expected = model(ids, **images, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(headless(ids, **images, output_hidden_states=True).hidden_states[-1], expected)
+    assert torch.equal(model.base_model(ids, **images).last_hidden_state, expected)
+
+
+@torch.no_grad()
+@every_type
+def test_a_graft_of_a_whole_folder_answers_as_its_donor(name, folder, ids, tmp_path):
+    donor = folder(name)
+    (donor / "processor_config.json").write_text('{"processor_class": "SmolVLMProcessor"}')
+    (donor / "chat_template.jinja").write_text("{{ messages }}")
+    out = graft(donor, tmp_path / "graft", [0, 1], text_only=False, **FIELDS)
+    for file in ("processor_config.json", "chat_template.jinja"):
+        assert (out / file).read_text() == (donor / file).read_text()
+    stored = json.loads((out / "config.json").read_text())
+    assert stored["auto_map"]["AutoModelForImageTextToText"] == "modeling_engram.EngramForConditionalGeneration"
+    assert "left_out" not in json.loads((out / "engram_graft.json").read_text())
+    model, plain = (unmapped(AutoModelForImageTextToText.from_pretrained(path)).eval() for path in (out, donor))
+    assert type(model) is EngramForConditionalGeneration
+    images = images_for(name, ids)
+    assert torch.equal(model(ids, **images).logits, plain(ids, **images).logits)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_a_donor_with_the_names_of_the_hub_is_written_again(name, composite, folder, tmp_path):
+    donor = folder(name)  # saved with the names of LLaVA's first checkpoints
+    receipt = graft(donor, tmp_path / "graft", [0, 1], **FIELDS) / "engram_graft.json"
+    assert json.loads(receipt.read_text())["donor_files"].startswith("rewritten")
+
+
+# Text models.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_the_text_model_alone_answers_texts_as_the_whole(name, folder, fill_memory, tmp_path, caplog):
+    donor, text = folder(name), torch.randint(3, 4000, (2, 12))
+    whole = unmapped(AutoModelForImageTextToText.from_pretrained(donor))
+    expected = whole(text).logits
+    out = graft(donor, tmp_path / "graft", [0, 1], text_only=None if name in GIVEN_BY_CAUSAL else True, **FIELDS)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    made = EngramForCausalLM.from_backbone(donor, engram_layer_ids=[0, 1], text_only=True, **FIELDS)
+    for model in (loaded, made):
+        assert type(model) is EngramForCausalLM and model.config.composite_config is None
+        assert model.config.text_config.model_type == TEXT_MODELS[name]
+        torch.testing.assert_close(model(text).logits, expected, rtol=0, atol=TOLERANCE)
+    lost = json.loads((out / "engram_graft.json").read_text())["left_out"]
+    kept = sum(parameter.numel() for parameter in made.backbone.parameters())
+    assert lost["bytes"] == 4 * (sum(parameter.numel() for parameter in whole.parameters()) - kept) > 0
+    assert any("vis" in module for module in lost["modules"])
+    assert f"{lost['bytes']:,} bytes) are left out" in caplog.text
+    fill_memory(loaded)
+    cached, uncached = (loaded.generate(text, use_cache=use, **SETTINGS) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def test_without_being_told_a_graft_takes_what_the_causal_class_of_transformers_gives(folder, tmp_path):
+    for name in ("gemma3", "smolvlm", "qwen3_5"):
+        out = graft(folder(name), tmp_path / f"graft-{name}", [0, 1], **FIELDS)
+        config = AutoConfig.from_pretrained(out)
+        assert (config.composite_config is None) == (name in GIVEN_BY_CAUSAL)
+    donor = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma3")
+    assert holds_other_models(donor.config), "Transformers gives the whole as well"
+
+
+# Who is refused.
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_text_model_without_a_causal_class_is_refused(name, folder, tmp_path):
+    donor = folder(name)
+    for act in (
+        lambda: graft(donor, tmp_path / "graft", [0, 1], text_only=True, **FIELDS),
+        lambda: EngramForCausalLM.from_backbone(donor, engram_layer_ids=[0, 1], text_only=True, **FIELDS),
+    ):
+        with pytest.raises(ValueError, match=rf"the language model of {name} \({name}_text\) has no class of its own"):
+            act()
+    assert not (tmp_path / "graft").exists()
+
+
+def test_the_wrong_class_is_refused_with_the_right_one(composite, tiny_engram, tmp_path):
+    whole, text = composite("smolvlm"), tiny_engram()
+    with pytest.raises(ValueError, match="make it with EngramForConditionalGeneration"):
+        EngramForCausalLM(whole.config)
+    text.save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="is of a text model .llama., which EngramForCausalLM makes"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match="holds other models.*composite_config=config"):
+        EngramConfig(text_config=COMPOSITES["smolvlm"](), engram_layer_ids=[0])
+    with pytest.raises(ValueError, match="is a text model's configuration and no composite one"):
+        EngramConfig(composite_config=BACKBONES["llama"](), engram_layer_ids=[0])
+
+
+UNFIT = {
+    "no placeholder": (lambda: with_ids(image_token_id=-1), "and names none: positions without text"),
+    "outside": (lambda: with_ids(image_token_id=4104), r"names placeholders \[4104\] outside of the vocabulary"),
+    "streams": (lambda: Gemma3nConfig(text_config=REFUSED["gemma3n"][0]().to_dict()), "AltUp keeps its streams"),
+    "encoder": (lambda: T5GemmaConfig(), "is an encoder-decoder model"),
+}
+
+
+def with_ids(**fields):
+    return type(COMPOSITES["smolvlm"]()).from_dict(COMPOSITES["smolvlm"]().to_dict() | fields)
+
+
+@pytest.mark.parametrize("reason", UNFIT)
+def test_a_composite_model_that_cannot_take_a_memory_is_refused(reason):
+    config, words = UNFIT[reason]
+    with pytest.raises(ValueError, match=words):
+        EngramConfig(composite_config=config(), engram_layer_ids=[0])
+
+
+def test_a_backbone_with_its_own_generate_is_refused():
+    donor = composite_donor("smolvlm")
+    own = type("OwnGenerate", (type(donor),), {"_prefill": lambda self, *args, **kwargs: None})
+    donor.__class__ = own
+    with pytest.raises(ValueError, match="OwnGenerate has its own _prefill in place of GenerationMixin's"):
+        EngramForConditionalGeneration.from_backbone(donor, engram_layer_ids=[0, 1], **FIELDS)
