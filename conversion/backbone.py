@@ -294,9 +294,7 @@ def graft_onto(
     engram = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("engram_")}
     if hasattr(donor, "peft_config"):
         donor = unwrapped_donor(donor)
-    donor, tokenizer = load_donor(
-        donor, tokenizer, trust_remote_code=trust_remote_code, text_only=text_only, **kwargs
-    )
+    donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, text_only=text_only, **kwargs)
     made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
     # Each memory layer and its table go to the device of the decoder layer.
     decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)

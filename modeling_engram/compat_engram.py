@@ -177,9 +177,9 @@ def refuse_own_generation(backbone: nn.Module) -> None:
     )
     if replaced:
         raise ValueError(
-            f"{type(backbone).__name__} has its own {', '.join(replaced)} in place of GenerationMixin's, and a model with a "
-            "memory would not generate as it does: whole models of this type are not supported. Graft its text model "
-            "alone: text_only=True."
+            f"{type(backbone).__name__} has its own {', '.join(replaced)} in place of GenerationMixin's, and a model "
+            "with a memory would not generate as it does: whole models of this type are not supported. Graft its text "
+            "model alone: text_only=True."
         )
 
 

@@ -10,4 +10,11 @@ from engram_transformers.configuration.configuration_engram import (
 )
 
 
-__all__ = ["REMEDY", "EngramConfig", "EngramFormatError", "holds_other_models", "placeholder_ids", "saying_what_to_install"]
+__all__ = [
+    "REMEDY",
+    "EngramConfig",
+    "EngramFormatError",
+    "holds_other_models",
+    "placeholder_ids",
+    "saying_what_to_install",
+]

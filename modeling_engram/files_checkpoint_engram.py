@@ -144,17 +144,21 @@ class EngramCheckpointMixin:
 
     @classmethod
     def class_for(cls, config) -> type:
-        """Returns the class that loads a checkpoint with this [`EngramConfig`]; None if the configuration is unknown."""
+        """Returns the class that loads a checkpoint with this [`EngramConfig`] (None if it is unknown)."""
         return cls
 
     @classmethod
     def from_whole(cls, pretrained_model_name_or_path, *model_args, engram_placement: str, **kwargs):
         """As `from_pretrained`, for a whole checkpoint."""
+        files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
+        chosen = cls.class_for(files.config or kwargs.get("config"))
+        if chosen is not cls:
+            return chosen.from_whole(
+                pretrained_model_name_or_path, *model_args, engram_placement=engram_placement, **kwargs
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
-        files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
-        cls = cls.class_for(files.config or kwargs.get("config"))
         if files.revision is not None:
             kwargs["revision"] = files.revision  # unaffected by pushes meanwhile
         said = engram_placement == "auto" and files.config is not None
@@ -164,8 +168,7 @@ class EngramCheckpointMixin:
             kwargs["device_map"] = without_tables(kwargs.get("device_map"))
         files.check(placement)
         try:
-            # Not `super()`, which would bind the class that was called.
-            model, info = super(EngramCheckpointMixin, cls).from_pretrained(
+            model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:

@@ -138,8 +138,8 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         """Raises ValueError if a configuration is for another class than this one."""
         if config.composite_config is not None:
             raise ValueError(
-                f"this configuration is of a whole composite model ({config.composite_config.model_type}): make it with "
-                "EngramForConditionalGeneration or AutoModelForImageTextToText."
+                f"this configuration is of a whole composite model ({config.composite_config.model_type}): make it "
+                "with EngramForConditionalGeneration or AutoModelForImageTextToText."
             )
 
     @classmethod

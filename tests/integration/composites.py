@@ -1,8 +1,8 @@
 """Tiny random composite models that read text and images, for the golden tokenizer's 4104 ids, and their inputs.
 
-`COMPOSITES[name]()` makes a new configuration; `images_for(model, rows)` makes the arguments that show one image in each
-row. Every image takes four positions, whose ids are `IMAGE`. Text models are those of `backbones.py`, where they are
-the same.
+`COMPOSITES[name]()` makes a new configuration; `images_for(name, ids)` makes the arguments that show one image in each
+row. Every image takes four positions, whose ids are `IMAGE`. Where text models are the same, they are those of
+`backbones.py`.
 """
 
 from collections.abc import Callable
@@ -149,7 +149,13 @@ def llama4() -> PreTrainedConfig:
             "moe_layers": [1],
             "no_rope_layers": [1, 0, 1],
         },
-        vision_config={**SQUARE, "intermediate_size": 64, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        vision_config={
+            **SQUARE,
+            "intermediate_size": 64,
+            "vision_output_dim": 16,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+        },
         boi_token_index=BEGIN,
         eoi_token_index=END,
         image_token_index=IMAGE,

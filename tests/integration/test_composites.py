@@ -312,9 +312,9 @@ def test_the_model_without_head_gives_the_hidden_states_of_the_whole_model(name,
     model.save_pretrained(tmp_path)
     headless = unmapped(AutoModel.from_pretrained(tmp_path))
     if name == "llama4":  # Transformers has it only with its head
-        for headless in (headless, model.base_model):
+        for without in (headless, model.base_model):
             with pytest.raises(TypeError, match="has no model without its head"):
-                headless(ids, **images)
+                without(ids, **images)
         return
     expected = model(ids, **images, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(headless(ids, **images, output_hidden_states=True).hidden_states[-1], expected)

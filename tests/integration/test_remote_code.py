@@ -10,6 +10,9 @@ import shutil
 import pytest
 import torch
 
+from engram_transformers import EngramForCausalLM
+
+from .composites import composite_donor
 from .forked import Forked
 
 
@@ -93,6 +96,17 @@ def test_without_the_package_the_folders_own_code_is_used(run, saved, tmp_path):
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["engram_trainable"] == "memory", "kept for whoever trains it, though nothing is trained here"
     assert {path.name for path in folder.glob("*.py")} == {path.name for path in (tmp_path / "again").glob("*.py")}
+
+
+def test_a_whole_composite_model_runs_on_the_folders_own_code(run, fill_memory, tiny_tokenizer, tmp_path):
+    donor = composite_donor("smolvlm")
+    model = fill_memory(EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0, 1], engram_vocab_size=200))
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = float(model(torch.arange(3, 20)[None]).logits.double().abs().sum())
+    done = run(tmp_path / "saved", "block", "trust", again=tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["sum"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_with_the_package_installed_but_not_imported_remote_code_still_works(run, saved, tmp_path):
