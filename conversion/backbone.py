@@ -116,15 +116,17 @@ def takes_text_model(config: PreTrainedConfig, text_only: bool | None) -> bool:
 
 def auto_class(config: PreTrainedConfig):
     """Returns the auto class that loads a donor; of a composite one the whole."""
-    if not holds_other_models(config):
-        return AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    composite = holds_other_models(config)
+    known, loader = MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    if composite:
+        known, loader = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+    if type(config) not in known:
         raise ValueError(
-            f"the donor is of the composite type {config.model_type}, which AutoModelForImageTextToText does not know: "
-            "only models that read text and images are grafted whole. Graft its text model: load that, and pass it to "
-            "from_backbone."
+            f"the donor is of the {'composite ' if composite else ''}type {config.model_type}, which "
+            f"{loader.__name__} does not know: only causal language models, and models that read text and images, are "
+            "grafted. If it holds a causal language model, load that and pass it to from_backbone."
         )
-    return AutoModelForImageTextToText
+    return loader
 
 
 def text_class(composite: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -600,7 +600,10 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             multiple = pad_to_multiple_of or 1
             self.memory.hashing.check_shrinking(-(-new_num_tokens // multiple) * multiple)
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-        self.memory.hashing.resize(self.config.text_config.vocab_size, self.config.engram_compressed_vocab_size)
+        config = self.config
+        self.memory.hashing.resize(
+            config.text_config.vocab_size, config.engram_compressed_vocab_size, config.placeholder_ids
+        )
         return embeddings
 
     def get_input_embeddings(self) -> nn.Module:

@@ -16,9 +16,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     DynamicCache,
     Gemma3nConfig,
+    Qwen2AudioConfig,
     T5GemmaConfig,
+    ViTConfig,
 )
 
 from engram_transformers import (
@@ -266,6 +269,22 @@ def test_positions_of_several_dimensions_part_no_documents(name, composite, ids)
             torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])  # whose image ids are in the middle, and at the end
+def test_a_resized_vocabulary_leaves_images_without_text(name, composite, ids, tmp_path):
+    model, images = composite(name), images_for(name, ids)
+    placeholders, logits = model.config.placeholder_ids, model(ids, **images).logits
+    model.resize_token_embeddings(4112)
+    assert bool((model.memory.hashing.token_map[placeholders] == -1).all())
+    assert bool((model.memory.hashing.token_map[4104:] >= model.config.engram_compressed_vocab_size).all())
+    assert model.backbone.config.get_text_config().vocab_size == model.config.text_config.vocab_size == 4112
+    torch.testing.assert_close(model(ids, **images).logits[..., :4104], logits, rtol=0, atol=TOLERANCE)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(loaded.memory.hashing.token_map, model.memory.hashing.token_map)
+    model.check_tokenizer(AutoTokenizer.from_pretrained(GOLDEN / "tokenizer"))
+
+
 def test_training_reads_no_row_at_an_image(composite, ids):
     model = composite("gemma3").set_trainable("memory")
     labels = ids.masked_fill(ids >= 4000, -100)
@@ -434,3 +453,10 @@ def test_a_backbone_with_its_own_generate_is_refused():
     donor.__class__ = own
     with pytest.raises(ValueError, match="OwnGenerate has its own _prefill in place of GenerationMixin's"):
         EngramForConditionalGeneration.from_backbone(donor, engram_layer_ids=[0, 1], **FIELDS)
+
+
+@pytest.mark.parametrize("config", [ViTConfig, Qwen2AudioConfig])
+def test_a_donor_of_another_kind_is_refused(config, tmp_path):
+    config().save_pretrained(tmp_path / "donor")
+    with pytest.raises(ValueError, match=f"type {config.model_type}, which AutoModelFor.* does not know: only causal"):
+        graft(tmp_path / "donor", tmp_path / "graft", [0], **FIELDS)
