@@ -145,9 +145,6 @@ class GeneratesAsBackbone:
         own = {name: value for name, value in model_kwargs.items() if not name.startswith("engram_")}
         self.backbone._validate_model_kwargs(own)
 
-    def _supports_mm_encoder_outputs(self) -> bool:
-        return self.backbone._supports_mm_encoder_outputs()
-
     def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict:
         return self.backbone._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
 
@@ -163,7 +160,8 @@ class GeneratesAsBackbone:
 
 # What a composite model may override of `GenerationMixin`: what ours leaves to it, and `_expand_multimodal_outputs`,
 # which `_expand_inputs_for_generation` calls.
-LEFT_TO_BACKBONE = {*vars(GeneratesAsBackbone), "prepare_inputs_for_generation", "_expand_multimodal_outputs"}
+LEFT_TO_BACKBONE = {name for name in vars(GeneratesAsBackbone) if not name.startswith("__")}
+LEFT_TO_BACKBONE |= {"prepare_inputs_for_generation", "_expand_multimodal_outputs"}
 
 
 def refuse_own_generation(backbone: nn.Module) -> None:

@@ -87,7 +87,6 @@ PRIVATE_NAMES = (
         PrivateName(f"transformers.GenerationMixin.{name}", purpose, "none: `generate` calls it", "overridden")
         for name, purpose in (
             ("_validate_model_kwargs", "arguments of a composite backbone"),
-            ("_supports_mm_encoder_outputs", "a composite backbone's images, read before the text"),
             ("_maybe_prepare_encoder_kwargs_for_generation", "a composite backbone's images, read before the text"),
             ("_prepare_position_ids_for_generation", "positions of several dimensions"),
             ("_expand_inputs_for_generation", "images of several beams"),
