@@ -24,7 +24,7 @@ from transformers import (
     SmolVLMConfig,
 )
 
-from .backbones import BACKBONES, GROUPED, HEADS, MIXED
+from .backbones import BACKBONES, DELTA, GROUPED, HEADS, MIXED, SHARED, without
 
 
 IMAGE, VIDEO, BEGIN, END = 4102, 4103, 4100, 4101
@@ -48,14 +48,7 @@ QWEN_VISION = {
     "initializer_range": 0.1,
 }
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True},
-}
+MIXED_DELTA = {**DELTA, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0, "mrope_interleaved": True}}
 
 
 def gemma3() -> PreTrainedConfig:
@@ -108,21 +101,14 @@ def qwen3_vl() -> PreTrainedConfig:
 def qwen3_5() -> PreTrainedConfig:
     """Gated delta nets beside attention."""
     return Qwen3_5Config(
-        text_config={**HEADS, **DELTA}, vision_config={**QWEN_VISION, "num_position_embeddings": 16}, **IDS
+        text_config={**HEADS, **MIXED_DELTA}, vision_config={**QWEN_VISION, "num_position_embeddings": 16}, **IDS
     )
 
 
 def qwen3_5_moe() -> PreTrainedConfig:
     """The same with experts."""
-    experts = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    }
-    sizes = {name: value for name, value in HEADS.items() if name != "intermediate_size"}
     return Qwen3_5MoeConfig(
-        text_config={**sizes, **DELTA, **experts},
+        text_config={**without(HEADS, "intermediate_size"), **MIXED_DELTA, **SHARED},
         vision_config={**QWEN_VISION, "num_position_embeddings": 16},
         **IDS,
     )

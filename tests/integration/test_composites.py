@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -33,6 +34,8 @@ from engram_transformers import (
     EngramConfig,
     EngramForCausalLM,
     EngramForConditionalGeneration,
+    EngramTrainer,
+    EngramTrainingArguments,
     check_generation,
 )
 from engram_transformers.compat_engram import CACHE, LEFT_TO_BACKBONE
@@ -42,12 +45,13 @@ from engram_transformers.inspection.modes import MODES
 
 from ..tiny import GOLDEN
 from .backbones import BACKBONES, REFUSED, unmapped
-from .composites import COMPOSITES, END, IMAGE, TAKES, composite_donor, images_for, with_image
+from .composites import COMPOSITES, END, IMAGE, TAKES, VIDEO, composite_donor, images_for, with_image
 
 
 TOLERANCE = 1e-5
+SIZES = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
 # The tokenizer is named, because those of the Qwens' own classes add tokens to a folder's.
-FIELDS = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4, "tokenizer": str(GOLDEN / "tokenizer")}
+FIELDS = {**SIZES, "tokenizer": str(GOLDEN / "tokenizer")}
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "disable_compile": True}
 FIRST = 5  # position of the image's border in `ids`
 installed = Version(transformers.__version__)
@@ -331,6 +335,41 @@ def test_training_reads_no_row_at_an_image(composite, ids):
         assert moved and moved <= set(rows[place][:, labels[0] >= 0, 0].flatten().tolist())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_video_is_no_text_either(name, composite, ids):
+    model, ids = composite(name), ids.masked_fill(ids == IMAGE, VIDEO)
+    film = images_for(name, ids)
+    film = {"pixel_values_videos": film["pixel_values"], "video_grid_thw": film["image_grid_thw"]}
+    film["mm_token_type_ids"] = 2 * (ids == VIDEO)
+    for output in added_by(model, ids, **film).values():
+        assert bool((output[ids == VIDEO] == 0).all()) and bool((output[ids < 4000] != 0).any(-1).all())
+    expected = model.backbone.generate(ids, **film, **SETTINGS)
+    with model.disable_memory():
+        assert torch.equal(model.generate(ids, **film, **SETTINGS), expected)
+    cached, uncached = (model.generate(ids, **film, **SETTINGS, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached) and not torch.equal(cached, expected)
+
+
+@torch.no_grad()
+def test_a_model_made_from_its_configuration_knows_what_is_no_text(ids, fill_memory):
+    config = EngramConfig(composite_config=COMPOSITES["smolvlm"](), engram_layer_ids=[0, 1], **SIZES)
+    model = fill_memory(EngramForConditionalGeneration(config)).eval()
+    assert model.memory.hashing.token_map.tolist() == [-1 if token == IMAGE else token for token in range(4104)]
+    images = images_for("smolvlm", ids)
+    absent = ids.masked_fill(ids == IMAGE, -1)
+    assert torch.equal(model(ids, **images).logits, model(ids, **images, engram_input_ids=absent).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "llama4"])
+def test_the_language_model_called_by_itself_runs_without_memory(name, composite, ids):
+    model = composite(name)
+    with model.disable_memory():
+        expected = model.backbone.get_decoder()(ids)[0]
+    assert torch.equal(model.backbone.get_decoder()(ids)[0], expected)
+
+
 # Checkpoints.
 
 
@@ -409,8 +448,7 @@ def test_a_processor_travels_with_a_graft_and_feeds_it(tmp_path):
     donor.save_pretrained(tmp_path / "donor")
     pixels = transformers.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     Gemma3Processor(pixels, tokenizer, image_seq_length=TAKES).save_pretrained(tmp_path / "donor")
-    sizes = {name: value for name, value in FIELDS.items() if name != "tokenizer"}
-    out = graft(tmp_path / "donor", tmp_path / "graft", [0, 1], **sizes)
+    out = graft(tmp_path / "donor", tmp_path / "graft", [0, 1], **SIZES)
     processor, model = AutoProcessor.from_pretrained(out), AutoModelForImageTextToText.from_pretrained(out)
     assert type(processor) is Gemma3Processor
     picture = Image.new("RGB", (40, 30), "red")
@@ -419,6 +457,35 @@ def test_a_processor_travels_with_a_graft_and_feeds_it(tmp_path):
     assert (inputs["input_ids"] == image).sum() == 2 * TAKES and begin in model.config.placeholder_ids
     assert torch.equal(model.generate(**inputs, **SETTINGS), donor.generate(**inputs, **SETTINGS))
     model.check_tokenizer(processor.tokenizer)
+
+
+def test_trainer_trains_on_images_and_its_checkpoint_is_found(composite, ids, tmp_path):
+    composite("gemma3").save_pretrained(tmp_path / "graft")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "graft")
+    rows = [{"row": number} for number in range(2)]
+
+    def collate(rows):
+        chosen = ids[[row["row"] for row in rows]]
+        return {"input_ids": chosen, "labels": chosen, **images_for("gemma3", chosen)}
+
+    settings = {"max_steps": 1, "save_steps": 1, "report_to": [], "remove_unused_columns": False, "use_cpu": True}
+    args = EngramTrainingArguments(tmp_path / "run", **settings)
+    EngramTrainer(model, args, train_dataset=rows, data_collator=collate).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    assert "AutoModelForImageTextToText" in json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    loaded, images = AutoModelForImageTextToText.from_pretrained(checkpoint), images_for("gemma3", ids)
+    with torch.no_grad():
+        trained = unmapped(model).eval()(ids, **images).logits
+        assert torch.equal(unmapped(loaded)(ids, **images).logits, trained)
+        before = AutoModelForImageTextToText.from_pretrained(tmp_path / "graft")(ids, **images).logits
+    assert not torch.allclose(trained, before, atol=1e-3), "control: something was learned"
+
+
+def test_peft_finds_its_own_layers_in_a_whole_model(composite):
+    plain = get_peft_model(composite_donor("llama4"), LoraConfig(task_type="CAUSAL_LM"))
+    adapted = get_peft_model(composite("llama4", trained=False), LoraConfig(task_type="CAUSAL_LM"))
+    found, expected = ({name for name, _ in m.named_parameters() if "lora_" in name} for m in (adapted, plain))
+    assert {name.replace(".backbone.", ".") for name in found} == expected and expected
 
 
 # Text models.
@@ -447,6 +514,17 @@ def test_the_text_model_alone_answers_texts_as_the_whole(name, folder, fill_memo
     fill_memory(loaded)
     cached, uncached = (loaded.generate(text, use_cache=use, **SETTINGS) for use in (True, False))
     assert torch.equal(cached, uncached)
+
+
+def test_a_text_reads_the_same_rows_in_the_whole_model_as_in_its_text_model(tiny_tokenizer):
+    made = [
+        EngramForCausalLM.from_backbone(composite_donor("qwen3_5"), tokenizer=tiny_tokenizer, text_only=only, **SIZES)
+        for only in (True, False)
+    ]
+    text, whole = (model.memory for model in made)
+    assert made[0].config.engram_hash_sha256 == made[1].config.engram_hash_sha256
+    some = torch.randint(3, 4000, (2, 17))
+    assert torch.equal(text.hashing(some)[1], whole.hashing(some)[1])
 
 
 def test_without_being_told_a_graft_takes_what_the_causal_class_of_transformers_gives(folder, tmp_path):
