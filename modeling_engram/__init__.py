@@ -1,7 +1,8 @@
 """Engram for Hugging Face: a memory of hashed n-grams for any causal language model of Transformers.
 
-Importing this package registers [`EngramConfig`], [`EngramModel`] and [`EngramForCausalLM`] with the Auto classes, so
-that `AutoModelForCausalLM.from_pretrained(folder)` reads an Engram checkpoint. It loads no model and no trainer.
+Importing this package registers [`EngramConfig`], [`EngramModel`], [`EngramForCausalLM`] and
+[`EngramForConditionalGeneration`] with the Auto classes, so that `AutoModelForCausalLM.from_pretrained(folder)` reads
+an Engram checkpoint. It loads no model and no trainer.
 """
 
 import importlib

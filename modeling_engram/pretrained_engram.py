@@ -1,4 +1,4 @@
-"""EngramPreTrainedModel: what both Engram models share: the memory, its insertion, and the inputs of a forward pass.
+"""EngramPreTrainedModel: what all Engram models share: the memory, its insertion, and the inputs of a forward pass.
 
 Promises: every parameter is under `backbone.`, with the backbone's own name, or under `memory.`. Never keeps state of a
 text on a module.
@@ -60,7 +60,7 @@ logger = logging.get_logger(__name__)
 
 
 class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
-    """Shared by both Engram models: the memory, its insertion, and loading and saving it with the backbone."""
+    """Shared by all Engram models: the memory, its insertion, and loading and saving it with the backbone."""
 
     config_class = EngramConfig
     config: EngramConfig

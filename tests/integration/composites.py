@@ -1,8 +1,8 @@
 """Tiny random composite models that read text and images, for the golden tokenizer's 4104 ids, and their inputs.
 
-`COMPOSITES[name]()` makes a new configuration; `images_for(name, ids)` makes the arguments that show one image in each
-row. Every image takes four positions, whose ids are `IMAGE`. Where text models are the same, they are those of
-`backbones.py`.
+`COMPOSITES[name]()` makes a new configuration, `FURTHER` has more; `images_for(name, ids)` makes the arguments that
+show one image in each row. Every image takes four positions, whose ids are `IMAGE`. Where text models are the same,
+they are those of `backbones.py`.
 """
 
 from collections.abc import Callable
@@ -10,21 +10,28 @@ from collections.abc import Callable
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    Cohere2VisionConfig,
     Gemma3Config,
     Gemma4Config,
+    Glm4vConfig,
     InternVLConfig,
+    Lfm2VlConfig,
     Llama4Config,
+    LlavaConfig,
     Mistral3Config,
+    PaliGemmaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen2VLConfig,
     Qwen3_5Config,
     Qwen3_5MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
     SmolVLMConfig,
 )
 
-from .backbones import BACKBONES, DELTA, GROUPED, HEADS, MIXED, SHARED, without
+from .backbones import BACKBONES, DELTA, EXPERTS, GROUPED, HEADS, MIXED, SHARED, without
 
 
 IMAGE, VIDEO, BEGIN, END = 4102, 4103, 4100, 4101
@@ -184,10 +191,70 @@ COMPOSITES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+def glm4v() -> PreTrainedConfig:
+    """Positions of three dimensions, and its own way of giving images to several beams."""
+    return Glm4vConfig(
+        text_config={**GROUPED, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        vision_config={**QWEN_VISION, "image_size": 16, "spatial_merge_size": 2},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=BEGIN,
+        image_end_token_id=END,
+        video_start_token_id=4098,
+        video_end_token_id=4099,
+    )
+
+
+def lfm2_vl() -> PreTrainedConfig:
+    """Convolutions beside attention."""
+    return Lfm2VlConfig(
+        text_config=BACKBONES["lfm2"]().to_dict(),
+        vision_config={"model_type": "siglip2_vision_model", **VISION, "patch_size": 7, "num_patches": 16},
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        projector_hidden_size=32,
+    )
+
+
+# More of them, for fewer tests
+FURTHER: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen2_vl": lambda: Qwen2VLConfig(
+        text_config={**GROUPED, "rope_parameters": MROPE},
+        vision_config={**QWEN_VISION, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
+        **IDS,
+    ),
+    "qwen3_vl_moe": lambda: Qwen3VLMoeConfig(
+        text_config={**HEADS, **EXPERTS, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
+        vision_config={**QWEN_VISION, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+        **IDS,
+    ),
+    "llava": lambda: LlavaConfig(
+        text_config=BACKBONES["llama"]().to_dict(),
+        vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 28, "patch_size": 14},
+        image_token_index=IMAGE,
+    ),
+    "cohere2_vision": lambda: Cohere2VisionConfig(
+        text_config={"model_type": "cohere2", **HEADS, **MIXED},
+        vision_config={"model_type": "siglip_vision_model", **SQUARE},
+        image_token_id=IMAGE,
+        downsample_factor=2,
+        alignment_intermediate_size=64,
+    ),
+    "glm4v": glm4v,
+    "lfm2_vl": lfm2_vl,
+    "paligemma": lambda: PaliGemmaConfig(
+        text_config={"model_type": "gemma", **HEADS},
+        vision_config={"model_type": "siglip_vision_model", **VISION, "image_size": 28, "patch_size": 14},
+        image_token_index=IMAGE,
+        projection_dim=32,
+    ),
+}
+
+
 def composite_donor(name: str, seed: int = 0) -> PreTrainedModel:
     """A composite model with seeded weights, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(COMPOSITES[name]()).eval()
+    model = AutoModelForImageTextToText.from_config((COMPOSITES | FURTHER)[name]()).eval()
     for parameter in model.parameters():
         if not parameter.any():  # a projector of zeros (gemma3) would show no image; biases may be anything
             torch.nn.init.normal_(parameter, std=0.1)
@@ -210,12 +277,15 @@ def images_for(name: str, ids: torch.Tensor, seeds: list[int] | None = None) -> 
         shown = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.cat(shown)  # (rows, ...)
 
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm")):
         grid = torch.tensor([[1, 4, 4]] * rows)
         return {"pixel_values": pixels(16, 96).flatten(0, 1), "image_grid_thw": grid, "mm_token_type_ids": kinds}
     if name == "gemma4":
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).expand(rows, -1, -1)
         return {"pixel_values": pixels(16, 48), "image_position_ids": places, "mm_token_type_ids": kinds}
+    if name == "lfm2_vl":
+        shapes, seen = torch.tensor([[4, 4]] * rows), torch.ones(rows, 16, dtype=torch.long)
+        return {"pixel_values": pixels(16, 147), "spatial_shapes": shapes, "pixel_attention_mask": seen}
     if name == "smolvlm":
         return {"pixel_values": pixels(1, 3, 28, 28)}
     extra = {"gemma3": {"token_type_ids": kinds}, "mistral3": {"image_sizes": torch.tensor([[28, 28]] * rows)}}

@@ -45,7 +45,7 @@ from engram_transformers.inspection.modes import MODES
 
 from ..tiny import GOLDEN
 from .backbones import BACKBONES, REFUSED, unmapped
-from .composites import COMPOSITES, END, IMAGE, TAKES, VIDEO, composite_donor, images_for, with_image
+from .composites import COMPOSITES, END, FURTHER, IMAGE, TAKES, VIDEO, composite_donor, images_for, with_image
 
 
 TOLERANCE = 1e-5
@@ -166,7 +166,7 @@ def tried(act):
 
 
 @torch.no_grad()
-@every_type
+@types(COMPOSITES | FURTHER)
 def test_without_its_memory_a_model_generates_as_its_backbone(name, composite):
     model, rows = composite(name), prompts()
     for label, way in WAYS.items():
@@ -181,7 +181,7 @@ def test_without_its_memory_a_model_generates_as_its_backbone(name, composite):
 
 
 @torch.no_grad()
-@every_type
+@types(name for name in COMPOSITES | FURTHER if name != "paligemma")
 def test_with_its_memory_a_model_generates_what_it_reads_at_once(name, composite):
     model, rows = composite(name), prompts()
     plain, _ = write(model.backbone, name, rows)
@@ -581,6 +581,12 @@ def test_a_composite_model_that_cannot_take_a_memory_is_refused(reason):
     config, words = UNFIT[reason]
     with pytest.raises(ValueError, match=words):
         EngramConfig(composite_config=config(), engram_layer_ids=[0])
+
+
+def test_positions_that_begin_at_1_are_refused_in_generate(composite):
+    model, row = composite("paligemma"), prompts()[0][None]
+    with pytest.raises(ValueError, match="position_ids have 1 at token 0 of row 0"):
+        model.generate(row, **images_for("paligemma", row), token_type_ids=torch.zeros_like(row), **SETTINGS)
 
 
 def test_a_backbone_with_its_own_generate_is_refused():
