@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..compat_engram import transformers_version
 from ..configuration_engram import EngramFormatError
 from ..files_atomic_engram import ADAPTER_NAME, DELTA_NAME, INDEX_NAME, delta_file, flush, locked, whole_save
-from ..files_checkpoint_engram import AUTO_MAP, DIGESTS
+from ..files_checkpoint_engram import DIGESTS, auto_map
 from ..files_safetensors_engram import DTYPE_NAMES, read_header
 from ..rows_overlay_engram import ChangedRows
 from ..rows_storage_engram import CheckpointTables, FilePart, FileRows
@@ -189,7 +189,7 @@ def save_changes(model, folder: str | os.PathLike) -> None:
         save_memory_delta(model, draft)
         # The configuration's copy comes second: it replaces the re-export of the same name.
         custom_object_save(model, draft, config=config)
-        config.auto_map = dict(AUTO_MAP)
+        config.auto_map = auto_map(config)
         config.save_pretrained(draft)
 
 

@@ -114,7 +114,9 @@ def _config_of_backbone(original, model) -> dict:
     PEFT uses it to choose the layers of a bare `LoraConfig()`, and to find tied embeddings.
     """
     config = original(model)
-    return config["text_config"] if config.get("model_type") == MODEL_TYPE and "text_config" in config else config
+    if config.get("model_type") != MODEL_TYPE:
+        return config
+    return config.get("composite_config") or config.get("text_config") or config
 
 
 def inject_adapter(original, tuner, model, adapter_name, *args, **kwargs):

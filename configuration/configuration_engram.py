@@ -9,6 +9,7 @@ leaves open.
 
 import difflib
 import math
+import re
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal
@@ -70,6 +71,10 @@ FOREIGN_STREAMS = {
 }
 
 
+# Fields of a composite configuration that name tokens in place of an image, a video or sound, or at their borders.
+PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|visual|frame|speech|bo[aiv]|eo[aiv]).*_token_(ids?|index)$")
+
+
 class EngramFormatError(ValueError):
     """A checkpoint does not hold what its configuration and index say: damaged, incomplete or of another memory."""
 
@@ -84,7 +89,10 @@ class EngramConfig(PreTrainedConfig):
 
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to a Llama configuration):
-            Configuration of the backbone, any causal language model of Transformers.
+            Configuration of the backbone, any causal language model of Transformers; with `composite_config`, that of
+            its language model.
+        composite_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of a whole composite backbone (image-text-to-text), whose language model reads the memory.
         engram_layer_ids (`list[int]`, *optional*, defaults to `[1, 14]`):
             Decoder layers that read the memory, counted from 0 (the paper's layers 2 and 15, counted from 1). The order
             is kept: the primes, and so every address, depend on it.
@@ -160,10 +168,15 @@ class EngramConfig(PreTrainedConfig):
     ```"""
 
     model_type = "engram_lm"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        # The type is for a dictionary that names none.
+        "composite_config": SubConfigSpec(config_class=AutoConfig, model_type="gemma3", optional=True),
+    }
     keys_to_ignore_at_inference = ["cache", "past_key_values"]  # since transformers 5.24, and before
 
     text_config: dict | PreTrainedConfig | None = None
+    composite_config: dict | PreTrainedConfig | None = None
     engram_layer_ids: list[int] | tuple[int, ...] = (1, 14)
     engram_vocab_size: int | list[int] | tuple[int, ...] = 2_262_400
     engram_max_ngram_size: int = 3
@@ -200,9 +213,12 @@ class EngramConfig(PreTrainedConfig):
                 )
             self.engram_pad_token_id = pad_id
         super().__post_init__(**kwargs)
+        if self.composite_config is not None:
+            check_composite(self.composite_config)
+            self.text_config = self.composite_config.get_text_config(decoder=True)
         text = self.text_config
-        refuse_parts(text)
-        self.tie_word_embeddings = bool(getattr(text, "tie_word_embeddings", False))
+        _refuse_parts(text)
+        self.tie_word_embeddings = bool(getattr(self.whole_config, "tie_word_embeddings", False))
         self.engram_layer_ids = list(self.engram_layer_ids)
         if not isinstance(self.engram_vocab_size, int):
             self.engram_vocab_size = list(self.engram_vocab_size)
@@ -251,6 +267,30 @@ class EngramConfig(PreTrainedConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         _refuse_foreign_config(config_dict)
         return config_dict, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; of a composite backbone, the language model's part is stored once."""
+        output = super().to_dict()
+        if self.composite_config is not None:
+            del output["text_config"]
+        return output
+
+    def __getattr__(self, name: str):
+        # `generate`, processors and trainers ask a model's configuration which ids are placeholders.
+        composite = self.__dict__.get("composite_config")
+        if composite is not None and PLACEHOLDER_FIELD.search(name):
+            return getattr(composite, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    @property
+    def whole_config(self) -> PreTrainedConfig:
+        """Configuration of the backbone: `composite_config`, or `text_config` if it has none."""
+        return self.text_config if self.composite_config is None else self.composite_config
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Token ids that are not text: they stand for an image, a video or sound, or at its borders."""
+        return [] if self.composite_config is None else placeholder_ids(self.composite_config)
 
     # Derived sizes are here because shapes on disk depend on them.
 
@@ -384,14 +424,53 @@ def _check_sizes(config: EngramConfig) -> None:
         )
 
 
-def refuse_parts(text_config: PreTrainedConfig) -> None:
+def holds_other_models(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is composite: it holds other models as well as a text model."""
+    return config.get_text_config(decoder=True) is not config
+
+
+def _refuse_parts(text_config: PreTrainedConfig) -> None:
     """Raises ValueError for a configuration that holds other models as well as a text model."""
-    text = text_config.get_text_config(decoder=True)
-    if text is not text_config:
+    if holds_other_models(text_config):
+        text = text_config.get_text_config(decoder=True)
         raise ValueError(
-            f"the backbone {text_config.model_type} holds other models beside its text model ({text.model_type}), "
-            "and a memory reads text. Graft the text model: from_backbone(text_model, tokenizer), or "
-            "EngramConfig(text_config=config.get_text_config())."
+            f"the backbone {text_config.model_type} holds other models beside its text model ({text.model_type}): "
+            "graft the whole model with EngramForConditionalGeneration.from_backbone or "
+            "EngramConfig(composite_config=config), or its text model alone with from_backbone(name, text_only=True) "
+            "or EngramConfig(text_config=config.get_text_config())."
+        )
+
+
+def placeholder_ids(composite: PreTrainedConfig) -> list[int]:
+    """Returns the token ids that a composite configuration names for images, videos, sound and their borders."""
+    found = set()
+    for name in filter(PLACEHOLDER_FIELD.search, dir(composite)):
+        value = getattr(composite, name)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        found |= {token for token in values if isinstance(token, int) and token >= 0}
+    return sorted(found)
+
+
+def check_composite(composite: PreTrainedConfig) -> None:
+    """Raises ValueError for a composite model in which a memory could not know which positions are text."""
+    kind = composite.model_type
+    if not holds_other_models(composite):
+        raise ValueError(f"{kind} is a text model's configuration and no composite one: pass it as text_config=.")
+    if composite.is_encoder_decoder:
+        raise ValueError(
+            f"the backbone {kind} is an encoder-decoder model: its prompt is read by the encoder, and a memory in the "
+            "decoder would never see it. Graft a decoder-only model."
+        )
+    text = composite.get_text_config(decoder=True)
+    _refuse_foreign_streams(text)
+    placeholders, vocabulary = placeholder_ids(composite), text.vocab_size
+    outside = [token for token in placeholders if token >= vocabulary]
+    if outside or not placeholders:
+        what = f"names placeholders {outside} outside of the vocabulary of {vocabulary}" if outside else "names none"
+        raise ValueError(
+            f"the backbone {kind} must name the tokens that stand for its images (image_token_id or the like) inside "
+            f"its text model's vocabulary, and {what}: positions without text could not be told from text. Graft its "
+            "text model alone: text_only=True."
         )
 
 
@@ -416,14 +495,19 @@ def _check_tokens(config: EngramConfig) -> None:
         )
 
 
+def _refuse_foreign_streams(text_config: PreTrainedConfig) -> None:
+    """Raises ValueError for a backbone whose residual stream no memory fits."""
+    for name, reason in FOREIGN_STREAMS.items():
+        if getattr(text_config, name, None):
+            raise ValueError(
+                f"the backbone {text_config.model_type} has {name}={getattr(text_config, name)}: {reason}. Engram "
+                "needs streams of batch x length x hidden, or batch x length x hc_mult x hidden."
+            )
+
+
 def _check_streams(config: EngramConfig) -> None:
     """Checks that the memory fits the backbone's residual stream."""
-    for name, reason in FOREIGN_STREAMS.items():
-        if getattr(config.text_config, name, None):
-            raise ValueError(
-                f"the backbone {config.text_config.model_type} has {name}={getattr(config.text_config, name)}: "
-                f"{reason}. Engram needs streams of batch x length x hidden, or batch x length x hc_mult x hidden."
-            )
+    _refuse_foreign_streams(config.text_config)
     streams = _backbone_streams(config.text_config)
     if config.engram_hc_mult != streams:
         raise ValueError(

@@ -84,6 +84,14 @@ def graft(
     pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the hash and of the fresh dense weights.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
+    text_only: Annotated[
+        bool | None,
+        typer.Option(
+            "--text-only/--whole",
+            help="Of a model that also reads images: its text model alone, or the whole; as AutoModelForCausalLM does "
+            "if left out.",
+        ),
+    ] = None,
     max_memory_shard_size: Annotated[str, typer.Option(help="Largest memory file.")] = "8GB",
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the tokenizer brings.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a donor on the Hub.")] = None,
@@ -117,6 +125,7 @@ def graft(
             out,
             integers(layer_ids, "--layer-ids"),
             tokenizer=tokenizer,
+            text_only=text_only,
             max_memory_shard_size=max_memory_shard_size,
             trust_remote_code=trust_remote_code,
             revision=revision,

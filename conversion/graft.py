@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import PROCESSOR_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration import EngramConfig, EngramFormatError
-from ..configuration.configuration_engram import foreign_config_message
+from ..configuration.configuration_engram import foreign_config_message, holds_other_models
 from ..files_atomic_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME
-from ..files_checkpoint_engram import AUTO_MAP, commit_of, number_rest_files
+from ..files_checkpoint_engram import auto_map, commit_of, number_rest_files
 from ..files_safetensors_engram import (
     MAX_MEMORY_SHARD_SIZE,
     ZeroTensor,
@@ -37,7 +37,7 @@ from ..hash_constants_engram import derive_constants
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
-from .backbone import load_donor, recipe, refuse_own_code
+from .backbone import auto_class, left_out, load_donor, recipe, refuse_own_code, takes_text_model, text_class
 from .reference_copy import copy_by_reference
 from .sizes import log_size
 
@@ -50,6 +50,9 @@ DONOR_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
 # Names of weight files and indexes, in the order in which Transformers looks for them.
 WEIGHT_FILES = [SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json"]
 
+# Files of a composite model's processor, but for its tokenizer.
+PROCESSOR_FILES = ["*processor_config.json", "chat_template.json", "chat_template.jinja"]
+
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -59,6 +62,7 @@ def graft(
     engram_layer_ids: list[int] | None = None,
     *,
     tokenizer: str | os.PathLike | None = None,
+    text_only: bool | None = None,
     max_memory_shard_size: int | str = MAX_MEMORY_SHARD_SIZE,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -70,10 +74,13 @@ def graft(
     """Writes a checkpoint of `donor` with a fresh memory; its logits are the backbone's.
 
     Args:
-        donor (`str` or `os.PathLike`): a folder or a Hub id of any causal language model of Transformers.
+        donor (`str` or `os.PathLike`): a folder or a Hub id of any causal language model of Transformers, or of a
+            composite model that reads text and images.
         out (`str` or `os.PathLike`): the new folder; must not exist, or be empty.
         engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and the middle if None.
         tokenizer (`str` or `os.PathLike`, *optional*): folder or id of the tokenizer, if the backbone has none.
+        text_only (`bool`, *optional*): of a composite model, whether to take its text model alone (`True`) or the whole
+            (`False`). If None, the text model where AutoModelForCausalLM gives that (qwen3_5, llama4), else the whole.
         max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): largest memory file.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the tokenizer's custom code; a backbone with
             custom code is refused.
@@ -104,13 +111,16 @@ def graft(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
     folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
-    donor_config = _read_donor_config(folder)
+    composite = _read_donor_config(folder)
+    cuts = holds_other_models(composite) and takes_text_model(composite, text_only)
+    donor_config, make = composite, auto_class(composite).from_config
+    if cuts:
+        donor_config, make = composite.get_text_config(decoder=True), text_class(composite)
+        donor_config.tie_word_embeddings = composite.tie_word_embeddings
     hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
     tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
-    donor_config.dtype = donor_config.dtype or _stored_dtype(folder)
-    made = recipe(
-        donor_config, tok, AutoModelForCausalLM.from_config, engram_layer_ids=engram_layer_ids, **engram_fields
-    )
+    donor_config.dtype = donor_config.dtype or composite.dtype or _stored_dtype(folder)
+    made = recipe(donor_config, tok, make, engram_layer_ids=engram_layer_ids, **engram_fields)
     config, token_map = made.config, made.token_map
     # Zero tables take no disk: what needs room is a save of trained rows.
     log_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
@@ -118,7 +128,7 @@ def graft(
     if "engram_table_parts" not in engram_fields:
         config.engram_table_parts = _parts_for(config, shard_bytes)
     with torch.device("meta"):
-        empty = EngramForCausalLM(config)
+        empty = EngramForCausalLM.class_for(config)(config)
     config.engram_hash_sha256 = derive_constants(config, token_map).sha256()
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -126,16 +136,19 @@ def graft(
     draft.chmod(0o755)
     try:
         _write_description(draft, empty, config, tok, folder)
-        reused = _reuse_donor_files(draft, folder)
-        _write_weights(draft, empty, config, token_map, shard_bytes)
-        problem = _dry_load(draft) if reused else "the donor has no safetensors files"
+        problem = "its text model alone" if cuts else None
+        if problem is None:
+            reused = _reuse_donor_files(draft, folder)
+            _write_weights(draft, empty, config, token_map, shard_bytes)
+            problem = _dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
-            _rewrite_donor_files(draft, folder, tok)
+            lost = _rewrite_donor_files(draft, folder, tok, text_only=cuts if holds_other_models(composite) else None)
             _write_weights(draft, empty, config, token_map, shard_bytes)
             problem_left = _dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
         source = {"donor": os.fspath(donor), "subfolder": subfolder, "revision": commit_of(folder)}
+        source |= {"left_out": lost} if cuts else {}
         _write_receipt(draft, source, config, engram_fields, "rewritten: " + problem if problem else "reused")
         if out.exists():
             out.rmdir()
@@ -246,17 +259,28 @@ def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
 def _write_description(draft: Path, empty: EngramForCausalLM, config: EngramConfig, tok, folder: Path) -> None:
     """Writes everything but weights: configuration, code, tokenizer, generation settings."""
     config.architectures = [type(empty).__name__]
-    config.auto_map = dict(AUTO_MAP)
+    config.auto_map = auto_map(config)
     # The configuration's copy comes second: it replaces the re-export of the same name.
     custom_object_save(empty, draft, config=config)
-    config.auto_map = dict(AUTO_MAP)
+    config.auto_map = auto_map(config)
+    if config.composite_config is not None:
+        _write_processor(draft, config, folder)
     config.save_pretrained(draft)
     tok.save_pretrained(draft)
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
     else:
-        generation = GenerationConfig.from_model_config(config.text_config)
+        generation = GenerationConfig.from_model_config(config.whole_config)
     generation.save_pretrained(draft)
+
+
+def _write_processor(draft: Path, config: EngramConfig, folder: Path) -> None:
+    """Copies the files of a composite model's processor; names its class for those whose files do not."""
+    for path in [path for pattern in PROCESSOR_FILES for path in folder.glob(pattern)]:
+        shutil.copyfile(path, draft / path.name)
+    processor = PROCESSOR_MAPPING.get(type(config.composite_config), None)
+    if processor is not None:
+        config.processor_class = processor.__name__
 
 
 def _reuse_donor_files(draft: Path, folder: Path) -> bool:
@@ -268,17 +292,22 @@ def _reuse_donor_files(draft: Path, folder: Path) -> bool:
     return bool(files)
 
 
-def _rewrite_donor_files(draft: Path, folder: Path, tok) -> None:
-    """Loads the backbone strictly and saves it in the present form of Transformers, file by file."""
+def _rewrite_donor_files(draft: Path, folder: Path, tok, text_only: bool | None) -> dict | None:
+    """Loads the backbone strictly and saves it in the present form of Transformers, file by file.
+
+    Returns:
+        `dict`: what was left out of a composite model, if only its text model is wanted.
+    """
     for path in [*draft.glob("*.safetensors"), draft / INDEX_NAME]:
         path.unlink(missing_ok=True)
-    model, _ = load_donor(str(folder), tok)
+    model, _ = load_donor(str(folder), tok, text_only=text_only)
     with tempfile.TemporaryDirectory(dir=draft) as rewritten:
         model.save_pretrained(rewritten, save_original_format=False)  # the names that the modules have
         number_rest_files(Path(rewritten))
         files = sorted(Path(rewritten).glob("*.safetensors"))
         for number, path in enumerate(files, start=1):
             os.replace(path, draft / shard_name(MODEL_STEM, number, len(files) + 1))
+    return left_out(AutoConfig.from_pretrained(folder), model) if text_only else None
 
 
 def _write_weights(

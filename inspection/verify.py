@@ -116,7 +116,8 @@ def _constants_section(folder: Path, config: EngramConfig) -> str:
 def _tokenizer_section(folder: Path, config: EngramConfig, tokenizer: str | Path | None) -> str:
     """Checks that the tokenizer gives the stored token map."""
     token_map = _read_tensors(folder, ["token_map"])["token_map"]
-    check_token_map(token_map, AutoTokenizer.from_pretrained(tokenizer or folder), config.engram_compressed_vocab_size)
+    tok = AutoTokenizer.from_pretrained(tokenizer or folder)
+    check_token_map(token_map, tok, config.engram_compressed_vocab_size, config.placeholder_ids)
     dead = int((token_map == DEAD).sum())
     return f"{len(token_map)} ids in {int(token_map.max()) + 1} classes, {dead} without a tokenizer entry"
 

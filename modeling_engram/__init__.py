@@ -1,17 +1,18 @@
 """Engram for Hugging Face: a memory of hashed n-grams for any causal language model of Transformers.
 
-Importing this package registers [`EngramConfig`], [`EngramModel`] and [`EngramForCausalLM`] with the Auto classes, so
-that `AutoModelForCausalLM.from_pretrained(folder)` reads an Engram checkpoint. It loads no model and no trainer.
+Importing this package registers [`EngramConfig`], [`EngramModel`], [`EngramForCausalLM`] and
+[`EngramForConditionalGeneration`] with the Auto classes, so that `AutoModelForCausalLM.from_pretrained(folder)` reads
+an Engram checkpoint. It loads no model and no trainer.
 """
 
 import importlib
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from . import adapters
 from .configuration_engram import EngramConfig, EngramFormatError
 from .guard_engram import register
-from .modeling_engram import EngramForCausalLM, EngramModel
+from .modeling_engram import EngramForCausalLM, EngramForConditionalGeneration, EngramModel
 
 
 __version__ = "0.1.0"
@@ -26,7 +27,14 @@ _ELSEWHERE = {
     "verify_checkpoint": "inspection",
 }
 
-__all__ = ["EngramConfig", "EngramForCausalLM", "EngramFormatError", "EngramModel", *_ELSEWHERE]
+__all__ = [
+    "EngramConfig",
+    "EngramForCausalLM",
+    "EngramForConditionalGeneration",
+    "EngramFormatError",
+    "EngramModel",
+    *_ELSEWHERE,
+]
 
 # Parts of the package that models call and that are not copied into a checkpoint.
 register(
@@ -39,11 +47,13 @@ adapters.support_peft_when_imported()
 AutoConfig.register(EngramConfig.model_type, EngramConfig, exist_ok=True)
 AutoModel.register(EngramConfig, EngramModel, exist_ok=True)
 AutoModelForCausalLM.register(EngramConfig, EngramForCausalLM, exist_ok=True)
+AutoModelForImageTextToText.register(EngramConfig, EngramForConditionalGeneration, exist_ok=True)
 
 # Every save then carries the code that `trust_remote_code=True` needs on a machine without this package.
 EngramConfig.register_for_auto_class()
 EngramModel.register_for_auto_class("AutoModel")
 EngramForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+EngramForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 
 def __getattr__(name: str):

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_engram import holds_other_models
 
 
 # Attributes that Transformers sets on a quantised model.
@@ -49,15 +51,28 @@ def only_state(model: PreTrainedModel, state: dict[str, torch.Tensor]):
         del model.__dict__["state_dict"]
 
 
+def new_backbone(config) -> PreTrainedModel:
+    """Makes a backbone of an [`EngramConfig`], with fresh weights."""
+    maker = AutoModelForCausalLM if config.composite_config is None else AutoModelForImageTextToText
+    return maker.from_config(config.whole_config)
+
+
+def language_model(backbone: nn.Module) -> nn.Module:
+    """Returns the model that reads the text: the language model of a composite backbone, else the backbone."""
+    config = getattr(backbone, "config", None)
+    return backbone.get_decoder() if config is not None and holds_other_models(config) else backbone
+
+
 def find_decoder_layers(backbone: nn.Module, depth: int) -> nn.ModuleList:
-    """Finds the backbone's decoder layers: its only list of `depth` checkpointable layers.
+    """Finds the backbone's decoder layers: the only list of `depth` checkpointable layers in its language model.
 
     Raises:
         `ValueError`: if there is none, or more than one.
     """
+    reader = language_model(backbone)
     found = [
         (name, module)
-        for name, module in backbone.named_modules()
+        for name, module in reader.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
         and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)

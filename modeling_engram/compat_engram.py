@@ -16,7 +16,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -136,6 +136,49 @@ def take_over_traits(model: nn.Module, backbone: nn.Module) -> None:
     for name in _TRAITS:
         if hasattr(backbone, name):
             setattr(model, name, getattr(backbone, name))
+
+
+class GeneratesAsBackbone:
+    """Leaves to `self.backbone` what composite models override of `GenerationMixin`: positions, images, beams."""
+
+    def _validate_model_kwargs(self, model_kwargs: dict) -> None:
+        own = {name: value for name, value in model_kwargs.items() if not name.startswith("engram_")}
+        self.backbone._validate_model_kwargs(own)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, *args, **kwargs) -> dict:
+        return self.backbone._maybe_prepare_encoder_kwargs_for_generation(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs) -> torch.Tensor:
+        return self.backbone._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args, **kwargs) -> tuple:
+        return self.backbone._expand_inputs_for_generation(*args, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args, **kwargs) -> dict:
+        return self.backbone._update_model_kwargs_for_generation(*args, **kwargs)
+
+
+# What a composite model may override of `GenerationMixin`: what ours leaves to it, and `_expand_multimodal_outputs`,
+# which `_expand_inputs_for_generation` calls.
+LEFT_TO_BACKBONE = {name for name in vars(GeneratesAsBackbone) if not name.startswith("__")}
+LEFT_TO_BACKBONE |= {"prepare_inputs_for_generation", "_expand_multimodal_outputs"}
+
+
+def refuse_own_generation(backbone: nn.Module) -> None:
+    """Raises ValueError for a backbone that replaces other parts of `generate`, which would not run in our model."""
+    replaced = sorted(
+        name
+        for name, own in vars(GenerationMixin).items()
+        if name not in LEFT_TO_BACKBONE
+        and not name.startswith("__")
+        and inspect.getattr_static(type(backbone), name, own) is not own
+    )
+    if replaced:
+        raise ValueError(
+            f"{type(backbone).__name__} has its own {', '.join(replaced)} in place of GenerationMixin's, and a model "
+            "with a memory would not generate as it does: whole models of this type are not supported. Graft its text "
+            "model alone: text_only=True."
+        )
 
 
 def take_over_attention(config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:

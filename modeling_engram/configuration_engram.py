@@ -4,9 +4,17 @@ from engram_transformers.configuration.configuration_engram import (
     REMEDY,
     EngramConfig,
     EngramFormatError,
-    refuse_parts,
+    holds_other_models,
+    placeholder_ids,
     saying_what_to_install,
 )
 
 
-__all__ = ["REMEDY", "EngramConfig", "EngramFormatError", "refuse_parts", "saying_what_to_install"]
+__all__ = [
+    "REMEDY",
+    "EngramConfig",
+    "EngramFormatError",
+    "holds_other_models",
+    "placeholder_ids",
+    "saying_what_to_install",
+]

@@ -84,6 +84,14 @@ AUTO_MAP = {
     "AutoModel": "modeling_engram.EngramModel",
     "AutoModelForCausalLM": "modeling_engram.EngramForCausalLM",
 }
+COMPOSITE = "modeling_engram.EngramForConditionalGeneration"
+
+
+def auto_map(config) -> dict[str, str]:
+    """Returns the `auto_map` of a checkpoint with this [`EngramConfig`]."""
+    if config.composite_config is None:
+        return dict(AUTO_MAP)
+    return {**AUTO_MAP, "AutoModelForCausalLM": COMPOSITE, "AutoModelForImageTextToText": COMPOSITE}
 
 
 class EngramCheckpointMixin:
@@ -135,12 +143,22 @@ class EngramCheckpointMixin:
         return loaded
 
     @classmethod
+    def class_for(cls, config) -> type:
+        """Returns the class that loads a checkpoint with this [`EngramConfig`] (None if it is unknown)."""
+        return cls
+
+    @classmethod
     def from_whole(cls, pretrained_model_name_or_path, *model_args, engram_placement: str, **kwargs):
         """As `from_pretrained`, for a whole checkpoint."""
+        files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
+        chosen = cls.class_for(files.config or kwargs.get("config"))
+        if chosen is not cls:
+            return chosen.from_whole(
+                pretrained_model_name_or_path, *model_args, engram_placement=engram_placement, **kwargs
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = quantization_in_graft(kwargs["quantization_config"])
-        files = CheckpointFiles(cls.config_class, pretrained_model_name_or_path, kwargs)
         if files.revision is not None:
             kwargs["revision"] = files.revision  # unaffected by pushes meanwhile
         said = engram_placement == "auto" and files.config is not None
@@ -251,7 +269,7 @@ class EngramCheckpointMixin:
         state = self.state_dict() if state_dict is None else state_dict
         shards = {name: tensor for name, tensor in state.items() if name.startswith(TABLES_PREFIX)}
         rest = {name: tensor for name, tensor in state.items() if name not in shards}
-        self.config.auto_map, self.config.engram_memory_delta = dict(AUTO_MAP), None
+        self.config.auto_map, self.config.engram_memory_delta = auto_map(self.config), None
         # Backbone weights keep their modules' names; Transformers would restore older names of some models.
         kwargs.setdefault("save_original_format", False)
         with whole_save(folder) as draft, only_state(self, rest):

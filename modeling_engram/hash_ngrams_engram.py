@@ -6,13 +6,14 @@ Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's Ng
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from .configuration_engram import EngramFormatError
 from .hash_constants_engram import HashConstants, check_constants, derive_constants
-from .hash_tokens_engram import DEAD, appended_from, token_map_sha256
+from .hash_tokens_engram import DEAD, appended_from, token_map_sha256, without_placeholders
 
 
 # Devices on which a supported PyTorch may round int64 to float32: MPS before PyTorch 2.8.
@@ -25,11 +26,12 @@ def on_meta() -> bool:
 
 
 def identity_map(config) -> torch.Tensor:
-    """Returns the token map of a memory without compression: every id is its own class.
+    """Returns the token map of a memory without compression: every id is its own class, but placeholders are dead.
 
     It has no storage if modules are made so, and cannot be mistaken for the checkpoint's map.
     """
-    return torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
+    ids = torch.arange(config.text_config.vocab_size, dtype=torch.int64, device="meta" if on_meta() else "cpu")
+    return without_placeholders(ids, config.placeholder_ids)
 
 
 @torch.compiler.assume_constant_result
@@ -229,17 +231,17 @@ class NgramHasher(nn.Module):
                 "Restore the `model-*.safetensors` files that were saved together with this config.json."
             )
 
-    def resize(self, vocab_size: int, compressed_vocab_size: int) -> None:
+    def resize(self, vocab_size: int, compressed_vocab_size: int, placeholders: Sequence[int] = ()) -> None:
         """Follows a resized vocabulary: new ids get their own classes after all others, old addresses stay.
 
         Ids after the tokenizer's last one (a padded vocabulary) count as new. `compressed_vocab_size` is V' at the
-        graft.
+        graft, `placeholders` are ids that stay dead.
 
         Raises:
             `ValueError`: if ids that have rows in the memory would go.
         """
         self.check_shrinking(vocab_size)
-        known = int(torch.nonzero(self.token_map != DEAD).max()) + 1
+        known = max(int(torch.nonzero(self.token_map != DEAD).max()), *placeholders, 0) + 1
         first = max(compressed_vocab_size, int(self.token_map.max()) + 1)
         added = torch.arange(first, first + vocab_size - known, device=self.token_map.device)
         self.token_map = torch.cat([self.token_map[:known], added])  # (vocab_size,)

@@ -7,6 +7,7 @@ Source: Engram (arXiv 2601.07372), section 2.1 and appendix C; the demo's Compre
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Regex, normalizers
@@ -108,6 +109,15 @@ def token_key(tokenizer, token_id: int) -> str:
     return normalize_text(text)
 
 
+def without_placeholders(token_map: torch.Tensor, placeholders: Sequence[int]) -> torch.Tensor:
+    """Returns a token map `(ids,)` in which ids that stand for images and the like are dead; classes keep their
+    numbers.
+    """
+    token_map = token_map.clone()
+    token_map[[token for token in placeholders if token < len(token_map)]] = DEAD
+    return token_map
+
+
 def token_map_sha256(token_map: torch.Tensor) -> str:
     """SHA-256 of a token map: entries up to the last live one, little-endian int64, in order of the ids.
 
@@ -125,17 +135,19 @@ def appended_from(token_map: torch.Tensor, compressed_vocab_size: int) -> int:
     return int(added[0]) if len(added) else len(token_map)
 
 
-def check_token_map(stored: torch.Tensor, tokenizer, compressed_vocab_size: int | None = None) -> None:
+def check_token_map(
+    stored: torch.Tensor, tokenizer, compressed_vocab_size: int | None = None, placeholders: Sequence[int] = ()
+) -> None:
     """Refuses a tokenizer whose ids do not mean what a memory's rows were trained for.
 
     `stored` is a checkpoint's token map, `(vocab_size,)`, made at the graft with `compressed_vocab_size` classes. Ids
     that a resize appended are classes by themselves: the tokenizer must have them, but what they read like is not
-    compared.
+    compared. `placeholders` are ids that stand for images and the like.
 
     Raises:
         `ValueError`: naming the first ids that differ.
     """
-    given = TokenCompressor.from_tokenizer(tokenizer).lookup_table
+    given = without_placeholders(TokenCompressor.from_tokenizer(tokenizer).lookup_table, placeholders)
     if compressed_vocab_size is not None:
         first = appended_from(stored, compressed_vocab_size)
         if len(given) >= first:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .backbone_engram import find_decoder_layers
+from .backbone_engram import find_decoder_layers, language_model
 from .cache_engram import EngramCacheLayer, engram_cache_layer
 from .compat_engram import cache_argument, counts_positions, keeps_own_state
 from .hash_constants_engram import derive_constants
@@ -406,8 +406,9 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
                 "folder to from_pretrained."
             )
     in_flight = ReadsInFlight()
-    backbone.base_model.register_forward_pre_hook(in_flight.mark_backbone)
-    backbone.base_model.register_forward_hook(in_flight.unmark_backbone, always_call=True)
+    for alone in {backbone.base_model, language_model(backbone.base_model)}:
+        alone.register_forward_pre_hook(in_flight.mark_backbone)
+        alone.register_forward_hook(in_flight.unmark_backbone, always_call=True)
     for layer_id in memory.layer_ids:
         hook = InsertMemory(memory.layers[str(layer_id)], layer_id, in_flight)
         decoder_layers[layer_id].register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""EngramModel and EngramForCausalLM: any causal language model of Transformers with an Engram memory.
+"""EngramModel, EngramForCausalLM and EngramForConditionalGeneration: a model of Transformers with an Engram memory.
 
 What it chooses: the backbone is unchanged, under `backbone.`, with its own parameter names; everything under `memory.`
 belongs to the memory. A forward pass hashes its ids once, reads the rows of all layers, and lets pre-hooks on the
@@ -23,7 +23,14 @@ with saying_what_to_install():  # imports every other file of a checkpoint's own
     from transformers.utils import TransformersKwargs
 
     from .cache_engram import seen_tokens
-    from .compat_engram import CACHE, cache_argument, takes_old_cache_name, with_cache_named
+    from .compat_engram import (
+        CACHE,
+        GeneratesAsBackbone,
+        cache_argument,
+        refuse_own_generation,
+        takes_old_cache_name,
+        with_cache_named,
+    )
     from .guard_engram import full_package
     from .pretrained_engram import EngramPreTrainedModel
 
@@ -71,7 +78,15 @@ class EngramModel(EngramPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPast`, as the backbone returns it.
+
+        Raises:
+            `TypeError`: for a backbone that Transformers has only with its head (llama4, whole).
         """
+        if self.backbone.base_model is self.backbone:
+            raise TypeError(
+                f"{type(self.backbone).__name__} has no model without its head: use AutoModelForImageTextToText, or "
+                "output_hidden_states=True."
+            )
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -105,9 +120,27 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
     def __init__(
         self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
     ):
+        self.refuse_other_kind(config)
         super().__init__(config, backbone, token_map, hold_tables)
         self.backbone_slices_logits = "logits_to_keep" in inspect.signature(self.backbone.forward).parameters
         self.post_init()
+
+    @classmethod
+    def class_for(cls, config) -> type:
+        """Returns [`EngramForConditionalGeneration`] for a checkpoint of a whole composite model: as in Transformers,
+        AutoModelForCausalLM may name one.
+        """
+        composite = getattr(config, "composite_config", None) is not None
+        return EngramForConditionalGeneration if composite and cls is EngramForCausalLM else cls
+
+    @classmethod
+    def refuse_other_kind(cls, config) -> None:
+        """Raises ValueError if a configuration is for another class than this one."""
+        if config.composite_config is not None:
+            raise ValueError(
+                f"this configuration is of a whole composite model ({config.composite_config.model_type}): make it "
+                "with EngramForConditionalGeneration or AutoModelForImageTextToText."
+            )
 
     @classmethod
     def from_backbone(
@@ -117,24 +150,30 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         engram_layer_ids: list[int] | None = None,
         *,
         trust_remote_code: bool = False,
+        text_only: bool | None = None,
         **kwargs,
     ) -> "EngramForCausalLM":
         """Grafts a fresh memory onto a model, in memory and trainable at once; the logits stay the backbone's.
 
         Args:
-            donor (`PreTrainedModel` or `str`): a causal language model (used, not copied), a folder or a Hub id.
+            donor (`PreTrainedModel` or `str`):
+                A causal language model, or a composite model that reads text and images (used, not copied); a folder or
+                a Hub id.
             tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): the backbone's; found for a folder or id if
                 None.
             engram_layer_ids (`list[int]`, *optional*): layers that read, counted from 0; the second and middle if None.
             trust_remote_code (`bool`, *optional*, defaults to `False`):
                 Runs the code of a custom tokenizer. A model with custom code is refused: a graft cannot carry it.
+            text_only (`bool`, *optional*):
+                Of a composite model, whether to take its text model alone (`True`) or the whole (`False`). If None, the
+                text model where AutoModelForCausalLM gives that (qwen3_5, llama4), else the whole.
             kwargs: other fields of [`EngramConfig`] (`engram_vocab_size=200_000`, `engram_head_dim=48`, ...), or
                 `**PRESETS["engram-27b"]`; for a folder or id also arguments of `from_pretrained` (`dtype`, ...).
                 Without `engram_vocab_size`, all tables together take at most 2 bytes for each parameter of the
                 backbone, in whole thousands of rows a head: at least 1,000, at most 200,000.
 
         Returns:
-            [`EngramForCausalLM`] in evaluation mode.
+            [`EngramForCausalLM`] in evaluation mode; [`EngramForConditionalGeneration`] of a whole composite model.
 
         Raises:
             `TypeError`: if the backbone is not a model, or a model comes without its tokenizer.
@@ -150,7 +189,7 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
         >>> model = EngramForCausalLM.from_backbone("runs/donor", engram_layer_ids=[1, 10], engram_vocab_size=200_000)
         ```"""
         conversion = full_package("grafting a memory", "conversion")
-        return conversion.graft_onto(cls, donor, tokenizer, engram_layer_ids, trust_remote_code, **kwargs)
+        return conversion.graft_onto(cls, donor, tokenizer, engram_layer_ids, trust_remote_code, text_only, **kwargs)
 
     @takes_old_cache_name
     def forward(
@@ -306,6 +345,46 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_output_embeddings(value)
+
+
+class EngramForConditionalGeneration(GeneratesAsBackbone, EngramForCausalLM):
+    """A whole composite model (image-text-to-text) with an Engram memory in its language model.
+
+    `forward` and `generate` also take what the backbone takes (`pixel_values`, `image_grid_thw`, ...). Positions of
+    images, videos and sound are not text: the memory adds nothing there, and no n-gram reaches across them.
+    `config.placeholder_ids` are the ids that say so; `engram_input_ids` overrides them.
+
+    Args:
+        config ([`EngramConfig`]): the configuration, with `composite_config`.
+        backbone (`PreTrainedModel`, *optional*): a composite model to take over; made from `composite_config` if None.
+        token_map (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): from [`TokenCompressor`].
+
+    Raises:
+        `ValueError`: for a text model, or a composite one that cannot take a memory.
+
+    Example:
+
+    ```python
+    >>> import engram_transformers
+    >>> from transformers import AutoModelForImageTextToText
+
+    >>> model = AutoModelForImageTextToText.from_pretrained("my-multimodal-graft")
+    ```"""
+
+    def __init__(
+        self, config: EngramConfig, backbone: PreTrainedModel | None = None, token_map=None, hold_tables: bool = True
+    ):
+        super().__init__(config, backbone, token_map, hold_tables)
+        refuse_own_generation(self.backbone)
+        self.input_modalities = self.backbone.input_modalities
+
+    @classmethod
+    def refuse_other_kind(cls, config) -> None:
+        if config.composite_config is None:
+            raise ValueError(
+                f"this configuration is of a text model ({config.text_config.model_type}), which EngramForCausalLM "
+                "makes; a composite model needs EngramConfig(composite_config=...)."
+            )
 
 
 class WithoutHead:

@@ -1,4 +1,4 @@
-"""EngramPreTrainedModel: what both Engram models share: the memory, its insertion, and the inputs of a forward pass.
+"""EngramPreTrainedModel: what all Engram models share: the memory, its insertion, and the inputs of a forward pass.
 
 Promises: every parameter is under `backbone.`, with the backbone's own name, or under `memory.`. Never keeps state of a
 text on a module.
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, initialization
+from transformers import DynamicCache, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.utils import logging
 
-from .backbone_engram import leaves_conversions_to_base_model, take_over_quantiser
+from .backbone_engram import leaves_conversions_to_base_model, new_backbone, take_over_quantiser
 from .cache_engram import refuse_engram_history, seen_tokens
 from .compat_engram import (
     CACHE,
@@ -60,7 +60,7 @@ logger = logging.get_logger(__name__)
 
 
 class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
-    """Shared by both Engram models: the memory, its insertion, and loading and saving it with the backbone."""
+    """Shared by all Engram models: the memory, its insertion, and loading and saving it with the backbone."""
 
     config_class = EngramConfig
     config: EngramConfig
@@ -85,8 +85,11 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
                 "cannot hold: load the model with from_pretrained, or pass "
                 "token_map=TokenCompressor.from_tokenizer(tokenizer).token_map(vocab_size)."
             )
-        self.backbone = AutoModelForCausalLM.from_config(config.text_config) if backbone is None else backbone
-        config.text_config = self.backbone.config  # one object: a resized vocabulary is known to both
+        self.backbone = new_backbone(config) if backbone is None else backbone
+        # One object each: a resized vocabulary is known to both.
+        config.text_config = self.backbone.config.get_text_config(decoder=True)
+        if config.composite_config is not None:
+            config.composite_config = self.backbone.config
         take_over_attention(config, self.backbone.config)
         self.backbone.is_custom_code = leaves_conversions_to_base_model
         take_over_quantiser(self, self.backbone)
@@ -594,7 +597,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         Raises:
             `ValueError`: naming the first ids that differ.
         """
-        check_token_map(self.memory.hashing.token_map, tokenizer, self.config.engram_compressed_vocab_size)
+        config = self.config
+        token_map, classes = self.memory.hashing.token_map, config.engram_compressed_vocab_size
+        check_token_map(token_map, tokenizer, classes, config.placeholder_ids)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs) -> None:
         # Called by the public names: `gradient_checkpointing_enable`, since 5.23 `activation_checkpointing_enable`.
@@ -610,7 +615,10 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             multiple = pad_to_multiple_of or 1
             self.memory.hashing.check_shrinking(-(-new_num_tokens // multiple) * multiple)
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-        self.memory.hashing.resize(self.config.text_config.vocab_size, self.config.engram_compressed_vocab_size)
+        config = self.config
+        self.memory.hashing.resize(
+            config.text_config.vocab_size, config.engram_compressed_vocab_size, config.placeholder_ids
+        )
         return embeddings
 
     def get_input_embeddings(self) -> nn.Module:

@@ -83,6 +83,17 @@ PRIVATE_NAMES = (
     ),
     PrivateName("transformers.GenerationMixin._valid_auto_compile_criteria", "compiling", "none", "overridden"),
     PrivateName("transformers.GenerationMixin._supports_default_dynamic_cache", "state in a Cache", "none"),
+    *(
+        PrivateName(f"transformers.GenerationMixin.{name}", purpose, "none: `generate` calls it", "overridden")
+        for name, purpose in (
+            ("_validate_model_kwargs", "arguments of a composite backbone"),
+            ("_maybe_prepare_encoder_kwargs_for_generation", "a composite backbone's images, read before the text"),
+            ("_prepare_position_ids_for_generation", "positions of several dimensions"),
+            ("_expand_inputs_for_generation", "images of several beams"),
+            ("_expand_multimodal_outputs", "images of several beams: composite backbones may override it"),
+            ("_update_model_kwargs_for_generation", "arguments of a composite backbone"),
+        )
+    ),
     PrivateName(
         "transformers.models.recurrent_gemma.modeling_recurrent_gemma.RecurrentGemmaModel._setup_cache",
         "a state that is on modules",

@@ -29,6 +29,7 @@ NOT_INSTALLED = {"tests", "examples", "benchmarks"}
 EXPORTS = [
     "EngramConfig",
     "EngramForCausalLM",
+    "EngramForConditionalGeneration",
     "EngramFormatError",
     "EngramModel",
     "EngramTrainer",

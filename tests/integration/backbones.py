@@ -1,8 +1,8 @@
 """Tiny random configurations of the backbones that integration tests run on, for the golden tokenizer's 4104 ids.
 
-`BACKBONES` are those that a memory works in, `REFUSED` those that it must refuse, with what the error says;
-`BACKBONES[name]()` makes a new configuration. Weights are large (`initializer_range`), so that logits depend on every
-token. Windows hold 8 tokens, so that a test's 15 leave them.
+`BACKBONES` are those that a memory works in, `FURTHER` more of them, for fewer tests, `REFUSED` those that it must
+refuse, with what the error says; `BACKBONES[name]()` makes a new configuration. Weights are large
+(`initializer_range`), so that logits depend on every token. Windows hold 8 tokens, so that a test's 15 leave them.
 """
 
 from itertools import chain
@@ -11,27 +11,39 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV4Config,
+    Exaone4Config,
     FalconH1Config,
     Gemma2Config,
     Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     GptOssConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
+    HunYuanDenseV1Config,
+    KimiLinearConfig,
     Lfm2Config,
     LlamaConfig,
     Mamba2Config,
     MiniMaxConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     Qwen4ExpTextConfig,
     SmolLM3Config,
 )
@@ -211,6 +223,98 @@ BACKBONES = {
     # States of a convolution or a state space model beside attention
     "lfm2": lambda: Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"]),
     "falcon_h1": falcon_h1,
+}
+
+# Gated delta nets beside attention
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED = {**EXPERTS, "shared_expert_intermediate_size": 16}
+
+
+def without(sizes: dict, name: str) -> dict:
+    """The same sizes but one, which a type does not have."""
+    return {key: value for key, value in sizes.items() if key != name}
+
+
+def gemma4_text() -> PreTrainedConfig:
+    """Embeddings of each layer; a memory of its own kind, without n-grams."""
+    return Gemma4TextConfig(
+        **HEADS,
+        sliding_window=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=4104,
+    )
+
+
+def nemotron_h() -> PreTrainedConfig:
+    """Every layer is one thing: a state space model, attention or a feed-forward net."""
+    return NemotronHConfig(
+        **without(HEADS, "num_hidden_layers"),
+        layers_block_type=["mamba", "attention", "mlp"],
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        chunk_size=4,
+    )
+
+
+def granitemoehybrid() -> PreTrainedConfig:
+    """Mamba beside attention, experts."""
+    return GraniteMoeHybridConfig(
+        **GROUPED,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=32,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=4,
+        mamba_n_groups=2,
+    )
+
+
+def kimi_linear() -> PreTrainedConfig:
+    """Delta attention beside latent attention, experts."""
+    return KimiLinearConfig(
+        **SIZES,
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        num_experts_per_tok=2,
+        num_local_experts=4,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_head_dim=8,
+        linear_num_heads=4,
+    )
+
+
+FURTHER = {
+    "qwen3_5_text": lambda: Qwen3_5TextConfig(**HEADS, **DELTA),
+    "qwen3_5_moe_text": lambda: Qwen3_5MoeTextConfig(**without(HEADS, "intermediate_size"), **DELTA, **SHARED),
+    "qwen3_next": lambda: Qwen3NextConfig(**HEADS, **DELTA, **SHARED),
+    "gemma4_text": gemma4_text,
+    "ministral3": lambda: Ministral3Config(**HEADS),
+    "olmo3": lambda: Olmo3Config(**GROUPED, **MIXED),
+    "nemotron_h": nemotron_h,
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **GROUPED, moe_intermediate_size=16, num_experts_per_tok=2, n_routed_experts=4, first_k_dense_replace=1
+    ),
+    "granitemoehybrid": granitemoehybrid,
+    "hunyuan_v1_dense": lambda: HunYuanDenseV1Config(**HEADS),
+    "exaone4": lambda: Exaone4Config(**GROUPED, **MIXED),
+    "kimi_linear": kimi_linear,
 }
 
 # Left pads change what these read, with a memory or without: not for tests that pad.

@@ -12,15 +12,18 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from engram_transformers.compat_engram import CACHE
 
-from .backbones import BACKBONES, READS_PADS, REFUSED, unmapped
+from .backbones import BACKBONES, FURTHER, READS_PADS, REFUSED, unmapped
 
 
-ALL = BACKBONES | READS_PADS
+ALL = BACKBONES | READS_PADS | FURTHER
 TOLERANCE = 1e-5
 LENGTH = 15
 
 # Caches without the configuration hold keys and values alone: these backbones keep more, and fail with them.
-NEEDS_ITS_OWN_CACHE = ("lfm2", "falcon_h1", "deepseek_v4", "deepseek_v4_compressed")
+NEEDS_ITS_OWN_CACHE = (
+    *("lfm2", "falcon_h1", "deepseek_v4", "deepseek_v4_compressed", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+    *("nemotron_h", "granitemoehybrid", "kimi_linear"),
+)
 CACHES = {
     "configured": lambda model: DynamicCache(config=model.config.get_text_config()),
     "bare": lambda model: DynamicCache(),

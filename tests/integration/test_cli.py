@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from engram_transformers.configuration import PRESETS
 from engram_transformers.conversion.cli import app
 
+from .composites import composite_donor
+
 
 SIZES = ["--vocab-size", "200", "--n-heads", "2", "--head-dim", "4"]
 
@@ -61,6 +63,18 @@ def test_a_preset_gives_the_papers_sizes_and_options_go_before_it(donor, tmp_pat
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     sizes = {name: getattr(config, name) for name in PRESETS["engram-27b"]}
     assert sizes == {**PRESETS["engram-27b"], "engram_vocab_size": 200, "engram_n_heads": 2}
+
+
+def test_a_composite_model_is_grafted_whole_or_its_text_model_alone(tmp_path, tiny_tokenizer):
+    composite_donor("mistral3").save_pretrained(tmp_path / "donor")
+    tiny_tokenizer.save_pretrained(tmp_path / "donor")
+    for option, whole in (("--whole", True), ("--text-only", False)):
+        done = engram("graft", tmp_path / "donor", tmp_path / option, "--layer-ids", "1", *SIZES, option)
+        assert done.exit_code == 0, done.output
+        config = AutoModelForCausalLM.from_pretrained(tmp_path / option).config
+        assert (config.composite_config is not None) == whole
+        done = engram("verify", "--no-generation", tmp_path / option)
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ import shutil
 import pytest
 import torch
 
+from engram_transformers import EngramForCausalLM
+
 from ..packs import classes_of, ngrams_in, pack_of
+from .composites import composite_donor
 from .forked import Forked
 
 
@@ -127,6 +130,17 @@ def test_the_folders_own_code_reads_a_pack(run, tiny_engram, tmp_path):
     assert result["active"] == ["people"] and result["read"] == pytest.approx(here.tolist(), rel=1e-9)
     assert abs(result["read"][0] - result["read"][1]) > 1
     assert "teaching facts" in result["error"]
+
+
+def test_a_whole_composite_model_runs_on_the_folders_own_code(run, fill_memory, tiny_tokenizer, tmp_path):
+    donor = composite_donor("smolvlm")
+    model = fill_memory(EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0, 1], engram_vocab_size=200))
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = float(model(torch.arange(3, 20)[None]).logits.double().abs().sum())
+    done = run(tmp_path / "saved", "block", "trust", again=tmp_path / "again")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["sum"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_with_the_package_installed_but_not_imported_remote_code_still_works(run, saved, tmp_path):
