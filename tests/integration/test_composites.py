@@ -58,10 +58,16 @@ installed = Version(transformers.__version__)
 pytestmark = pytest.mark.skipif(installed < Version("5.23"), reason="Transformers' own models generate wrongly there")
 
 
+# One of each kind: a projector, positions of several dimensions, a recurrent state, pieces of images.
+FAST = {"gemma3", "qwen2_5_vl", "qwen3_5", "smolvlm"}
+
+
 def types(names):
     """A parameter for each type; without llama4 where Transformers' own model fails."""
     fails = pytest.mark.skipif(installed >= Version("5.24"), reason="Transformers' own llama4 fails")
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=fails) if n == "llama4" else n for n in names])
+    marks = {name: [] if name in FAST else [pytest.mark.slow] for name in names}
+    marks["llama4"] = [pytest.mark.slow, fails]
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
 
 
 every_type = types(COMPOSITES)
@@ -181,7 +187,7 @@ def test_without_its_memory_a_model_generates_as_its_backbone(name, composite):
 
 
 @torch.no_grad()
-@types(name for name in COMPOSITES | FURTHER if name != "paligemma")
+@types([name for name in COMPOSITES | FURTHER if name != "paligemma"])
 def test_with_its_memory_a_model_generates_what_it_reads_at_once(name, composite):
     model, rows = composite(name), prompts()
     plain, _ = write(model.backbone, name, rows)
