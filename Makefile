@@ -77,6 +77,7 @@ bench: $(VENV)/.dev donor
 
 bench-long: $(VENV)/.dev donor
 	ENGRAM_DONOR=$(DONOR) $(KEEP_BLOCKS) $(BIN)/python -m examples.domain
+	ENGRAM_DONOR=$(DONOR) $(KEEP_BLOCKS) $(BIN)/python -m benchmarks.facts
 	ENGRAM_DONOR=$(DONOR) $(BIN)/python -m benchmarks.big $(ARGS)
 	$(BIN)/python -m benchmarks.publish
 	$(BIN)/python -m examples.domain.publish

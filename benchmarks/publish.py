@@ -1,4 +1,4 @@
-"""Puts figures into docs/performance.md and docs/training.md: one renderer, and as data what it shows.
+"""Puts figures into pages of docs/ (performance, training, packs): one renderer, and as data what it shows.
 
 Promises: the last result of a benchmark gives the same text every time; what has not been measured is named with the
 command that measures it; a block whose values a result does not have is left out. Never measures anything, and changes
@@ -9,13 +9,14 @@ Run: python -m benchmarks.publish
 
 import string
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .record import RESULTS, ROOT, lines_of
 
 
+PAGES = ("performance.md", "training.md", "packs.md")
 FIRST, LAST = "<!-- results of {} -->", "<!-- end of results of {} -->"
 SCALES = {"n": 1.0, "%": 100.0, "GB": 1e-9, "MiB": 2.0**-20, "ms": 1e3}
 
@@ -128,8 +129,43 @@ MEMORY = (
 )
 SPEED = Table("measured/by_backbone_dtype/*", "backbone {0}", "per_second share")
 
+WAYS_OF_FACTS = {
+    "pack": "knowledge pack",
+    "permuted": "control: its vectors dealt to other n-grams",
+    "random": "control: random vectors of their size",
+    "lora": "LoRA, rank 16",
+    "prompt": "the facts in the prompt",
+}
+
+
+def facts(results: list[dict]) -> str:
+    """A table with a row for each way of teaching, from all results."""
+    head = (
+        "way, people, seed|taught phrasings|unseen phrasings|unseen, among candidates|loss of general text|"
+        "general texts identical|KL of text about a subject|seconds"
+    )
+    rows = {}
+    for line in results:
+        sizes, found = line["sizes"], line["measured"]
+        way = WAYS_OF_FACTS[sizes["arm"]] + (f" at {sizes['rate']:g}" if sizes["rate"] else "")
+        passes = "" if sizes["passes"] == 6 else f", {sizes['passes']} passes"
+        other = found.get("other_texts", {})
+        general, about = other.get("general"), other.get("about_a_subject")
+        rows[f"{way}, {sizes['people']}, {sizes['seed']}{passes}"] = [
+            f"{found['taught']['right']:.3f}",
+            f"{found['unseen']['right']:.3f}",
+            f"{found['unseen']['right_among_candidates']:.3f}",
+            f"{general['loss_before']:.3f} to {general['loss']:.3f}" if general else "",
+            f"{general['texts_identical'] * general['texts']:.0f} of {general['texts']}" if general else "",
+            f"{about['kl']:.2f}" if about else "",
+            f"{found['seconds']:.0f}" if "seconds" in found else "",
+        ]
+    return table(head.split("|"), [[way, *row] for way, row in rows.items()])
+
+
 # Name between marks: benchmark, path that its result must have, and blocks of text.
-SECTIONS: dict[str, tuple[str, str, list[str | Table]]] = {
+SECTIONS: dict[str, tuple[str, str, list[str | Table | Callable[[list[dict]], str]]]] = {
+    "facts": ("facts", "measured", [facts]),
     "decode": (
         "decode",
         "measured",
@@ -211,7 +247,10 @@ def figures(name: str, results: Path = RESULTS) -> str | None:
     shown = []
     for block in blocks:
         try:
-            shown.append(FIGURES.format(block, **found[-1]) if isinstance(block, str) else block.show(found[-1]))
+            if isinstance(block, str):
+                shown.append(FIGURES.format(block, **found[-1]))
+            else:
+                shown.append(block.show(found[-1]) if isinstance(block, Table) else block(found))
         except KeyError:
             continue
     return "\n\n".join([*shown, measured_by(found[-1])])
@@ -243,7 +282,7 @@ def put(text: str, name: str, inside: str) -> str:
 def publish(results: Path = RESULTS, pages: Iterable[Path] | None = None) -> list[str]:
     """Fills in the sections of the pages; names of sections without a result."""
     missing = []
-    for page in pages or [ROOT / "docs" / "performance.md", ROOT / "docs" / "training.md"]:
+    for page in pages or [ROOT / "docs" / name for name in PAGES]:
         text = page.read_text(encoding="utf-8")
         for name, (benchmark, _, _) in SECTIONS.items():
             if FIRST.format(name) in text:

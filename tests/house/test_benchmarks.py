@@ -26,7 +26,7 @@ def test_ways_take_turns_and_ratios_are_taken_inside_a_round():
 
 
 def test_the_pages_in_the_repository_are_made_from_the_results_in_it(tmp_path):
-    for name in ("performance.md", "training.md"):
+    for name in publish.PAGES:
         page = publish.ROOT / "docs" / name
         copy = tmp_path / name
         copy.write_bytes(page.read_bytes())

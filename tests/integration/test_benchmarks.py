@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import big, grafts, offload, peer, publish, side, speed, training
+from benchmarks import big, facts, grafts, offload, peer, publish, side, speed, training
 from benchmarks.command import CannotMeasure, run
 
 
@@ -67,6 +67,18 @@ def test_training_measures_every_way_and_size(measured):
     assert ways["lora"]["state_bytes"] < ways["full"]["state_bytes"]
     assert line["measured"]["first_step"]["disk"]["touched_values"] > 0
     assert "| memory + LoRA |" in measured.figures("training")
+
+
+def test_facts_compares_a_pack_with_its_controls_and_with_lora(measured):
+    options = ("--people", "3", "--seeds", "0", "--passes", "1", "--rates", "1e-3", "--layers", "1,2")
+    lines = measured(facts, *options)
+    assert [line["sizes"]["arm"] for line in lines] == ["pack", "permuted", "random", "lora", "prompt"]
+    pack, permuted, random, lora, _ = (line["measured"] for line in lines)
+    general = [arm["other_texts"]["general"]["texts_identical"] for arm in (pack, permuted, random, lora)]
+    assert general[:3] == [1.0] * 3 and general[3] < 1.0
+    assert pack["records"] == permuted["records"] == random["records"] > 0
+    assert measured(facts, *options) == [], "what is there is not measured again"
+    assert measured.figures("facts").count("\n| ") == 1 + len(lines)
 
 
 def test_our_side_of_the_peer_generates_the_donors_tokens(tmp_path, donor):

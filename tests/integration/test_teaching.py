@@ -46,6 +46,8 @@ def test_facts_are_learned_and_the_rest_keeps_every_bit(model, tiny_tokenizer):
     first = teach(model, FACTS, tiny_tokenizer, passes=1, batch_size=4, bf16=False, progress=False)
     pack = teach(model, FACTS, tiny_tokenizer, passes=60, batch_size=4, bf16=False, progress=False)
     assert pack.provenance["loss"] < 0.8 * first.provenance["loss"], "random weights: tests/real checks the answers"
+    for records in pack.records.values():
+        assert not torch.equal(*records.vectors.values()), "each layer learns vectors of its own"
     assert model.active_memories == []
     model.load_memory(pack, "people")
     assert torch.equal(logits(model, tiny_tokenizer, OTHER), before)
