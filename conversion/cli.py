@@ -208,7 +208,7 @@ def teach(
     pack = loaded.teach(read, tokenizer, unseen=asked, reference_texts=lines, **options)
     pack.save(file)
     for line in report_lines(pack.provenance["report"]):
-        progress.print(line, highlight=False)
+        progress.print(line, highlight=False, soft_wrap=True)
     print(visible(str(file)))
 
 

@@ -101,11 +101,11 @@ def report_lines(report: Mapping) -> list[str]:
     for kind in ("taught", "unseen"):
         if kind in report:
             now, before = report[kind], report[kind]["before"]
-            lines.append(
-                f"{kind} phrasings: {now['right']:.1%} of {now['texts']} right (before: {before['right']:.1%}); among "
-                f"all answers of a relation {now['right_among_candidates']:.1%} "
-                f"(before: {before['right_among_candidates']:.1%})"
-            )
+            line = f"{kind} phrasings: {now['right']:.1%} of {now['texts']} right (before: {before['right']:.1%})"
+            if now["candidates"] > 1:
+                among, earlier = now["right_among_candidates"], before["right_among_candidates"]
+                line += f"; among {now['candidates']:.0f} candidates {among:.1%} (before: {earlier:.1%})"
+            lines.append(line)
     for kind, found in report["other_texts"].items():
         lines.append(
             f"{kind} texts: {found['texts_identical']:.1%} of {found['texts']} identical bit for bit; loss "
@@ -126,8 +126,8 @@ def answers(model, texts: list[FactText], tokenizer, batch_size: int = 64) -> di
 
     Returns:
         `dict`: `"texts"`; `"right"`, the share whose answer is chosen greedily, token by token;
-        `"right_among_candidates"`, the share whose answer has the most probable first token among the first tokens of
-        all answers of the same relation.
+        `"right_among_candidates"`, the share whose answer has the most probable first token among the candidates, which
+        are the first tokens of all answers of the same relation; `"candidates"`, their mean number.
     """
     candidates: dict[str, set[int]] = {}
     for text in texts:
@@ -149,6 +149,7 @@ def answers(model, texts: list[FactText], tokenizer, batch_size: int = 64) -> di
         "texts": len(texts),
         "right": right / len(texts),
         "right_among_candidates": among / len(texts),
+        "candidates": sum(len(candidates[text.relation]) for text in texts) / len(texts),
     }
 
 

@@ -193,6 +193,7 @@ def test_a_report_counts_what_plain_python_counts(model, tiny_tokenizer):
         offered = {other.answer_ids[0] for other in texts}
         among += max(offered, key=lambda token: float(read[first - 1, token])) == text.ids[first]
     assert report["taught"]["right"] == right / len(texts) == recall(model, facts, tiny_tokenizer)
+    assert report["taught"]["candidates"] == 2 and "among 2 candidates" in report_lines(report)[1]
     assert report["taught"]["right_among_candidates"] == among / len(texts) > report["taught"]["before"]["right"]
     model.unload_memory(model_name)
     with pytest.raises(ValueError, match="no texts to compare"):
