@@ -125,12 +125,20 @@ def test_the_readme_compares_what_the_page_of_training_holds():
     assert of["LoRA at 0.002"][1] < of["memory"][1], "LoRA is better on entries that were not read"
 
 
-def test_the_first_screen_says_of_packs_what_their_page_holds():
-    packs = (ROOT / "docs" / "packs.md").read_text(encoding="utf-8")
-    runs = re.findall(r"^\| \d \| [\d.]+ \| ([\d.]+) \| (\d+) \| [\d,]+ \| ([\d.]+) MB \|", packs, re.MULTILINE)
-    unseen, seconds, sizes = zip(*(map(float, run) for run in runs), strict=True)
-    assert f"At least {min(unseen):.1%}".replace("%", " %") in README
-    assert f"{max(sizes):.0f} MB, taught in {max(seconds) / 60:.0f} minutes" in README
+def test_the_first_screen_says_of_facts_what_was_measured():
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/facts.jsonl").read_text("utf-8").splitlines()]
+    of = {arm: [line for line in lines if line["sizes"]["arm"] == arm] for arm in ("pack", "lora")}
+    packs = [line["measured"] for line in of["pack"] if (line["sizes"]["people"], line["sizes"]["passes"]) == (100, 6)]
+    lora = max((line["measured"] for line in of["lora"]), key=lambda found: found["unseen"]["right"])
+    assert f"At least {min(found['unseen']['right'] for found in packs):.1%}".replace("%", " %") in README
+    assert all(found["unseen"]["before"]["right"] == 0 for found in packs) and "before, none." in README
+    general = [found["other_texts"]["general"] for found in packs]
+    assert {(one["texts"], one["texts_identical"], one["kl"]) for one in general} == {(24, 1.0, 0.0)}
+    assert lora["unseen"]["right"] >= max(found["unseen"]["right"] for found in packs), "it answers as many questions"
+    harmed = lora["other_texts"]["general"]
+    said = f"rises from {harmed['loss_before']:.2f} to {harmed['loss']:.2f} nats a token"
+    assert said in " ".join(README.split()) and harmed["texts_identical"] == 0
+    assert f"{max(found['bytes'] for found in packs) / 1e6:.0f} MB, taught in minutes" in README
 
 
 def test_the_table_of_the_demo_is_the_reports():
