@@ -43,6 +43,7 @@ from engram_transformers.configuration.configuration_engram import holds_other_m
 from engram_transformers.conversion import graft
 from engram_transformers.inspection.modes import MODES
 
+from ..packs import pack_of
 from ..tiny import GOLDEN
 from .backbones import BACKBONES, REFUSED, unmapped
 from .composites import COMPOSITES, END, FURTHER, IMAGE, TAKES, VIDEO, composite_donor, images_for, with_image
@@ -279,6 +280,23 @@ def test_an_image_gets_nothing_and_no_n_gram_reaches_across_it(name, composite, 
     assert torch.equal(reads.vectors(0)[:, FIRST + 1 + TAKES :], alone.vectors(0))
     other = added_by(model, ids, **images_for(name, ids, [7, 8]))
     assert torch.equal(added["0"][~shown], other["0"][~shown]), "the same whatever the image shows"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_a_pack_is_read_behind_an_image_by_the_rows_that_name_it(name, composite, ids):
+    model, images = composite(name), images_for(name, ids)
+    end = tuple(model.memory.hashing.compress(ids[:1])[0, -3:].tolist())
+    before, written = model(ids, **images).logits, model.generate(ids, **images, **SETTINGS)
+    model.load_memory(pack_of(model, {end, end[1:]}), "words")
+    try:
+        after = model(ids, **images, memory_names=["words", None]).logits
+        assert torch.equal(after[1], before[1]) and torch.equal(after[0, :-1], before[0, :-1])
+        assert not torch.allclose(after[0, -1], before[0, -1], atol=1e-3)
+        read = model.generate(ids, **images, memory_names=[None, "words"], **SETTINGS)
+        assert torch.equal(read[0], written[0])
+    finally:
+        model.unload_memory("words")
 
 
 @torch.no_grad()
