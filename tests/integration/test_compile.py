@@ -159,6 +159,7 @@ print(json.dumps({"table": table, "compiled": copied, "control": peak() - before
 """
 
 
+@pytest.mark.slow
 def test_no_table_is_copied_by_the_compiler():
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     sizes = json.loads(done.stdout.splitlines()[-1])
