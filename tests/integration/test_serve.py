@@ -226,8 +226,10 @@ def test_the_plain_name_reads_what_active_names(graft, here):
 
 
 def refused(*arguments) -> str:
-    """What `engram serve` says before it ends with 2."""
-    done = CliRunner().invoke(app, ["serve", *map(str, arguments)])
+    """What `engram serve` says before it ends with 2; it would serve here until the tests are stopped."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(openai_server, "run", lambda *_: pytest.fail("it serves"))
+        done = CliRunner().invoke(app, ["serve", *map(str, arguments)])
     assert done.exit_code == 2 and "Traceback" not in done.output, (done.output, done.exception)
     assert done.stdout == ""
     return " ".join(done.output.split())
