@@ -16,10 +16,12 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
+from engram_transformers import EngramForCausalLM
 from engram_transformers.conversion.cli import app
 
 from ..packs import classes_of, ngrams_in, pack_of
 from ..tiny import GOLDEN, engram_on
+from .composites import composite_donor
 
 
 pytest.importorskip("fastapi", reason="of the extra serve")
@@ -258,6 +260,14 @@ def test_packs_and_models_that_cannot_be_served_are_refused(graft, tmp_path, tin
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer.save_pretrained(tmp_path / "other")
     assert "memory 'law' was made for the projections" in refused(tmp_path / "other", *free, "--pack", law)
+
+
+def test_a_whole_composite_model_is_refused_before_its_images_are_lost(tmp_path, tiny_tokenizer):
+    sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
+    model = EngramForCausalLM.from_backbone(composite_donor("mistral3"), tiny_tokenizer, [1], text_only=False, **sizes)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert "is a whole model that also reads images" in refused(tmp_path, "--port", 0, "--device", "cpu")
 
 
 def test_continuous_batching_is_not_an_option(graft):
