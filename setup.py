@@ -57,6 +57,7 @@ setup(
     extras_require={
         "demo": ["gguf>=0.17", "matplotlib>=3.8"],
         "trl": TRL,
+        "serve": ["transformers[serving]>=5.20.2,<5.25"],  # for `engram serve`
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",

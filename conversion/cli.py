@@ -14,6 +14,7 @@ from rich.table import Table
 from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
 from .pack_commands import app as pack_app
+from .serve_command import serve
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(pack_app, name="pack")
+app.command()(serve)
 
 
 @app.callback()

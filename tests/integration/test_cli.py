@@ -4,6 +4,7 @@ Run: pytest tests/integration/test_cli.py
 """
 
 import os
+import sys
 
 import pytest
 import torch
@@ -131,3 +132,13 @@ def test_verify_of_no_checkpoint_exits_with_2(donor, tmp_path):
     done = engram("verify", tmp_path / "nowhere")
     assert done.exit_code == 2
     assert "has no config.json" in " ".join(done.output.split())
+
+
+def test_serving_without_its_packages_says_what_to_install(monkeypatch, tmp_path):
+    server = "engram_transformers.conversion.openai_server"
+    monkeypatch.delitem(sys.modules, server, raising=False)
+    monkeypatch.delattr(server, raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed
+    done = engram("serve", tmp_path)
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    assert 'pip install "engram-transformers[serve]"' in " ".join(done.output.split())
