@@ -35,6 +35,7 @@ REQUIRED = [
     "rich>=13",
 ]
 TRL = ["trl>=1.16; python_version >= '3.11'"]  # brings datasets
+SERVE = ["transformers[serving]>=5.20.2,<5.25"]  # for `engram serve`
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "modeling_engram" / "__init__.py").read_text())[1]
@@ -57,7 +58,7 @@ setup(
     extras_require={
         "demo": ["gguf>=0.17", "matplotlib>=3.8"],
         "trl": TRL,
-        "serve": ["transformers[serving]>=5.20.2,<5.25"],  # for `engram serve`
+        "serve": SERVE,
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -67,6 +68,7 @@ setup(
             "torchao>=0.18",
             "bitsandbytes>=0.50; sys_platform == 'linux'",
             *TRL,
+            *SERVE,
         ],
         "foreign": ["pytest>=8", "pytest-timeout>=2.3", "parameterized>=0.9"],
     },
