@@ -51,7 +51,7 @@ DAMAGES = {
     "number": (lambda s: s["state"].update({99: {}}), "99"),
     "groups": (lambda s: s["param_groups"].pop(), "trained"),
     "name": (lambda s: tables_group(s).update(name="rows"), "rows"),
-    "nothing": (lambda s: s.clear(), "no optimizer state"),
+    "nothing": (lambda s: s.clear(), "not an optimizer state"),
 }
 
 
