@@ -190,7 +190,7 @@ NAME = "memory.tables.1.order2.0"
 DAMAGES = {
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "damaged"),
-    "no safetensors": (lambda path: path.write_bytes(b"no file of ours, and long enough"), "not a complete safetensors"),
+    "no safetensors": (lambda path: path.write_bytes(b"not ours, and long enough"), "not a complete safetensors"),
     "no delta": (lambda path: rewritten(path, kind="something"), "not a memory delta of version 1"),
     "of a later version": (lambda path: rewritten(path, version="2"), r"version '2'.*upgrade"),
     "digests that are not JSON": (lambda path: rewritten(path, digests="{"), "damaged header"),
