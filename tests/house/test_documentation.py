@@ -131,7 +131,7 @@ def test_the_first_screen_says_of_facts_what_was_measured():
     packs = [line["measured"] for line in of["pack"] if (line["sizes"]["people"], line["sizes"]["passes"]) == (100, 6)]
     lora = max((line["measured"] for line in of["lora"]), key=lambda found: found["unseen"]["right"])
     assert f"At least {min(found['unseen']['right'] for found in packs):.1%}".replace("%", " %") in README
-    assert all(found["unseen"]["before"]["right"] == 0 for found in packs) and "before, none." in README
+    assert all(found["unseen"]["before"]["right"] <= 1 / 400 for found in packs) and "at most one in 400" in README
     general = [found["other_texts"]["general"] for found in packs]
     assert {(one["texts"], one["texts_identical"], one["kl"]) for one in general} == {(24, 1.0, 0.0)}
     assert lora["unseen"]["right"] >= max(found["unseen"]["right"] for found in packs), "it answers as many questions"
