@@ -455,7 +455,7 @@ def check_composite(composite: PreTrainedConfig) -> None:
     """Raises ValueError for a composite model in which a memory could not know which positions are text."""
     kind = composite.model_type
     if not holds_other_models(composite):
-        raise ValueError(f"{kind} is a text model's configuration and no composite one: pass it as text_config=.")
+        raise ValueError(f"{kind} is a text model's configuration, not a composite one: pass it as text_config=.")
     if composite.is_encoder_decoder:
         raise ValueError(
             f"the backbone {kind} is an encoder-decoder model: its prompt is read by the encoder, and a memory in the "

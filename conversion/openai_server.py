@@ -5,7 +5,7 @@ Of the server it gives the parts that know about models: which names there are, 
 Promises: a name reads the packs that it lists, in that order, and an unknown one is answered with 404 and the names
 that there are; requests are answered one after the other, on one thread. Never batches continuously or loads another
 model. Needs the packages of the extra "serve", which importing this module asks for.
-Source: transformers 5.23, `transformers/cli/serve.py` and `transformers/cli/serving`.
+Source: transformers 5.20.2 to 5.24, `transformers/cli/serve.py` and `transformers/cli/serving`.
 """
 
 import inspect
@@ -97,9 +97,11 @@ class ServedNames(ModelManager):
             progress_callback({"status": "ready", "model": model_id_and_revision, "cached": True})
         return model, self.tokenizer
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:
+    def list_models(self, cache_dir: str | None = None) -> list[dict]:
         """Returns what `/v1/models` lists: nothing of the Hub's cache, which is not served."""
         return [{"id": name, "object": "model", "created": self.since, "owned_by": ""} for name in self.listed()]
+
+    get_gen_models = list_models  # its name before transformers 5.24
 
 
 class OneAfterTheOther(GenerationState):
@@ -159,7 +161,7 @@ def make_app(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: 
     if missing := {"model_manager", "generation_state", *endpoints} - set(parts):
         raise ValueError(
             f"this version of transformers makes its server without {sorted(missing)}: `engram serve` was tested with "
-            "transformers 5.23."
+            "transformers 5.20.2 to 5.24."
         )
     others = {name: _Refused() for name in parts if name.endswith("_handler") and name not in endpoints}
     app = build_server(model_manager=served, generation_state=state, **endpoints, **others)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
@@ -162,6 +163,16 @@ class GeneratesAsBackbone:
 # which `_expand_inputs_for_generation` calls.
 LEFT_TO_BACKBONE = {name for name in vars(GeneratesAsBackbone) if not name.startswith("__")}
 LEFT_TO_BACKBONE |= {"prepare_inputs_for_generation", "_expand_multimodal_outputs"}
+
+
+def refuse_old_composites() -> None:
+    """Raises RuntimeError where some of Transformers' own composite models generate wrongly."""
+    if Version(transformers_version).release < (5, 23):
+        raise RuntimeError(
+            f"whole composite models with a memory need transformers 5.23 or newer, this is {transformers_version}: "
+            "some of Transformers' own composite models generate wrongly here. Upgrade, or graft the text model alone: "
+            "text_only=True."
+        )
 
 
 def refuse_own_generation(backbone: nn.Module) -> None:

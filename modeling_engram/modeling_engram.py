@@ -27,6 +27,7 @@ with saying_what_to_install():  # imports every other file of a checkpoint's own
         CACHE,
         GeneratesAsBackbone,
         cache_argument,
+        refuse_old_composites,
         refuse_own_generation,
         takes_old_cache_name,
         with_cache_named,
@@ -361,6 +362,7 @@ class EngramForConditionalGeneration(GeneratesAsBackbone, EngramForCausalLM):
 
     Raises:
         `ValueError`: for a text model, or a composite one that cannot take a memory.
+        `RuntimeError`: with transformers before 5.23.
 
     Example:
 
@@ -385,6 +387,7 @@ class EngramForConditionalGeneration(GeneratesAsBackbone, EngramForCausalLM):
                 f"this configuration is of a text model ({config.text_config.model_type}), which EngramForCausalLM "
                 "makes; a composite model needs EngramConfig(composite_config=...)."
             )
+        refuse_old_composites()
 
 
 class WithoutHead:

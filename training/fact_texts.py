@@ -19,7 +19,7 @@ MARKED = re.compile(r"\[\[(.+?)\]\]")
 # Tokens of the longest text: facts are sentences, and a batch is as long as its longest text.
 LONGEST = 512
 
-GROUPED = 16  # batches that are sorted by length together
+GROUPED = 16  # most batches that are sorted by length together
 
 IGNORED = -100  # label of a token that is not part of an answer
 
@@ -105,14 +105,17 @@ def _fact_text(subject: str, relation: str, text: str, tokenizer) -> tuple[FactT
 def shuffled_batches(texts: list[FactText], size: int, steps: int, seed: int) -> Iterator[list[FactText]]:
     """Yields batches of texts that are about equally long, so that little is padded.
 
-    All texts are read before one is read again. The order of the batches is random, and what is in one as well.
+    The order is random, both of batches and of texts among batches. No text is read three times while another one
+    waits for its first, and a batch holds a text more than twice only if there are fewer texts than half of its places.
     """
     order, left, ready = random.Random(seed), [], []
+    # Sorted together are whole batches of one pass: of several, the copies of a text would fill a batch.
+    together = max(1, min(GROUPED, len(texts) // size)) * size
     for _ in range(steps):
         if not ready:
-            while len(left) < GROUPED * size:
+            while len(left) < together:
                 left += order.sample(texts, len(texts))
-            group, left = sorted(left[: GROUPED * size], key=lambda text: len(text.ids)), left[GROUPED * size :]
+            group, left = sorted(left[:together], key=lambda text: len(text.ids)), left[together:]
             ready = [group[first : first + size] for first in range(0, len(group), size)]
             order.shuffle(ready)
         yield ready.pop()

@@ -18,7 +18,7 @@ from transformers import (
     LlavaConfig,
 )
 
-from engram_transformers import EngramConfig, EngramForCausalLM
+from engram_transformers import EngramConfig, EngramForCausalLM, compat_engram
 from engram_transformers.compat_engram import CACHE
 
 from .backbones import BACKBONES
@@ -143,6 +143,13 @@ def test_a_whole_multimodal_configuration_is_no_text_model(name):
     config = MULTIMODAL[name]()
     with pytest.raises(ValueError, match=rf"{config.model_type} holds other models.*get_text_config\(\)"):
         EngramConfig(text_config=config, engram_layer_ids=[0, 1], **FIELDS)
+
+
+def test_whole_models_are_refused_where_transformers_own_generate_wrongly(monkeypatch, tiny_tokenizer):
+    monkeypatch.setattr(compat_engram, "transformers_version", "5.22.2")
+    donor = AutoModelForImageTextToText.from_config(next(iter(MULTIMODAL.values()))())
+    with pytest.raises(RuntimeError, match="need transformers 5.23 or newer, this is 5.22.2.*text_only=True"):
+        EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0, 1], text_only=False, **FIELDS)
 
 
 # Positions that are not text.

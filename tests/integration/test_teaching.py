@@ -3,12 +3,16 @@
 Run: pytest tests/integration/test_teaching.py
 """
 
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engram_transformers.knowledge_pack_engram import KnowledgePack
 from engram_transformers.training import fact_report, general_english, recall, report_lines, report_pack
-from engram_transformers.training.fact_texts import fact_texts
+from engram_transformers.training.fact_texts import FactText, fact_texts, shuffled_batches
 
 from ..packs import classes_of
 
@@ -100,6 +104,28 @@ def test_active_packs_and_trainable_parameters_are_restored(model, tiny_tokenize
         teach(model, FACTS[1:], tiny_tokenizer, passes=1, progress=False)
     assert state() == (["first"], True, learns) and list(model.memory.packs.loaded) == ["first"]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=60), size=st.integers(1, 12), seed=st.integers(0, 9))
+def test_texts_are_read_equally_often_and_a_batch_is_not_one_text(lengths, size, seed):
+    texts = [FactText(str(number), "", "", [0] * length, []) for number, length in enumerate(lengths)]
+    steps, often = 5 * len(texts) // size + 1, Counter()
+    for batch in shuffled_batches(texts, size, steps, seed):
+        own = Counter(text.subject for text in batch)
+        assert len(batch) == size and max(own.values()) <= max(2, 2 * -(-size // len(texts)))
+        often += own
+        assert max(often.values()) - min(often[text.subject] for text in texts) <= 2 + 2 * size // len(texts)
+    assert sum(often.values()) == steps * size
+
+
+def test_what_is_not_an_answer_is_kept_more_where_it_counts_in_the_loss(model, tiny_tokenizer):
+    changed = {}
+    for keep in (0.0, 4.0):
+        pack = teach(model, FACTS, tiny_tokenizer, passes=40, batch_size=4, bf16=False, progress=False, keep=keep)
+        about = ["Dax Bolun opened the door and went to the river."]
+        report = report_pack(model, pack, tiny_tokenizer, facts=FACTS, other_texts={"about": about})
+        changed[keep] = report["other_texts"]["about"]["kl"]
+    assert 0 < changed[4.0] < 0.5 * changed[0.0]
 
 
 def test_the_package_s_general_text_takes_ngrams_from_names(model, tiny_tokenizer):
