@@ -111,15 +111,15 @@ def graft(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
     folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
-    composite = _read_donor_config(folder)
-    cuts = holds_other_models(composite) and takes_text_model(composite, text_only)
-    donor_config, make = composite, auto_class(composite).from_config
+    whole = _read_donor_config(folder)
+    cuts = holds_other_models(whole) and takes_text_model(whole, text_only)
+    donor_config, make = whole, auto_class(whole).from_config
     if cuts:
-        donor_config, make = composite.get_text_config(decoder=True), text_class(composite)
-        donor_config.tie_word_embeddings = composite.tie_word_embeddings
+        donor_config, make = whole.get_text_config(decoder=True), text_class(whole)
+        donor_config.tie_word_embeddings = whole.tie_word_embeddings
     hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
     tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
-    donor_config.dtype = donor_config.dtype or composite.dtype or _stored_dtype(folder)
+    donor_config.dtype = donor_config.dtype or whole.dtype or _stored_dtype(folder)
     made = recipe(donor_config, tok, make, engram_layer_ids=engram_layer_ids, **engram_fields)
     config, token_map = made.config, made.token_map
     # Zero tables take no disk: what needs room is a save of trained rows.
@@ -142,7 +142,7 @@ def graft(
             _write_weights(draft, empty, config, token_map, shard_bytes)
             problem = _dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
-            lost = _rewrite_donor_files(draft, folder, tok, text_only=cuts if holds_other_models(composite) else None)
+            lost = _rewrite_donor_files(draft, folder, tok, text_only=cuts if holds_other_models(whole) else None)
             _write_weights(draft, empty, config, token_map, shard_bytes)
             problem_left = _dry_load(draft)
             if problem_left:
