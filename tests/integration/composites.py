@@ -7,7 +7,10 @@ they are those of `backbones.py`.
 
 from collections.abc import Callable
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoModelForImageTextToText,
     Cohere2VisionConfig,
@@ -33,6 +36,11 @@ from transformers import (
 
 from .backbones import BACKBONES, DELTA, EXPERTS, GROUPED, HEADS, MIXED, SHARED, without
 
+
+# For every test that grafts a whole composite model; test_multimodal.py shows that older versions are refused.
+needs_whole_composites = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="refused before transformers 5.23"
+)
 
 IMAGE, VIDEO, BEGIN, END = 4102, 4103, 4100, 4101
 TAKES = 4  # positions of an image

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from engram_transformers.configuration import PRESETS
 from engram_transformers.conversion.cli import app
 
-from .composites import composite_donor
+from .composites import composite_donor, needs_whole_composites
 
 
 SIZES = ["--vocab-size", "200", "--n-heads", "2", "--head-dim", "4"]
@@ -66,6 +66,7 @@ def test_a_preset_gives_the_papers_sizes_and_options_go_before_it(donor, tmp_pat
     assert sizes == {**PRESETS["engram-27b"], "engram_vocab_size": 200, "engram_n_heads": 2}
 
 
+@needs_whole_composites
 def test_a_composite_model_is_grafted_whole_or_its_text_model_alone(tmp_path, tiny_tokenizer):
     composite_donor("mistral3").save_pretrained(tmp_path / "donor")
     tiny_tokenizer.save_pretrained(tmp_path / "donor")

@@ -46,7 +46,18 @@ from engram_transformers.inspection.modes import MODES
 from ..packs import pack_of
 from ..tiny import GOLDEN
 from .backbones import BACKBONES, REFUSED, unmapped
-from .composites import COMPOSITES, END, FURTHER, IMAGE, TAKES, VIDEO, composite_donor, images_for, with_image
+from .composites import (
+    COMPOSITES,
+    END,
+    FURTHER,
+    IMAGE,
+    TAKES,
+    VIDEO,
+    composite_donor,
+    images_for,
+    needs_whole_composites,
+    with_image,
+)
 
 
 TOLERANCE = 1e-5
@@ -56,8 +67,7 @@ FIELDS = {**SIZES, "tokenizer": str(GOLDEN / "tokenizer")}
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "disable_compile": True}
 FIRST = 5  # position of the image's border in `ids`
 installed = Version(transformers.__version__)
-# test_multimodal.py shows that they are refused there.
-pytestmark = pytest.mark.skipif(installed < Version("5.23"), reason="refused before transformers 5.23")
+pytestmark = needs_whole_composites
 
 
 # One of each kind: a projector, positions of several dimensions, a recurrent state, pieces of images.

@@ -13,7 +13,7 @@ import torch
 from engram_transformers import EngramForCausalLM
 
 from ..packs import classes_of, ngrams_in, pack_of
-from .composites import composite_donor
+from .composites import composite_donor, needs_whole_composites
 from .forked import Forked
 
 
@@ -132,6 +132,7 @@ def test_the_folders_own_code_reads_a_pack(run, tiny_engram, tmp_path):
     assert "teaching facts" in result["error"]
 
 
+@needs_whole_composites
 def test_a_whole_composite_model_runs_on_the_folders_own_code(run, fill_memory, tiny_tokenizer, tmp_path):
     donor = composite_donor("smolvlm")
     model = fill_memory(EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0, 1], engram_vocab_size=200))

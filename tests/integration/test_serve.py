@@ -21,7 +21,7 @@ from engram_transformers.conversion.cli import app
 
 from ..packs import classes_of, ngrams_in, pack_of
 from ..tiny import GOLDEN, engram_on
-from .composites import composite_donor
+from .composites import composite_donor, needs_whole_composites
 
 
 pytest.importorskip("fastapi", reason="of the extra serve")
@@ -262,6 +262,7 @@ def test_packs_and_models_that_cannot_be_served_are_refused(graft, tmp_path, tin
     assert "memory 'law' was made for the projections" in refused(tmp_path / "other", *free, "--pack", law)
 
 
+@needs_whole_composites
 def test_a_whole_composite_model_is_refused_before_its_images_are_lost(tmp_path, tiny_tokenizer):
     sizes = {"engram_vocab_size": 200, "engram_n_heads": 2, "engram_head_dim": 4}
     model = EngramForCausalLM.from_backbone(composite_donor("mistral3"), tiny_tokenizer, [1], text_only=False, **sizes)
