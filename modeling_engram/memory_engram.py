@@ -306,12 +306,12 @@ class ReadsInFlight:
             self.end(before)
 
     def mark_backbone(self, *_) -> None:
-        """Forward pre-hook of a backbone's base model: outside of a pass of the Engram model it runs without memory."""
+        """Forward pre-hook of what runs a backbone's layers: outside of the Engram model's pass, without memory."""
         if self._thread.mark is None:
             self._thread.mark = WithoutMemory.BACKBONE_ALONE
 
     def unmark_backbone(self, *_) -> None:
-        """Forward hook of a backbone's base model."""
+        """Forward hook of what runs a backbone's layers."""
         if self._thread.mark is WithoutMemory.BACKBONE_ALONE:
             self._thread.mark = None
 
@@ -406,7 +406,9 @@ def insert_memory(backbone: nn.Module, depth: int, memory: EngramMemory) -> Read
                 "folder to from_pretrained."
             )
     in_flight = ReadsInFlight()
-    for alone in {backbone.base_model, language_model(backbone.base_model)}:
+    # Some causal classes (bart's, opt's) call the decoder that holds the layers and not their base model.
+    decoder = next(module for module in backbone.modules() if decoder_layers in module.children())
+    for alone in {backbone.base_model, language_model(backbone.base_model), decoder}:
         alone.register_forward_pre_hook(in_flight.mark_backbone)
         alone.register_forward_hook(in_flight.unmark_backbone, always_call=True)
     for layer_id in memory.layer_ids:

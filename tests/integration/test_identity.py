@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, OPTConfig
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.compat_engram import CACHE
@@ -89,6 +89,16 @@ def test_a_copy_reads_its_own_memory(copied, ids, tiny_engram):
         parameter.zero_()
     assert not torch.equal(twin(ids).logits, expected)
     assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_the_backbone_alone_is_the_donor_where_its_class_passes_its_base_model_by(ids, tiny_donor, tiny_engram):
+    config = OPTConfig(vocab_size=4104, hidden_size=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4)
+    expected = tiny_donor(config)(ids).logits
+    model = tiny_engram(trained=True, donor=tiny_donor(config))
+    assert torch.equal(model.backbone(ids).logits, expected)
+    assert not torch.allclose(model(ids).logits, expected, atol=1e-2), "control: the memory must be seen"
+    assert torch.equal(model.backbone(ids).logits, expected), "and nothing of the pass is left"
 
 
 @torch.no_grad()
