@@ -193,8 +193,11 @@ def refuse_own_generation(backbone: nn.Module) -> None:
 
 
 def take_over_attention(config: PreTrainedConfig, backbone: PreTrainedConfig) -> None:
-    """Copies the attention implementation of the backbone."""
-    config._attn_implementation = backbone._attn_implementation
+    """Copies the attention implementation of the backbone.
+
+    The public setter would set the backbone's parts too, which may differ (got_ocr2's language model from the whole).
+    """
+    config._attn_implementation_internal = backbone._attn_implementation
 
 
 def leave_out_of_ddp(model: nn.Module, names: list[str]) -> None:

@@ -78,6 +78,7 @@ PRIVATE_NAMES = (
     PrivateName("transformers.PreTrainedModel._supports_attention_backend", "attention", _CLASS_TRAIT),
     PrivateName("transformers.PreTrainedModel._hf_peft_config_loaded", "loaded adapters", "active_adapters() raises"),
     PrivateName("transformers.PreTrainedConfig._attn_implementation", "the chosen attention", "none to read it"),
+    PrivateName("transformers.PreTrainedConfig._attn_implementation_internal", "set without parts", "none sets one"),
     PrivateName(
         "transformers.GenerationMixin._prepare_cache_for_generation", "assistants record", "none", "overridden"
     ),

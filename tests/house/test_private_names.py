@@ -45,6 +45,7 @@ SET_BY_INSTANCES = {
     "torch.nn.Module._forward_hooks": lambda: torch.nn.Module(),
     "torch.nn.Module._forward_pre_hooks": lambda: torch.nn.Module(),
     "transformers.PreTrainedConfig._attn_implementation": lambda: LlamaConfig(),
+    "transformers.PreTrainedConfig._attn_implementation_internal": lambda: LlamaConfig(),
 }
 # Python's own, documented in spite of its underscore.
 PYTHONS = {"_getframe"}

@@ -19,6 +19,7 @@ from engram_transformers import EngramForCausalLM
 from engram_transformers.compat_engram import CACHE
 
 from .backbones import BACKBONES
+from .composites import composite_donor, needs_whole_composites
 
 
 TOLERANCE = 1e-5
@@ -210,3 +211,13 @@ def test_a_mask_of_four_dimensions_goes_with_one_of_two_for_the_memory(kind, ids
     assert_same(found, expected, mask)
     with pytest.raises(ValueError, match="engram_attention_mask"):
         model(ids, attention_mask=additive, position_ids=positions)
+
+
+@needs_whole_composites
+def test_each_part_of_a_composite_backbone_keeps_its_kind(tiny_tokenizer):
+    donor = composite_donor("smolvlm")
+    donor.set_attn_implementation({"": "eager", "text_config": "sdpa", "vision_config": "eager"})
+    model = EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0], **FIELDS)
+    config = model.backbone.config
+    kinds = [part._attn_implementation for part in (model.config, config, config.text_config, config.vision_config)]
+    assert kinds == ["eager", "eager", "sdpa", "eager"]
