@@ -54,7 +54,8 @@ def load_donor(
 
     Raises:
         `TypeError`: if the backbone is not a model, or a model comes without a tokenizer.
-        `ValueError`: if the backbone has a memory already or custom code, or its files do not hold every weight.
+        `ValueError`: if the backbone has a memory already or custom code, its files do not hold every weight, or
+            Transformers has no auto class that would load what is saved of it.
     """
     if isinstance(donor, PreTrainedModel):
         if tokenizer is None:
@@ -78,6 +79,7 @@ def load_donor(
         raise ValueError(
             "the donor already has an Engram memory: load it with from_pretrained, or graft its own donor."
         )
+    auto_class(donor.config)
     if cuts and holds_other_models(donor.config):
         whole, donor = donor.config, text_model_of(donor)
         lost = left_out(whole, donor)
@@ -115,7 +117,11 @@ def takes_text_model(config: PreTrainedConfig, text_only: bool | None) -> bool:
 
 
 def auto_class(config: PreTrainedConfig):
-    """Returns the auto class that loads a donor; of a composite one the whole."""
+    """Returns the auto class that loads a donor; of a composite one the whole.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
     composite = holds_other_models(config)
     known, loader = MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     if composite:
@@ -124,7 +130,8 @@ def auto_class(config: PreTrainedConfig):
         raise ValueError(
             f"the donor is of the {'composite ' if composite else ''}type {config.model_type}, which "
             f"{loader.__name__} does not know: only causal language models, and models that read text and images, are "
-            "grafted. If it holds a causal language model, load that and pass it to from_backbone."
+            "grafted, because what is saved is loaded by its type. If it holds a causal language model, load that and "
+            "pass it to from_backbone; if it is the text model of a composite one, graft the whole."
         )
     return loader
 
@@ -217,8 +224,9 @@ def _refuse_incomplete_donor(source: str, info: dict) -> None:
         )
 
 
-def _default_layer_ids(depth: int) -> list[int]:
+def _default_layer_ids(text_config: PreTrainedConfig) -> list[int]:
     """The paper's choice at any depth: the second decoder layer and the one in the middle, counted from 0."""
+    depth = getattr(text_config, "num_hidden_layers", 1)  # EngramConfig refuses a type without (blt)
     return sorted({min(1, depth - 1), max(0, depth // 2 - 1)})
 
 
@@ -265,7 +273,7 @@ def recipe(
     rows = fields.pop("engram_vocab_size", None)
     config = EngramConfig(
         **{"composite_config" if composite else "text_config": donor_config},
-        engram_layer_ids=engram_layer_ids or _default_layer_ids(text_config.num_hidden_layers),
+        engram_layer_ids=engram_layer_ids or _default_layer_ids(text_config),
         engram_compressed_vocab_size=classes,
         engram_token_map_sha256=token_map_sha256(token_map),
         dtype=donor_config.dtype,

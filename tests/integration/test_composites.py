@@ -23,6 +23,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     DynamicCache,
+    Emu3Config,
     Gemma3nConfig,
     Gemma3Processor,
     Qwen2AudioConfig,
@@ -45,7 +46,7 @@ from engram_transformers.inspection.modes import MODES
 
 from ..packs import pack_of
 from ..tiny import GOLDEN
-from .backbones import BACKBONES, REFUSED, unmapped
+from .backbones import BACKBONES, GROUPED, REFUSED, unmapped
 from .composites import (
     COMPOSITES,
     END,
@@ -637,3 +638,11 @@ def test_a_donor_of_another_kind_is_refused(config, tmp_path):
     config().save_pretrained(tmp_path / "donor")
     with pytest.raises(ValueError, match=f"type {config.model_type}, which AutoModelFor.* does not know: only causal"):
         graft(tmp_path / "donor", tmp_path / "graft", [0], **FIELDS)
+
+
+def test_a_text_model_that_could_not_be_loaded_again_is_refused(tiny_tokenizer):
+    """AutoModelForCausalLM makes it of the whole configuration, and of its own it does not."""
+    donor = AutoModelForCausalLM.from_config(Emu3Config(text_config=GROUPED))
+    assert torch.isfinite(donor(prompts()[0][None]).logits).all(), "control: it runs"
+    with pytest.raises(ValueError, match="type emu3_text_model, which AutoModelForCausalLM does not know.*the whole"):
+        EngramForCausalLM.from_backbone(donor, tiny_tokenizer, [0], **SIZES)

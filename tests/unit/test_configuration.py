@@ -12,7 +12,15 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, DeepseekV4Config, Gemma3nTextConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoConfig,
+    BltConfig,
+    DeepseekV4Config,
+    Gemma3nTextConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from engram_transformers import EngramConfig, EngramFormatError
 from engram_transformers.hash_constants_engram import derive_constants
@@ -232,6 +240,11 @@ def test_streams_of_another_shape_are_refused():
     text_config.hc_count = 2
     with pytest.raises(ValueError, match="hc_count=2.*folded"):
         tiny(text_config=text_config)
+
+
+def test_a_backbone_without_one_stack_of_layers_is_refused():
+    with pytest.raises(ValueError, match="the backbone blt has no hidden_size and no num_hidden_layers"):
+        EngramConfig(text_config=BltConfig())
 
 
 def test_one_row_gives_every_head_a_single_row():
