@@ -5,14 +5,17 @@ it spoils must be wrong, and the unbroken model is exact in the same ways.
 Run: pytest tests/integration/test_checker.py
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import CodeGenConfig
 from transformers.cache_utils import LinearAttentionLayer
 
 from engram_transformers import pretrained_engram
 from engram_transformers.cache_engram import EngramCacheLayer
 from engram_transformers.inspection import check_generation, generation
-from engram_transformers.inspection.modes import PERTURBATIONS, Subject
+from engram_transformers.inspection.modes import PERTURBATIONS, Mode, Subject
 from engram_transformers.memory_engram import EngramMemory
 from engram_transformers.modeling_engram import EngramForCausalLM
 
@@ -144,6 +147,22 @@ def test_the_report_prints_as_a_table(tiny_engram):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("gap", "status"), [(0.5, "backbone's"), (0.7, "wrong")])
+def test_other_tokens_need_a_gap_that_the_difference_of_the_logits_closes(gap, status, monkeypatch):
+    found = {
+        "ours": generation.Comparison(0.3, None, False, gap),
+        "plain backbone": generation.Comparison(0.4, None, True, 0.0),  # the same tokens, by chance
+    }
+    monkeypatch.setattr(generation, "compare", lambda mode, subject: found[subject])
+    assert generation._run_mode(Mode("any", run=None), "ours", "plain backbone").status == status
+
+
+def test_batches_are_padded_where_the_backbone_knows_no_pad():
+    config = SimpleNamespace(text_config=CodeGenConfig(), engram_pad_token_id=7)
+    assert not hasattr(config.text_config, "pad_token_id"), "control"
+    assert generation.pad_id(SimpleNamespace(config=config)) == 7
+
+
 def test_rounding_is_measured_by_many_changes_and_once_for_each_text(tiny_donor, monkeypatch):
     donor, passes = tiny_donor(), []
     forward = donor.forward
