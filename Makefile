@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: bench bench-long demo docs test test-all test-foreign test-latest test-slow test-unit test-versions donor lock quality style wheel clean
+.PHONY: bench bench-long demo docs sweep test test-all test-foreign test-latest test-slow test-unit test-versions donor lock quality style wheel clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -66,6 +66,11 @@ test-latest: $(VENV)/.dev
 test-foreign: $(VENV)/.dev
 	$(INSTALL) --editable ".[foreign]"
 	$(BIN)/python -m tests.foreign
+
+# Every causal type of Transformers with a memory, at a tiny size, and docs/backbones.md. Types that
+# tests/sweep/results.jsonl has of this version are not run again, unless ARGS names them.
+sweep: $(VENV)/.dev
+	WORKERS=$(WORKERS) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep $(ARGS)
 
 test-unit: $(VENV)/.dev
 	$(PYTEST) tests/unit tests/parity tests/house $(ARGS)

@@ -67,6 +67,7 @@ FORMAT_VERSION = 1
 # Backbones whose residual stream has an unsupported shape, by the config field that shows it.
 FOREIGN_STREAMS = {
     "altup_num_inputs": "AltUp keeps its streams in front of the batch (Gemma 3n)",
+    "ngram": "streams that predict further tokens lie behind the text (ProphetNet)",
     "hc_count": "its streams are folded into the hidden dimension (Qwen4-Exp, which has a memory of its own)",
 }
 

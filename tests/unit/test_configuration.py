@@ -19,6 +19,7 @@ from transformers import (
     Gemma3nTextConfig,
     GPT2Config,
     LlamaConfig,
+    ProphetNetConfig,
     Qwen3Config,
 )
 
@@ -236,6 +237,8 @@ def test_streams_follow_the_backbone():
 def test_streams_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="gemma3n_text has altup_num_inputs=4.*Engram needs streams of batch"):
         EngramConfig(text_config=Gemma3nTextConfig())
+    with pytest.raises(ValueError, match="prophetnet has ngram=2: streams that predict"):
+        EngramConfig(text_config=ProphetNetConfig(is_encoder_decoder=False), engram_layer_ids=[1])
     text_config = llama()
     text_config.hc_count = 2
     with pytest.raises(ValueError, match="hc_count=2.*folded"):
