@@ -104,10 +104,9 @@ Explanations:
   exact, except where the backbone has sliding windows (refused by Transformers).
 - Continuous batching keeps keys and values of many requests in its own pages, without n-grams: refused.
 - Positions that are not text are -1 in `engram_input_ids`, also in `generate`.
-- Twelve more types were run in every way by hand, and none was wrong: qwen3_5_text, qwen3_5_moe_text, qwen3_next,
-  gemma4_text, ministral3, olmo3, nemotron_h, glm4_moe, granitemoehybrid, hunyuan_v1_dense, exaone4, kimi_linear.
-  tests/integration/test_backbones.py reads them in pieces, saves them and loads them. Whole models that read images are
-  on [a page of their own](composite.md).
+- Of the 189 causal model types of transformers 5.23.0, 160 work with a memory, 24 are refused when it is put in, and 5
+  could not be built: [backbones.md](backbones.md) has each of them, in fewer ways. Whole models that read images are on
+  [a page of their own](composite.md).
 - `~` comes from the published gate: if its score is close to 0, the signed square root is so steep that rounding of
   1e-7 becomes 5e-5 (`engram_gate="sigmoid"` does not have this). A wrong history makes a difference a thousand times
   larger.
