@@ -15,15 +15,15 @@ from tests.integration import backbones, composites
 WIDTH, DEPTH, HEADS, VOCABULARY, LENGTH = 32, 4, 4, 4104, 128
 
 SIZES = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "dim"), WIDTH),
+    **dict.fromkeys(("vocab_size", "unpadded_vocab_size"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), DEPTH),
     **dict.fromkeys(("num_decoder_layers", "encoder_layers", "num_encoder_layers"), DEPTH),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"), HEADS),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), HEADS),
     **dict.fromkeys(("num_decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "dff", "dim_ff"), 2 * WIDTH),
-    **dict.fromkeys(("n_inner", "d_inner", "ffn_hidden_size", "feed_forward_size", "intermediate_size_mlp"), 2 * WIDTH),
+    **dict.fromkeys(("d_inner", "ffn_hidden_size", "feed_forward_size", "intermediate_size_mlp"), 2 * WIDTH),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), LENGTH),
     **dict.fromkeys(("max_target_positions", "original_max_position_embeddings"), LENGTH),
     **dict.fromkeys(("initializer_range", "init_std"), 0.1),
@@ -43,17 +43,14 @@ SIZES = {
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 16),
-    **dict.fromkeys(("shared_intermediate_size", "shared_experts_intermediate_size"), 16),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "dense_intermediate_size"), 16),
+    **dict.fromkeys(("shared_intermediate_size", "shared_experts_intermediate_size", "dense_intermediate_size"), 16),
     "n_group": 2,
     "topk_group": 1,
     # States
-    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_head_dim"), 8),
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
+    **dict.fromkeys(("mamba_d_state", "state_size", "mamba_d_head"), 8),
+    **dict.fromkeys(("mamba_n_heads", "n_mamba_heads"), 8),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 4),
-    **dict.fromkeys(("n_groups", "mamba_n_groups", "linear_num_key_heads"), 2),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
-    **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
+    "mamba_n_groups": 2,
     # Tokens
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -62,7 +59,6 @@ SIZES = {
 }
 
 LATENT = {"num_key_value_heads": HEADS}  # as many keys as queries
-DELTAS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 SHARED_BLOCKS = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 OVERRIDES = {
