@@ -432,12 +432,6 @@ def holds_other_models(config: PreTrainedConfig) -> bool:
 
 def _refuse_parts(text_config: PreTrainedConfig) -> None:
     """Raises ValueError for a configuration that holds other models as well as a text model, or only other models."""
-    missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(text_config, name)]
-    if missing:
-        raise ValueError(
-            f"the configuration of the backbone {text_config.model_type} has no {' and no '.join(missing)}: Engram "
-            "needs one stack of decoder layers with one width. Graft a model that has one."
-        )
     if holds_other_models(text_config):
         text = text_config.get_text_config(decoder=True)
         raise ValueError(
@@ -445,6 +439,12 @@ def _refuse_parts(text_config: PreTrainedConfig) -> None:
             "graft the whole model with EngramForConditionalGeneration.from_backbone or "
             "EngramConfig(composite_config=config), or its text model alone with from_backbone(name, text_only=True) "
             "or EngramConfig(text_config=config.get_text_config())."
+        )
+    missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not hasattr(text_config, name)]
+    if missing:
+        raise ValueError(
+            f"the configuration of the backbone {text_config.model_type} has no {' and no '.join(missing)}: Engram "
+            "needs one stack of decoder layers with one width. Graft a model that has one."
         )
 
 
