@@ -48,10 +48,10 @@ FLOORS = {
     "adapters": 13,  # above all that travels: a model reaches it through `guard_engram` alone
     "": 14,  # `engram_transformers` itself, what users import
     "training": 15,
-    "conversion": 15,
     "inspection": 15,
     "model_cards": 15,
-    "conversion.cli": 16,
+    "conversion": 16,
+    "conversion.cli": 17,
 }
 
 # Upward imports that are wanted: (module, imported module).
