@@ -13,6 +13,7 @@ PACKAGES = {
     "engram_transformers.adapters": "adapters",
     "engram_transformers.training": "training",
     "engram_transformers.conversion": "conversion",
+    "engram_transformers.serving": "serving",
     "engram_transformers.inspection": "inspection",
     "engram_transformers.model_cards": "model_cards",
 }

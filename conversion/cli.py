@@ -13,8 +13,8 @@ from rich.table import Table
 
 from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
+from ..serving.serve_command import serve
 from .pack_commands import app as pack_app
-from .serve_command import serve
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
