@@ -27,6 +27,7 @@ REQUIRED = [
     "safetensors>=0.8",
     "huggingface_hub>=1.31",
     "numpy>=1.26",
+    "pyyaml>=6",  # recipes; transformers needs it anyway
     "psutil>=5.9",  # free host memory, which decides where tables go; accelerate needs it anyway
     # Required because users name it, and imported only when it is used. Transformers refuses an older one.
     "peft>=0.20",

@@ -245,6 +245,8 @@ sizes = ["--vocab-size", "200", "--n-heads", "2", "--head-dim", "4"]
 app(["graft", "me/private", *sys.argv[1:], "--token", "TOKEN", *sizes])
 """.replace("TOKEN", TOKEN)
 
+PLAN = GRAFT.replace('"graft"', '"plan"')
+
 OTHERS = (
     "model.fp16.safetensors",
     "consolidated.safetensors",
@@ -290,6 +292,15 @@ def test_a_graft_fetches_one_format_of_the_weights(weights, hub, with_hub, tiny_
     with torch.no_grad():
         assert torch.equal(found(ids).logits, tiny_donor()(ids).logits)
     assert not (hub.home / "hub").exists(), "the donor is in another cache than the one that was named"
+
+
+def test_a_plan_fetches_no_weights(hub, with_hub, tiny_donor, tiny_tokenizer, tmp_path):
+    hub.folder = tmp_path / "repository"
+    tiny_donor().save_pretrained(hub.folder)
+    tiny_tokenizer.save_pretrained(hub.folder)
+    done = with_hub(PLAN)
+    assert "donor         me/private: llama" in done.stdout
+    assert "config.json" in hub.fetched and not any(name.endswith((".safetensors", ".bin")) for name in hub.fetched)
 
 
 PICKLES = """
