@@ -67,6 +67,7 @@ setup(
             "hypothesis>=6.100",
             "ruff==0.17.6",
             "uv==0.13.9",
+            "lm-eval>=0.4.13",
             "torchao>=0.18",
             "bitsandbytes>=0.50; sys_platform == 'linux'",
             *TRL,
