@@ -319,10 +319,14 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
     """In a process of its own, as a user runs it: the path alone is on stdout."""
     code = "from engram_transformers.conversion.cli import main; main()"
     (tmp_path / "general.txt").write_text("a box\nDax, a river\n")
-    options = ["--passes", "2", "--seed", "3", "--reference", str(tmp_path / "general.txt")]
-    command = [sys.executable, "-c", code, "teach", str(checkpoint), str(facts), str(tmp_path / "packs"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     file = tmp_path / "packs" / f"people{ENDING}"
+    file.parent.mkdir()
+    file.touch()
+    done = engram("teach", checkpoint, facts, tmp_path / "packs", "--passes", "1")
+    assert done.exit_code == 2 and "is there already" in said(done)
+    options = ["--passes", "2", "--seed", "3", "--reference", str(tmp_path / "general.txt"), "--overwrite"]
+    command = [sys.executable, "-c", code, "teach", str(checkpoint), str(facts), str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{file}\n"), done.stderr
     assert "records" in done.stderr and "loss" in done.stderr
     written = KnowledgePack.load(file)
@@ -340,10 +344,6 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
     )
     assert not compare_packs(written, pack) and written.provenance == pack.provenance
     assert model.load_memory(file) == "people"
-    done = engram("teach", checkpoint, facts, tmp_path / "packs", "--passes", "1")
-    assert done.exit_code == 2 and "is there already" in said(done)
-    done = engram("teach", checkpoint, facts, file, "--passes", "1", "--overwrite")
-    assert done.exit_code == 0 and KnowledgePack.load(file).provenance["passes"] == 1
 
 
 def test_what_teach_gave_a_subject_is_what_remove_finds(model, tiny_tokenizer):
