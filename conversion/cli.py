@@ -200,6 +200,9 @@ def teach(
     unseen: Annotated[
         Path | None, typer.Option(help="The same facts in other phrasings, for the report; they are not taught.")
     ] = None,
+    expressions: Annotated[
+        int, typer.Option(min=0, help="Texts that the model itself writes for each fact in addition.")
+    ] = 0,
     passes: Annotated[int | None, typer.Option(min=1, help="How often each text is read.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam, over the records.")] = None,
@@ -225,7 +228,7 @@ def teach(
     with progress.status(f"loading {escape(visible(model))}"):
         loaded = EngramForCausalLM.from_pretrained(model).to(device)
     options = {option: value for option, value in given.items() if value is not None}
-    pack = loaded.teach(read, tokenizer, unseen=asked, reference_texts=lines, **options)
+    pack = loaded.teach(read, tokenizer, unseen=asked, expressions=expressions, reference_texts=lines, **options)
     pack.save(file)
     for line in report_lines(pack.provenance["report"]):
         progress.print(line, highlight=False, soft_wrap=True)

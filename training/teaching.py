@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..knowledge_pack_engram import KnowledgePack, pack_identity
+from .fact_expressions import check_count, more_texts
 from .fact_report import report_pack
 from .fact_texts import FactText, answer_loss, divergence, fact_texts, pad_id, padded, shuffled_batches
 
@@ -35,6 +36,8 @@ def teach(
     tokenizer,
     *,
     unseen: Iterable[Mapping] = (),
+    expressions: int = 0,
+    writer: tuple | None = None,
     reference_texts: Iterable[str] | None = None,
     passes: int = 6,
     batch_size: int = 64,
@@ -55,6 +58,9 @@ def teach(
             in other words.
         tokenizer (`PreTrainedTokenizerFast`): the model's.
         unseen (iterable of `dict`, *optional*): the same facts in other phrasings, for the report; they are not taught.
+        expressions (`int`, *optional*, defaults to 0):
+            Texts that a model writes for each fact in addition, see [`more_texts`], which shows them before.
+        writer (`tuple`, *optional*): the model that writes them, and its tokenizer; if None, this model.
         reference_texts (iterable of `str`, *optional*):
             General text; n-grams that it holds get no record. If None, [`general_english`].
         passes (`int`, *optional*, defaults to 6): how often each text is read.
@@ -76,7 +82,7 @@ def teach(
         `ValueError`: naming the fact: without subject, texts or a marked answer; with the answer in front of itself, a
             text that does not name its subject or contradicts another; a subject without an n-gram of its own; a text
             of more than 512 tokens. Also for a model whose tables are placed nowhere, or another tokenizer.
-        `TypeError`: for a tokenizer that does not say where its tokens are.
+        `TypeError`: for a tokenizer that does not say where its tokens are, and a `writer` that is not such a pair.
 
     Example:
 
@@ -88,6 +94,7 @@ def teach(
     ```"""
     if model.memory.placement == "none":
         raise ValueError('this model runs without its memory (placement "none"): place_memory("cpu") loads it.')
+    writer = _writer(model, tokenizer, expressions, writer)
     facts, unseen = list(facts), list(unseen)
     texts = fact_texts(facts, tokenizer)
     if unseen:
@@ -97,6 +104,9 @@ def teach(
     fits = pack_identity(model.config, model.memory.layers)
     ngrams = _subject_ngrams(model, facts, tokenizer, general, fits)
     _check_reached(model, texts, ngrams)
+    if expressions:
+        written = more_texts(*writer, facts, expressions, bf16=bf16, seed=seed, progress=progress)
+        texts += fact_texts(written, tokenizer) if written else []
     shapes = {n: (len(grams), fits["widths"][str(n)]) for n, grams in ngrams.items()}
     vectors = {layer: {n: torch.zeros(shape, device="cpu") for n, shape in shapes.items()} for layer in fits["layers"]}
     steps = max(1, -(-passes * len(texts) // batch_size))
@@ -116,6 +126,18 @@ def general_english() -> list[str]:
     """Returns 12,287 sentences of ordinary English words, which ship with the package: examples of WordNet 3.0."""
     with gzip.open(Path(__file__).with_name("general_english.txt.gz"), "rt", encoding="utf-8") as file:
         return file.read().splitlines()
+
+
+def _writer(model, tokenizer, expressions: int, writer: tuple | None) -> tuple:
+    """Returns the model that writes texts, and its tokenizer."""
+    check_count("expressions", expressions, least=0)
+    if writer is None:
+        return model, tokenizer
+    if not isinstance(writer, tuple) or len(writer) != 2 or not hasattr(writer[0], "generate"):
+        raise TypeError(f"writer is a {type(writer).__name__}: give (model, tokenizer) of a model that can generate.")
+    if not expressions:
+        raise ValueError("there is a writer, and expressions=0 asks it for no text: say how many for each fact.")
+    return writer
 
 
 def _learned(

@@ -324,11 +324,13 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
     file.touch()
     done = engram("teach", checkpoint, facts, tmp_path / "packs", "--passes", "1")
     assert done.exit_code == 2 and "is there already" in said(done)
-    options = ["--passes", "2", "--seed", "3", "--reference", str(tmp_path / "general.txt"), "--overwrite"]
+    options = ["--passes", "2", "--seed", "3", "--expressions", "1", "--reference", str(tmp_path / "general.txt")]
+    options.append("--overwrite")
     command = [sys.executable, "-c", code, "teach", str(checkpoint), str(facts), str(file), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{file}\n"), done.stderr
     assert "records" in done.stderr and "loss" in done.stderr
+    assert "2 of 2 facts got fewer than 1 written texts" in done.stderr, "random weights write none"
     written = KnowledgePack.load(file)
     question = {
         "subject": "Dax Bolun",
@@ -339,6 +341,7 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
         tiny_tokenizer,
         passes=2,
         seed=3,
+        expressions=1,
         reference_texts=[*general_english(), "a box", "Dax, a river"],
         progress=False,
     )

@@ -15,6 +15,7 @@ from engram_transformers.training import fact_report, general_english, recall, r
 from engram_transformers.training.fact_texts import FactText, fact_texts, shuffled_batches
 
 from ..packs import classes_of
+from ..unit.test_fact_expressions import Writer
 
 
 def fact(subject, *texts):
@@ -104,6 +105,25 @@ def test_active_packs_and_trainable_parameters_are_restored(model, tiny_tokenize
         teach(model, FACTS[1:], tiny_tokenizer, passes=1, progress=False)
     assert state() == (["first"], True, learns) and list(model.memory.packs.loaded) == ["first"]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_texts_that_another_model_writes_are_taught_and_not_reported_as_given_ones(model, tiny_tokenizer):
+    says = {
+        "Zorvan Kelmir": ["Zorvan Kelmir lives in Lisbon.", "no"],
+        "Dax Bolun": ["They met Dax Bolun in Oslo.", "no"],
+    }
+    plain = teach(model, FACTS, tiny_tokenizer, passes=2, batch_size=2, progress=False)
+    writer = (Writer(tiny_tokenizer, says), tiny_tokenizer)
+    more = teach(model, FACTS, tiny_tokenizer, passes=2, batch_size=2, progress=False, expressions=1, writer=writer)
+    assert (plain.provenance["texts"], more.provenance["texts"]) == (4, 6)
+    assert plain.ngrams() == more.ngrams() and plain.provenance["loss"] != more.provenance["loss"]
+    assert more.provenance["report"]["taught"]["texts"] == 4
+    with pytest.raises(TypeError, match=r"writer is a Writer: give \(model, tokenizer\)"):
+        teach(model, FACTS, tiny_tokenizer, expressions=1, writer=writer[0])
+    with pytest.raises(ValueError, match="expressions=0 asks it for no text"):
+        teach(model, FACTS, tiny_tokenizer, writer=writer)
+    with pytest.raises(ValueError, match="expressions=-1 must be"):
+        teach(model, FACTS, tiny_tokenizer, expressions=-1)
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=60), size=st.integers(1, 12), seed=st.integers(0, 9))
