@@ -151,7 +151,7 @@ class _Kept:
             return False
         others = self._subjects | self._answers[self.facts[number].get("relation")]
         said = line.replace(subject, "")
-        if any(other in said for other in others if other not in answer and other not in subject):
+        if any(other in said for other in others if other not in answer):
             return False
         # A token has at least one byte, so this text is short enough for any tokenizer.
         if "[[" in line or "]]" in line or len(line.encode()) >= LONGEST:

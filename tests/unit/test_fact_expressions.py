@@ -89,7 +89,8 @@ def test_a_line_that_teaches_something_else_is_left_out(tiny_tokenizer, line):
 def test_answers_of_another_relation_and_inside_the_own_one_are_no_reason(tiny_tokenizer):
     inside = {**DAX, "texts": ["Dax Bolun was born in [[Os]]."]}
     good = "The baker Ada Lee lives in Oslo."
-    found, _ = written(tiny_tokenizer, [ADA, inside, JOB], {"Ada Lee": [good], "Dax": []})
+    lee = {**JOB, "subject": "Lee", "texts": ["Lee is a [[pilot]]."]}
+    found, _ = written(tiny_tokenizer, [ADA, inside, JOB, lee], {"Ada Lee": [good], "Dax": [], "Lee": []})
     assert [fact["texts"] for fact in found] == [["The baker Ada Lee lives in [[Oslo]]."]]
 
 
@@ -110,6 +111,7 @@ def test_facts_are_asked_until_they_have_enough_and_those_with_fewer_are_named(t
     finally:
         logger.removeHandler(caplog.handler)
     assert [len(fact["texts"]) for fact in found] == [2, 1]
+    assert all(prompt.startswith(fact_expressions._ASKED) for prompt in writer.prompts), "pads are masked"
     assert sum("Ada Lee" in prompt for prompt in writer.prompts) == 4, "two, one more, and one more"
     assert "1 of 2 facts got fewer than 2 written texts, such as those of ['Dax Bolun']" in caplog.text
 
