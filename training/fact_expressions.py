@@ -112,12 +112,11 @@ def _lines(model, tokenizer, prompts: list[str], temperature: float) -> list[str
     """Returns how a model continues prompts: the first line, or "" if it does not end."""
     read, pad = tokenizer(prompts)["input_ids"], pad_id(tokenizer)
     longest = max(map(len, read))
-    ids = torch.tensor([[pad] * (longest - len(own)) + own for own in read])  # (prompts, longest)
-    mask = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in read])  # (prompts, longest)
+    padded = [[pad] * (longest - len(own)) + own for own in read]
+    mask = [[0] * (longest - len(own)) + [1] * len(own) for own in read]
     sampled = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "max_new_tokens": _NEW_TOKENS}
-    out = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), pad_token_id=pad, **sampled
-    )  # (prompts, longest + new)
+    ids, mask = (torch.tensor(rows, device=model.device) for rows in (padded, mask))  # (prompts, longest)
+    out = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **sampled)  # (prompts, longest + new)
     written = (text.partition("\n") for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True))
     return [line.strip() if end else "" for line, end, _ in written]
 
