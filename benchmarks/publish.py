@@ -133,6 +133,7 @@ WAYS_OF_FACTS = {
     "pack": "knowledge pack",
     "permuted": "control: its vectors dealt to other n-grams",
     "random": "control: random vectors of their size",
+    "solve": "knowledge pack, solved",
     "lora": "LoRA, rank 16",
     "prompt": "the facts in the prompt",
 }

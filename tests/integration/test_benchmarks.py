@@ -71,12 +71,14 @@ def test_training_measures_every_way_and_size(measured):
 
 def test_facts_compares_a_pack_with_its_controls_and_with_lora(measured):
     options = ("--people", "3", "--seeds", "0", "--passes", "1", "--rates", "1e-3", "--layers", "1,2")
+    options += ("--arms", "pack,permuted,random,solve,lora,prompt")
     lines = measured(facts, *options)
-    assert [line["sizes"]["arm"] for line in lines] == ["pack", "permuted", "random", "lora", "prompt"]
-    pack, permuted, random, lora, _ = (line["measured"] for line in lines)
-    general = [arm["other_texts"]["general"]["texts_identical"] for arm in (pack, permuted, random, lora)]
-    assert general[:3] == [1.0] * 3 and general[3] < 1.0
-    assert pack["records"] == permuted["records"] == random["records"] > 0
+    assert [line["sizes"]["arm"] for line in lines] == ["pack", "permuted", "random", "solve", "lora", "prompt"]
+    pack, permuted, random, solve, lora, _ = (line["measured"] for line in lines)
+    general = [arm["other_texts"]["general"]["texts_identical"] for arm in (pack, permuted, random, solve, lora)]
+    assert general[:4] == [1.0] * 4 and general[4] < 1.0
+    assert pack["records"] == permuted["records"] == random["records"] > solve["records"] > 0
+    assert set(pack) == set(solve)
     assert measured(facts, *options) == [], "what is there is not measured again"
     assert measured.figures("facts").count("\n| ") == 1 + len(lines)
 
