@@ -79,7 +79,7 @@ NEUTRAL = (
 FEW = 24  # texts of each kind that are compared
 MOST_ASKED = 2000  # texts of which answers are counted; a sample if there are more
 LORA_RANK = 16
-MORE_PASSES = 4  # times those of the other ways, for a pack that is solved: its vectors share no step
+MORE_PASSES = 2  # times those of the other ways, for a pack that is solved: its vectors share no step
 
 
 def people(count: int, seed: int) -> tuple[list[tuple[str, str, str]], list[str]]:

@@ -21,7 +21,7 @@ from torch import nn
 from .fact_texts import FactText
 
 
-_RIDGE = 0.01  # against a record's squared norm; a text counts 1
+_RIDGE = 0.01  # of a record's squared norm, where each text that reads it counts 1
 
 
 class Place(NamedTuple):
@@ -105,14 +105,15 @@ def solve(
             losses.append(descend(list(shared.deltas.values()), shared.batches(passes, order), passes, shared.off))
         for layer, deltas in shared.of_texts().items():
             wanted[layer].append(deltas)
-    places, vectors = [place for group in groups for _, place in group], {layer: {} for layer in wanted}
+    parts = {layer: torch.cat(own).unflatten(1, (len(ngrams), -1)) for layer, own in wanted.items()}
+    # parts: (texts, orders, width)
+    places, vectors = [place for group in groups for _, place in group], {layer: {} for layer in parts}
     for slot, (n, grams) in enumerate(sorted(ngrams.items())):
         number = {tuple(gram): record for record, gram in enumerate(grams.tolist())}
         read = [(row, number[gram]) for row, place in enumerate(places) for gram in place.ngrams if len(gram) == n]
         rows, records = torch.tensor(read, dtype=torch.int64, device="cpu").view(-1, 2).unbind(1)  # (reads,) each
-        for layer, deltas in wanted.items():
-            parts = torch.cat(deltas).unflatten(1, (len(ngrams), -1))  # (texts, orders, width)
-            vectors[layer][n] = ridge(records, parts[rows, slot], len(grams), _RIDGE)
+        for layer, deltas in parts.items():
+            vectors[layer][n] = ridge(records, deltas[rows, slot], len(grams), _RIDGE)
     return vectors, sum(losses) / len(losses)
 
 

@@ -32,7 +32,7 @@ _ASKED = 200  # taught texts in the report of a pack
 _ASKED_AT_ONCE = 64  # unseen texts in a pass
 _COMPARED = 24  # reference texts in it
 # By method, the settings that are left out: a delta needs more and larger steps than the records that share its work.
-_SETTINGS = {"train": {"passes": 6, "learning_rate": 1.0}, "solve": {"passes": 24, "learning_rate": 5.0}}
+_SETTINGS = {"train": {"passes": 6, "learning_rate": 1.0}, "solve": {"passes": 12, "learning_rate": 5.0}}
 
 
 def teach(
@@ -69,7 +69,7 @@ def teach(
             The same facts in other phrasings, for the report and for `patience`; they are not taught.
         reference_texts (iterable of `str`, *optional*):
             General text; n-grams that it holds get no record. If None, [`general_english`].
-        passes (`int`, *optional*, defaults to 6 for "train" and 24 for "solve"): how often each text is read.
+        passes (`int`, *optional*, defaults to 6 for "train" and 12 for "solve"): how often each text is read.
         patience (`int`, *optional*):
             Ends "train" when the loss of the answers in `unseen` has not become lower for so many passes. The records
             of the lowest loss are kept.
