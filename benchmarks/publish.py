@@ -135,6 +135,7 @@ WAYS_OF_FACTS = {
     "random": "control: random vectors of their size",
     "rows": "hashed rows alone",
     "memory": "hashed rows and projections",
+    "solve": "knowledge pack, solved",
     "lora": "LoRA, rank 16",
     "prompt": "the facts in the prompt",
 }

@@ -197,12 +197,16 @@ def teach(
         list[Path] | None,
         typer.Option(help="General text in UTF-8, besides the package's; n-grams that it holds get no record."),
     ] = None,
+    method: Annotated[str, typer.Option(help="train or solve; docs/packs.md says when to use which.")] = "train",
     unseen: Annotated[
         Path | None, typer.Option(help="The same facts in other phrasings, for the report; they are not taught.")
     ] = None,
     expressions: Annotated[
         int, typer.Option(min=0, help="Texts that the model itself writes for each fact in addition.")
     ] = 0,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Passes without a lower loss of --unseen, after which teaching ends.")
+    ] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="How often each text is read.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam, over the records.")] = None,
@@ -216,14 +220,17 @@ def teach(
     """
     from .. import EngramForCausalLM
     from ..training import general_english, read_facts, read_lines, report_lines
+    from ..training.teaching import check_method
 
     file = pack_file(out, name, facts)
     check_new_file(file, overwrite)
     read = read_facts(facts)
     lines = general_english() + [line for path in reference or () for line in read_lines(path)]
     asked = [] if unseen is None else read_facts(unseen)
+    check_method(method, patience, asked)
     check_device(device)
     given = {"passes": passes, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    given |= {"method": method, "patience": patience}
     tokenizer = load_tokenizer(model)
     with progress.status(f"loading {escape(visible(model))}"):
         loaded = EngramForCausalLM.from_pretrained(model).to(device)

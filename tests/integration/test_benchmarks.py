@@ -73,11 +73,12 @@ def test_facts_compares_a_pack_with_its_controls_and_with_every_other_way(measur
     options = ("--people", "3", "--seeds", "0", "--passes", "1", "--rates", "1e-3", "--layers", "1,2")
     lines = measured(facts, *options)
     ways = {line["sizes"]["arm"]: line["measured"] for line in lines}
-    assert list(ways) == ["pack", "permuted", "random", "rows", "memory", "lora", "prompt"]
+    assert list(ways) == ["pack", "permuted", "random", "solve", "rows", "memory", "lora", "prompt"]
     same = {arm: found["other_texts"]["general"]["texts_identical"] for arm, found in ways.items() if arm != "prompt"}
-    assert [same[arm] for arm in ("pack", "permuted", "random")] == [1.0] * 3
+    assert [same[arm] for arm in ("pack", "permuted", "random", "solve")] == [1.0] * 4
     assert max(same[arm] for arm in ("rows", "memory", "lora")) < 1.0
-    assert ways["pack"]["records"] == ways["permuted"]["records"] == ways["random"]["records"] > 0
+    assert ways["pack"]["records"] == ways["permuted"]["records"] == ways["random"]["records"]
+    assert ways["pack"]["records"] > ways["solve"]["records"] > 0
     assert 0 < ways["rows"]["bytes"] < ways["memory"]["bytes"], "the projections learn in one of them"
     asked = {"two_facts": 4, "after_a_paragraph": 6, "name_far_back": 6, "in_german": 6}
     for found in ways.values():

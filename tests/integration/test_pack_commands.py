@@ -347,6 +347,9 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
     )
     assert not compare_packs(written, pack) and written.provenance == pack.provenance
     assert model.load_memory(file) == "people"
+    done = engram("teach", checkpoint, facts, file, "--passes", "1", "--overwrite", "--method", "solve")
+    made = KnowledgePack.load(file).provenance
+    assert done.exit_code == 0 and (made["passes"], made["method"]) == (1, "solve")
 
 
 def test_what_teach_gave_a_subject_is_what_remove_finds(model, tiny_tokenizer):
@@ -365,6 +368,8 @@ def test_what_teach_gave_a_subject_is_what_remove_finds(model, tiny_tokenizer):
         (["{f}", "{d}/new", "--reference", "{d}/none.txt"], "none.txt"),
         (["{f}", "{d}/new", "--device", "toaster"], "--device 'toaster' cannot be used here"),
         (["{f}", "{d}/new", "--passes", "0"], "--passes"),
+        (["{f}", "{d}/new", "--method", "learn"], "'learn' of teaching must be one of 'train', 'solve'"),
+        (["{f}", "{d}/new", "--patience", "2"], "give the facts in other phrasings as unseen="),
     ],
 )
 def test_everything_is_checked_before_a_model_is_loaded(facts, tmp_path, arguments, says):

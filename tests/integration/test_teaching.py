@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engram_transformers.knowledge_pack_engram import KnowledgePack
 from engram_transformers.training import fact_report, general_english, recall, report_lines, report_pack
-from engram_transformers.training.fact_texts import FactText, fact_texts, shuffled_batches
+from engram_transformers.training.fact_texts import FactText, answer_loss, fact_texts, padded, shuffled_batches
 
 from ..packs import classes_of
 from ..unit.test_fact_expressions import Writer
@@ -206,6 +206,41 @@ def test_no_facts_no_offsets_and_no_memory_are_refused(model, tiny_tokenizer, tm
     model.place_memory("none")
     with pytest.raises(ValueError, match="without its memory"):
         teach(model, FACTS, tiny_tokenizer)
+
+
+MISTAKEN = {
+    "method 'learn' of teaching must be one of 'train', 'solve'": {"method": "learn"},
+    "patience=2 needs texts to measure": {"patience": 2},
+    "patience is 0": {"patience": 0, "unseen": FACTS},
+    "patience=2 ends method 'train' alone": {"patience": 2, "unseen": FACTS, "method": "solve"},
+}
+
+
+@pytest.mark.parametrize(("message", "options"), MISTAKEN.items())
+def test_a_method_or_patience_that_cannot_be_followed_is_refused(model, tiny_tokenizer, message, options):
+    with pytest.raises(ValueError, match=message):
+        teach(model, FACTS, tiny_tokenizer, **options)
+
+
+def test_patience_keeps_the_records_of_the_pass_with_the_lowest_unseen_loss(model, tiny_tokenizer):
+    """Other answers in the same phrasings are unlearned, so their loss rises; those that are taught fall to the end."""
+    options = {"passes": 12, "batch_size": 4, "bf16": False, "progress": False, "learning_rate": 3.0}
+    wrong = [fact("Dax Bolun", "Dax Bolun was born in [[Zorvan]].")]
+    packs = {
+        name: teach(model, FACTS, tiny_tokenizer, unseen=unseen, patience=2, **options)
+        for name, unseen in {"rises": wrong, "falls": FACTS}.items()
+    }
+    losses = {name: pack.provenance["unseen_losses"] for name, pack in packs.items()}
+    best = {name: min(range(len(own)), key=own.__getitem__) for name, own in losses.items()}
+    assert len(losses["rises"]) == best["rises"] + 3 < 12 == len(losses["falls"])
+    for name, unseen in {"rises": wrong, "falls": FACTS}.items():
+        model.load_memory(packs[name], name)
+        texts = fact_texts(unseen, tiny_tokenizer)
+        ids, mask, labels = padded(texts, 0, model.device)
+        with torch.no_grad():
+            loss = float(answer_loss(model(ids, attention_mask=mask).logits, labels))
+        assert loss == pytest.approx(losses[name][best[name]], rel=1e-5)
+        model.unload_memory(name)
 
 
 def test_a_report_counts_what_plain_python_counts(model, tiny_tokenizer):
