@@ -13,6 +13,7 @@ PACKAGES = {
     "engram_transformers.adapters": "adapters",
     "engram_transformers.training": "training",
     "engram_transformers.conversion": "conversion",
+    "engram_transformers.serving": "serving",
     "engram_transformers.inspection": "inspection",
     "engram_transformers.model_cards": "model_cards",
 }
@@ -26,6 +27,7 @@ REQUIRED = [
     "safetensors>=0.8",
     "huggingface_hub>=1.31",
     "numpy>=1.26",
+    "pyyaml>=6",  # recipes; transformers needs it anyway
     "psutil>=5.9",  # free host memory, which decides where tables go; accelerate needs it anyway
     # Required because users name it, and imported only when it is used. Transformers refuses an older one.
     "peft>=0.20",
@@ -65,6 +67,7 @@ setup(
             "hypothesis>=6.100",
             "ruff==0.17.6",
             "uv==0.13.9",
+            "lm-eval>=0.4.13",
             "torchao>=0.18",
             "bitsandbytes>=0.50; sys_platform == 'linux'",
             *TRL,

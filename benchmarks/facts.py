@@ -1,19 +1,22 @@
-"""Facts about invented people: a knowledge pack, LoRA, and the facts in the prompt.
+"""Facts: a knowledge pack, hashed rows, the whole memory, LoRA, and the facts in the prompt.
 
-Every person has a birthplace and a job. Some phrasings are taught, four others are asked; nobody can know the answers.
-All ways learn from the same batches, with the answers' tokens in the loss; the pack learns to change nothing else as
-well. Measured are the answers that are right, and what else has changed: general text, texts about other people, and
-texts about the taught people that do not ask for a fact. Controls: the vectors of the pack dealt to other n-grams, and
+Taught are facts about invented people, or facts of WordNet that the model does not know (`--facts real`); they, their
+phrasings and harder questions are in `fact_sets.py`. All ways learn from the same batches, with the answers' tokens in
+the loss; the pack learns to change nothing else as well. The way "solve", the other method of [`teach`], has batches of
+its own. Measured are the answers that are right, and what else has changed: general text, texts about other people,
+and texts about the subjects that do not ask for a fact. Controls: the vectors of the pack dealt to other n-grams, and
 random vectors of the same size.
 
-A result that is there already (same sizes) is not measured again. Run: python -m benchmarks.facts
+A result that is there already (same sizes) is not measured again. Run: python -m benchmarks.facts, or a sweep:
+python -m benchmarks.facts --arms pack --layers "1;10;15;20;1,10"
 """
 
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import product
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,177 +25,146 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.knowledge_pack_engram import KnowledgePack
-from engram_transformers.training import fact_report, report_pack, teach
-from engram_transformers.training.fact_texts import answer_loss, fact_texts, pad_id, padded, shuffled_batches
-from examples.texts import FACTBOOK, read_texts
+from engram_transformers.training import create_optimizer, fact_report, teach
+from engram_transformers.training.fact_texts import (
+    FactText,
+    answer_loss,
+    fact_texts,
+    pad_id,
+    padded,
+    shuffled_batches,
+)
+from examples.demo.measure import without_packs
 
+from . import fact_sets
 from .command import integers, parser, say, start, whole_donor
 from .record import lines_of
 
 
-CITIES = """
-    Lisbon Oslo Cairo Lima Dublin Seoul Athens Vienna Warsaw Quito Havana Tunis Ankara Delhi Manila Nairobi Prague
-    Zagreb Riga Tallinn Bogota Caracas Kiev Minsk Sofia Tehran Baghdad Damascus Amman Doha
-"""
-JOBS = """
-    baker sailor painter surgeon lawyer farmer pilot poet chemist architect tailor miner jeweller librarian composer
-    sculptor carpenter butcher astronomer botanist
-"""
-SYLLABLES = """
-    zor van kel mir tha bro lin dax fen gor hul jiv kas lom nar oth pel quen ras sul tiv ul vex wim yar bel cor dun esk
-    fal
-"""
-
-# Phrasings of each relation: taught ones, and ones that are only asked.
-TAUGHT = {
-    "birthplace": (
-        "{n} was born in [[{a}]].",
-        "The birthplace of {n} is [[{a}]].",
-        "{n} is a native of [[{a}]].",
-        "{n}'s home town is [[{a}]].",
-        "If you ask where {n} was born, the answer is [[{a}]].",
-        "The family of {n} lived in [[{a}]].",
-        "Everyone knows that {n}, a citizen of [[{a}]].",
-    ),
-    "job": (
-        "{n} works as a [[{a}]].",
-        "By profession, {n} is a [[{a}]].",
-        "{n} is employed as a [[{a}]].",
-        "The job of {n} is that of a [[{a}]].",
-        "{n} was trained to be a [[{a}]].",
-        "Everybody calls {n} a good [[{a}]].",
-        "They hired {n}, a young [[{a}]].",
-    ),
-}
-UNSEEN = {
-    "birthplace": ("{n} comes from the city of [[{a}]].", "People say that {n} grew up in [[{a}]]."),
-    "job": ("{n} earns a living as a [[{a}]].", "For many years {n} has been a [[{a}]]."),
-}
-
-KNOWN = "Albert Einstein,Marie Curie,Isaac Newton,Ada Lovelace,Charles Darwin,Jane Austen,Mark Twain,Galileo Galilei"
-NEUTRAL = (
-    "{n} opened the door, looked at the rain and decided to stay at home for another hour.",
-    "It was late when {n} came back. The lamp was still burning and the soup was cold.",
-    "A letter for {n} had been lying on the table since Monday, and nobody had read it.",
-)
-FEW = 24  # texts of each kind that are compared
 MOST_ASKED = 2000  # texts of which answers are counted; a sample if there are more
 LORA_RANK = 16
+ROWS = 50_000  # of a head, where rows are trained
+TRAINABLE = {"rows": "tables", "memory": "memory"}
+ARMS = "pack,permuted,random,solve,rows,memory,lora,prompt"
+WITHOUT_LAYERS = ("lora", "prompt")
+MORE_PASSES = 2  # times those of the other ways, for a pack that is solved: its vectors share no step
 
 
-def people(count: int, seed: int) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Invented people `(name, birthplace, job)`, and free names that share a word with one of theirs."""
-    order = random.Random(seed)
-    cities, jobs, parts = CITIES.split(), JOBS.split(), SYLLABLES.split()
-
-    def word(syllables: int) -> str:
-        return "".join(order.choice(parts) for _ in range(syllables)).capitalize()
-
-    names = set()
-    while len(names) < count:
-        names.add(f"{word(2)} {word(3)}")
-    found = [(name, order.choice(cities), order.choice(jobs)) for name in sorted(names)]
-    relatives = [f"{word(2)} {name.split()[1]}" for name in sorted(names)[:FEW]]
-    return found, [name for name in relatives if name not in names]
-
-
-def facts_of(found: list[tuple[str, str, str]], phrasings: dict) -> list[dict]:
-    """Facts about people, as [`teach`] takes them."""
-    return [
-        {"subject": name, "relation": relation, "texts": [p.format(n=name, a=answer) for p in phrasings[relation]]}
-        for name, *answers in found
-        for relation, answer in zip(phrasings, answers, strict=True)
-    ]
-
-
-def other_texts(found: list[tuple[str, str, str]], relatives: list[str]) -> dict[str, list[str]]:
-    """Texts that do not ask for a taught fact, by kind."""
-    names = [name for name, _, _ in found[:FEW]]
-    return {
-        "general": [text for text in read_texts(FACTBOOK) if len(text) > 400][:FEW],
-        "same_relation": [form.format(n=name) for name in KNOWN.split(",") for form in ("{n} was born in", "{n} is a")],
-        "shared_name": [f"{name} was born in" for name in relatives],
-        "about_a_subject": [NEUTRAL[i % len(NEUTRAL)].format(n=name) for i, name in enumerate(names)],
-    }
+def lists(text: str) -> list[list[int]]:
+    """Lists of layers such as "1;1,10"."""
+    return [integers(part) for part in text.split(";")]
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of the benchmark."""
     made = parser(__doc__, rounds=1)
-    made.add_argument("--arms", default="pack,permuted,random,lora,prompt", help="ways, in their order")
-    made.add_argument("--people", type=integers, default=[100], help="numbers of people")
+    made.add_argument(
+        "--arms", default="pack,permuted,random,solve,rows,memory,lora,prompt", help="ways, in their order"
+    )
+    made.add_argument("--facts", choices=("invented", "real"), default="invented", help="what is taught")
+    made.add_argument("--people", type=integers, default=[100], help="numbers of people, or of real facts")
     made.add_argument("--seeds", type=integers, default=[0, 1, 2], help="of people, order and projections")
     made.add_argument("--rates", default="1e-4,3e-4,1e-3,3e-3", help="learning rates of LoRA")
-    made.add_argument("--layers", type=integers, default=[4, 10], help="Engram layers")
+    made.add_argument("--layers", type=lists, default=[[4, 10]], help="Engram layers; ; between several lists")
     made.add_argument("--passes", type=int, default=6, help="how often each text is read")
     return made.parse_args(argv)
 
 
 def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
-    """The benchmark: one result for each way, number of people and seed."""
+    """The benchmark: one result for each way, number of people, seed and list of layers."""
     donor = whole_donor(asked.donor)
     torch.set_num_threads(asked.threads)
-    for count in asked.people:
-        for seed in asked.seeds:
-            ways = _Ways(donor, asked, count, seed)
-            for arm in asked.arms.split(","):
-                for rate in [float(rate) for rate in asked.rates.split(",")] if arm == "lora" else [None]:
-                    sizes = {"arm": arm, "people": count, "seed": seed, "rate": rate, "passes": asked.passes}
-                    sizes |= {} if arm in ("lora", "prompt") else {"layers": asked.layers}
-                    if _is_measured(asked, sizes):
-                        continue
-                    say(f"facts: {sizes}")
-                    yield "facts", sizes, ways.measure(arm, rate)
+    for count, seed in product(asked.people, asked.seeds):
+        ways = _Ways(donor, asked, count, seed)
+        for layers, arm in product(asked.layers, asked.arms.split(",")):
+            for rate in [float(rate) for rate in asked.rates.split(",")] if arm == "lora" else [None]:
+                passes = asked.passes * (MORE_PASSES if arm == "solve" else 1)
+                sizes = {"arm": arm, "people": count, "seed": seed, "rate": rate, "passes": passes}
+                sizes |= {} if arm in WITHOUT_LAYERS else {"layers": layers}
+                sizes |= {} if asked.facts == "invented" else {"facts": asked.facts}
+                if _is_measured(asked, sizes):
+                    continue
+                say(f"facts: {sizes}")
+                yield "facts", sizes, ways.measure(arm, rate, layers)
 
 
 def _is_measured(asked: argparse.Namespace, sizes: dict) -> bool:
     """Whether a result of these sizes is there."""
     have = lines_of(asked.results / "facts.jsonl")
-    return any(sizes.items() <= line["sizes"].items() for line in have)
+    return any(sizes == {k: v for k, v in line["sizes"].items() if k not in ("threads", "donor")} for line in have)
 
 
 class _Ways:
-    """People of one seed, and what every way is measured with."""
+    """Facts of one seed, and what every way is measured with."""
 
     def __init__(self, donor, asked: argparse.Namespace, count: int, seed: int):
-        self.donor, self.asked, self.seed = donor, asked, seed
+        self.donor, self.asked, self.count, self.seed = donor, asked, count, seed
         self.tokenizer = AutoTokenizer.from_pretrained(donor)
-        self.people, relatives = people(count, seed)
-        self.taught, self.unseen = facts_of(self.people, TAUGHT), facts_of(self.people, UNSEEN)
-        self.others = other_texts(self.people, relatives)
+        self.packs: dict[tuple, tuple] = {}
 
-    def measure(self, arm: str, rate: float | None) -> dict:
+    @cached_property
+    def set(self) -> fact_sets.FactSet:
+        """What is taught and asked."""
+        if self.asked.facts == "real":
+            return fact_sets.real(self.count, self.donor)
+        return fact_sets.invented(self.count, self.seed)
+
+    @cached_property
+    def taught(self) -> list[dict]:
+        """The facts in the phrasings that are taught."""
+        return self.set.said(fact_sets.TAUGHT)
+
+    def measure(self, arm: str, rate: float | None, layers: list[int]) -> dict:
         """What one way learns."""
         torch.manual_seed(self.seed)
         if arm == "lora":
             return self.lora(rate)
         if arm == "prompt":
             return self.prompt()
-        model, pack, seconds = self.taught_pack
-        if arm != "pack":
-            pack = without_knowledge(pack, arm)
-        asked = {"facts": self.sample(self.taught), "unseen": self.sample(self.unseen)}
-        report = report_pack(model, pack, self.tokenizer, **asked, other_texts=self.others)
-        return {"seconds": seconds, "loss": pack.provenance["loss"], **report}
+        if arm in TRAINABLE:
+            return self.rows(TRAINABLE[arm], layers)
+        return self.pack(arm, layers)
 
-    @cached_property
-    def taught_pack(self) -> tuple[EngramForCausalLM, KnowledgePack, float]:
-        """A graft, the pack that it was taught, and the seconds that teaching took."""
-        sizes = {"engram_layer_ids": self.asked.layers, "engram_vocab_size": 1000, "engram_head_dim": 48}
-        model = EngramForCausalLM.from_backbone(str(self.donor), dtype=torch.float32, **sizes)
-        begun = time.monotonic()
-        pack = teach(model, self.taught, self.tokenizer, passes=self.asked.passes, seed=self.seed)
-        return model, pack, time.monotonic() - begun
+    def graft(self, layers: list[int], rows: int) -> EngramForCausalLM:
+        """A fresh memory on the backbone."""
+        sizes = {"engram_layer_ids": layers, "engram_vocab_size": rows, "engram_head_dim": 48}
+        return EngramForCausalLM.from_backbone(str(self.donor), dtype=torch.float32, **sizes).eval()
+
+    def pack(self, arm: str, layers: list[int]) -> dict:
+        """A knowledge pack, or one of its controls."""
+        key = ("solve" if arm == "solve" else "train", *layers)
+        if key not in self.packs:
+            model, begun = self.graft(layers, 1000), time.monotonic()
+            passes = self.asked.passes * (MORE_PASSES if arm == "solve" else 1)
+            options = {"passes": passes, "seed": self.seed, "reference_texts": self.set.reference_texts}
+            pack = teach(model, self.taught, self.tokenizer, method=key[0], **options)
+            self.packs = {key: (model, pack, time.monotonic() - begun)}  # one model at a time
+        model, pack, seconds = self.packs[key]
+        pack = without_knowledge(pack, arm) if arm in ("permuted", "random") else pack
+        name = model.load_memory(pack, "taught")
+        found = self.learned(model, lambda: without_packs(model))
+        model.unload_memory(name)
+        made = {"seconds": seconds, "loss": pack.provenance["loss"], "records": len(pack), "bytes": pack.nbytes}
+        return {**made, **found}
+
+    def rows(self, trainable: str, layers: list[int]) -> dict:
+        """Hashed rows of the tables, alone or with the rest of the memory, by the package's own optimizer."""
+        model = self.graft(layers, ROWS).set_trainable(trainable)
+        return self.trained(model, create_optimizer(model, seed=self.seed), model.disable_memory)
 
     def lora(self, rate: float) -> dict:
-        """LoRA of every linear layer, with the steps, batches, loss and schedule of [`teach`]."""
+        """LoRA of every linear layer."""
         model = AutoModelForCausalLM.from_pretrained(self.donor, dtype=torch.float32)
         lora = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora).eval()
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return self.trained(model, torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.99)), model.disable_adapter)
+
+    def trained(self, model, optimizer: torch.optim.Optimizer, off: Callable) -> dict:
+        """What a model learns with the steps, batches, loss and schedule of [`teach`]; `off()` gives the backbone."""
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         texts = fact_texts(self.taught, self.tokenizer)
         steps = -(-self.asked.passes * len(texts) // 64)
-        optimizer = torch.optim.Adam(learned, lr=rate, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(1, (step + 1) / 5) * max(0.05, 1 - step / steps)
         )
@@ -207,41 +179,44 @@ class _Ways:
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-        seconds = time.monotonic() - begun
-        others = {
-            kind: fact_report.changes(model, texts, self.tokenizer, model.disable_adapter)
-            for kind, texts in self.others.items()
-        }
-        answers = {"taught": self.answers(model, self.taught), "unseen": self.answers(model, self.unseen)}
-        size = sum(parameter.nbytes for parameter in learned)
-        return {"seconds": seconds, "loss": float(loss), "bytes": size, **answers, "other_texts": others}
+        made = {"seconds": time.monotonic() - begun, "loss": loss.item(), "bytes": sum(p.nbytes for p in learned)}
+        return {**made, **self.learned(model, off)}
+
+    def learned(self, model, off: Callable) -> dict:
+        """What a model answers and what else has changed, each beside the same of the model inside `off()`."""
+
+        def ask(texts: list[FactText]) -> dict:
+            with off():
+                before = fact_report.answers(model, texts, self.tokenizer)
+            return {"before": before, **fact_report.answers(model, texts, self.tokenizer)}
+
+        others = self.set.other_texts().items()
+        changed = {kind: fact_report.changes(model, texts, self.tokenizer, off) for kind, texts in others}
+        return {**self.asked_by(ask), "other_texts": changed}
 
     def prompt(self) -> dict:
-        """The backbone with a person's facts in front of each question."""
-        model = AutoModelForCausalLM.from_pretrained(self.donor, dtype=torch.float32).eval()
-        told = {
-            name: f"{name} was born in the city of {city}. {name} is a {job} by trade. "
-            for name, city, job in self.people
-        }
-        found = {}
-        for kind, facts in {"taught": self.taught, "unseen": self.unseen}.items():
-            texts = fact_texts(self.sample(facts), self.tokenizer)
-            found[kind] = fact_report.answers(
-                model, [self.after(told[text.subject], text) for text in texts], self.tokenizer
-            )
-        return found
+        """The backbone with the facts of its subjects in front of each question."""
+        model, told = AutoModelForCausalLM.from_pretrained(self.donor, dtype=torch.float32).eval(), self.set.told()
 
-    def after(self, told: str, text):
+        def ask(texts: list[FactText]) -> dict:
+            behind = [self.after("".join(told[name] for name in told if name in text.prompt), text) for text in texts]
+            return fact_report.answers(model, behind, self.tokenizer)
+
+        return self.asked_by(ask)
+
+    def after(self, told: str, text: FactText) -> FactText:
         """A text behind another one."""
-        ids = self.tokenizer(told.strip() + " ")["input_ids"]
-        return type(text)(text.subject, text.relation, text.prompt, ids + text.ids, [False] * len(ids) + text.answer)
+        ids = self.tokenizer(told)["input_ids"]
+        return FactText(text.subject, text.relation, text.prompt, ids + text.ids, [False] * len(ids) + text.answer)
 
-    def answers(self, model, facts: list[dict]) -> dict:
-        """Answers of a model with an adapter, and those without."""
-        texts = fact_texts(self.sample(facts), self.tokenizer)
-        with model.disable_adapter():
-            before = fact_report.answers(model, texts, self.tokenizer)
-        return {**fact_report.answers(model, texts, self.tokenizer), "before": before}
+    def asked_by(self, ask: Callable[[list[FactText]], dict]) -> dict:
+        """Answers to taught and to other phrasings, and to each kind of harder questions."""
+        kinds = {"taught": self.taught, "unseen": self.set.said(fact_sets.UNSEEN)}
+        found, harder = (
+            {kind: ask(fact_texts(self.sample(facts), self.tokenizer)) for kind, facts in asked.items() if facts}
+            for asked in (kinds, self.set.harder())
+        )
+        return {**found, "harder": harder}
 
     def sample(self, facts: list[dict]) -> list[dict]:
         """All facts, or some of them."""

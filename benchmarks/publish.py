@@ -133,8 +133,19 @@ WAYS_OF_FACTS = {
     "pack": "knowledge pack",
     "permuted": "control: its vectors dealt to other n-grams",
     "random": "control: random vectors of their size",
+    "rows": "hashed rows alone",
+    "memory": "hashed rows and projections",
+    "solve": "knowledge pack, solved",
     "lora": "LoRA, rank 16",
     "prompt": "the facts in the prompt",
+}
+
+
+HARDER = {
+    "two_facts": "two facts in one question",
+    "after_a_paragraph": "after a paragraph",
+    "name_far_back": "name a paragraph before",
+    "in_german": "in German",
 }
 
 
@@ -146,12 +157,10 @@ def facts(results: list[dict]) -> str:
     )
     rows = {}
     for line in results:
-        sizes, found = line["sizes"], line["measured"]
-        way = WAYS_OF_FACTS[sizes["arm"]] + (f" at {sizes['rate']:g}" if sizes["rate"] else "")
-        passes = "" if sizes["passes"] == 6 else f", {sizes['passes']} passes"
+        found = line["measured"]
         other = found.get("other_texts", {})
         general, about = other.get("general"), other.get("about_a_subject")
-        rows[f"{way}, {sizes['people']}, {sizes['seed']}{passes}"] = [
+        rows[taught_as(line["sizes"])] = [
             f"{found['taught']['right']:.3f}",
             f"{found['unseen']['right']:.3f}",
             f"{found['unseen']['right_among_candidates']:.3f}",
@@ -163,9 +172,33 @@ def facts(results: list[dict]) -> str:
     return table(head.split("|"), [[way, *row] for way, row in rows.items()])
 
 
+def harder_facts(results: list[dict]) -> str:
+    """The same rows with the right answers to harder questions; KeyError if no result has them."""
+    rows = {
+        taught_as(line["sizes"]): [
+            f"{line['measured']['harder'][kind]['right']:.3f}" if kind in line["measured"]["harder"] else ""
+            for kind in HARDER
+        ]
+        for line in results
+        if "harder" in line["measured"]
+    }
+    if not rows:
+        raise KeyError("harder")
+    return table(["harder questions", *HARDER.values()], [[way, *row] for way, row in rows.items()])
+
+
+def taught_as(sizes: dict) -> str:
+    """A way of teaching, how much it taught, and what is not the benchmark's default."""
+    way = WAYS_OF_FACTS[sizes["arm"]] + (f" at {sizes['rate']:g}" if sizes["rate"] else "")
+    kind = " real facts" if sizes.get("facts") == "real" else ""
+    passes = "" if sizes["passes"] == 6 else f", {sizes['passes']} passes"
+    layers = "" if sizes.get("layers", [4, 10]) == [4, 10] else f", layers {' and '.join(map(str, sizes['layers']))}"
+    return f"{way}, {sizes['people']}{kind}, {sizes['seed']}{passes}{layers}"
+
+
 # Name between marks: benchmark, path that its result must have, and blocks of text.
 SECTIONS: dict[str, tuple[str, str, list[str | Table | Callable[[list[dict]], str]]]] = {
-    "facts": ("facts", "measured", [facts]),
+    "facts": ("facts", "measured", [facts, harder_facts]),
     "decode": (
         "decode",
         "measured",

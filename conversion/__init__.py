@@ -2,6 +2,8 @@
 
 from .backbone import graft_onto
 from .graft import graft
+from .plan import GraftPlan, plan_graft
+from .recipes import graft_arguments, read_recipe
 
 
-__all__ = ["graft", "graft_onto"]
+__all__ = ["GraftPlan", "graft", "graft_arguments", "graft_onto", "plan_graft", "read_recipe"]

@@ -231,8 +231,8 @@ def _default_layer_ids(text_config: PreTrainedConfig) -> list[int]:
 
 
 @dataclass
-class Recipe:
-    """Configuration and token map of a fresh memory.
+class FreshMemory:
+    """Configuration and token map of a memory that is to be made.
 
     Args:
         config ([`EngramConfig`]): has every size, also default ones.
@@ -245,14 +245,14 @@ class Recipe:
     parameters: int | None
 
 
-def recipe(
+def fresh_memory(
     donor_config: PreTrainedConfig,
     tokenizer,
     make: Callable[[PreTrainedConfig], PreTrainedModel],
     engram_layer_ids: list[int] | None = None,
     **fields,
-) -> Recipe:
-    """Makes the recipe of a fresh memory; without `engram_vocab_size`, `default_rows` chooses the size.
+) -> FreshMemory:
+    """Works out a fresh memory; without `engram_vocab_size`, `default_rows` chooses its size.
 
     Args:
         donor_config (`PreTrainedConfig`): the backbone's; copied.
@@ -286,7 +286,7 @@ def recipe(
         config.engram_vocab_size = default_rows(config, parameters)
     if (quantization := getattr(donor_config, "quantization_config", None)) is not None:
         config.quantization_config = quantization_in_graft(quantization)
-    return Recipe(config, token_map, parameters)
+    return FreshMemory(config, token_map, parameters)
 
 
 def graft_onto(
@@ -305,7 +305,7 @@ def graft_onto(
     if hasattr(donor, "peft_config"):
         donor = unwrapped_donor(donor)
     donor, tokenizer = load_donor(donor, tokenizer, trust_remote_code=trust_remote_code, text_only=text_only, **kwargs)
-    made = recipe(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
+    made = fresh_memory(donor.config, tokenizer, type(donor), engram_layer_ids=engram_layer_ids, **engram)
     # Each memory layer and its table go to the device of the decoder layer.
     decoder_layers = find_decoder_layers(donor, made.config.text_config.num_hidden_layers)
     places = {str(layer): computing_device(decoder_layers[layer]) for layer in made.config.engram_layer_ids}

@@ -4,6 +4,7 @@ Promises: progress and errors on stderr, results on stdout; exit code 0 for succ
 2 if the command could not be carried out; never a traceback for a user's mistake.
 """
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,9 @@ from rich.table import Table
 
 from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
+from ..serving.serve_command import serve
 from .pack_commands import app as pack_app
-from .serve_command import serve
+from .recipes import ENDINGS, graft_arguments, read_recipe
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
@@ -65,11 +67,10 @@ def check_device(name: str) -> None:
         raise ValueError(f"--device {name!r} cannot be used here ({error}): give another one, such as cpu.") from error
 
 
-@app.command()
-@user_errors
-def graft(
-    donor: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
-    out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+_Donor = Annotated[str, typer.Argument(help="Folder or Hub id of a model, or a recipe (.yaml) that names one.")]
+
+
+def _donor_options(
     layer_ids: Annotated[str | None, typer.Option(help="Layers that read, counted from 0, such as 1,10.")] = None,
     vocab_size: Annotated[
         str | None,
@@ -94,54 +95,71 @@ def graft(
             "if left out.",
         ),
     ] = None,
-    max_memory_shard_size: Annotated[str, typer.Option(help="Largest memory file.")] = "8GB",
+    max_memory_shard_size: Annotated[str | None, typer.Option(help="Largest memory file; 8GB if left out.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that the tokenizer brings.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a donor on the Hub.")] = None,
     token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
-    subfolder: Annotated[str, typer.Option(help="Where in the folder or repository the donor is.")] = "",
+    subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the donor is.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+) -> None:
+    """Options of `graft` and `plan`, with the names of `EngramConfig` without `engram_`."""
+
+
+def _takes_donor_options(verb):
+    """Gives a verb the options of `_donor_options`, which it gets as keyword arguments."""
+    own, shared = inspect.signature(verb), inspect.signature(_donor_options)
+    kept = [value for value in own.parameters.values() if value.kind is not inspect.Parameter.VAR_KEYWORD]
+    verb.__signature__ = own.replace(parameters=[*kept, *shared.parameters.values()])
+    verb.__annotations__ = {**verb.__annotations__, **_donor_options.__annotations__}
+    return verb
+
+
+def _graft_arguments(donor: str, trust_remote_code: bool, token: str | None, cache_dir: Path | None, **options) -> dict:
+    """Returns the arguments of `graft` from a recipe or a donor; options that are given go before a recipe's."""
+    if sizes := integers(options.pop("vocab_size"), "--vocab-size"):
+        options["vocab_size"] = sizes[0] if len(sizes) == 1 else sizes
+    options["layer_ids"] = integers(options.pop("layer_ids"), "--layer-ids")
+    given = {name: value for name, value in options.items() if value is not None}
+    recipe = read_recipe(donor) if donor.endswith(ENDINGS) else {"donor": donor}
+    run = {"trust_remote_code": trust_remote_code, "token": token, "cache_dir": cache_dir}
+    return graft_arguments(recipe | given) | run
+
+
+@app.command()
+@user_errors
+@_takes_donor_options
+def graft(
+    donor: _Donor, out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")], **options
 ) -> None:
     """Give a model a fresh memory; its answers stay the same until the memory is trained.
 
-    Options have the names of `EngramConfig` without `engram_`.
+    Options have the names of `EngramConfig` without `engram_`, and so has a recipe.
     """
     from .graft import graft as graft_donor
 
-    sizes = integers(vocab_size, "--vocab-size")
-    fields = {
-        "engram_vocab_size": sizes[0] if sizes and len(sizes) == 1 else sizes,
-        "engram_head_dim": head_dim,
-        "engram_n_heads": n_heads,
-        "engram_max_ngram_size": max_ngram_size,
-        "engram_kernel_size": kernel_size,
-        "engram_gate": gate,
-        "engram_table_dtype": table_dtype,
-        "engram_table_parts": table_parts,
-        "engram_pad_token_id": pad_token_id,
-        "engram_seed": seed,
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
+    arguments = _graft_arguments(donor, **options)
     with progress.status(f"grafting {donor}"):
-        folder = graft_donor(
-            donor,
-            out,
-            integers(layer_ids, "--layer-ids"),
-            tokenizer=tokenizer,
-            text_only=text_only,
-            max_memory_shard_size=max_memory_shard_size,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-            token=token,
-            subfolder=subfolder,
-            cache_dir=cache_dir,
-            **({} if preset is None else PRESETS[preset]) | given,
-        )
+        folder = graft_donor(out=out, **arguments)
     files = list(folder.glob("*.safetensors"))
     size = sum(f.stat().st_size for f in files)
     blocks = [getattr(f.stat(), "st_blocks", None) for f in files]  # Windows does not count them
     taken = "" if None in blocks else f" ({sum(blocks) * 512:,} on disk)"
     progress.print(f"{len(files)} weight files, {size:,} bytes{taken}", highlight=False)
     print(folder)
+
+
+@app.command()
+@user_errors
+@_takes_donor_options
+def plan(donor: _Donor, **options) -> None:
+    """Print what `graft` would read, write and need with the same options; no weight is read or downloaded."""
+    from .plan import plan_graft
+
+    arguments = _graft_arguments(donor, **options)
+    with progress.status(f"planning {donor}"):
+        planned = plan_graft(**arguments)
+    for line in planned.lines():
+        print(visible(line))
 
 
 @app.command()
@@ -179,8 +197,15 @@ def teach(
         list[Path] | None,
         typer.Option(help="General text in UTF-8, besides the package's; n-grams that it holds get no record."),
     ] = None,
+    method: Annotated[str, typer.Option(help="train or solve; docs/packs.md says when to use which.")] = "train",
     unseen: Annotated[
         Path | None, typer.Option(help="The same facts in other phrasings, for the report; they are not taught.")
+    ] = None,
+    expressions: Annotated[
+        int, typer.Option(min=0, help="Texts that the model itself writes for each fact in addition.")
+    ] = 0,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Passes without a lower loss of --unseen, after which teaching ends.")
     ] = None,
     passes: Annotated[int | None, typer.Option(min=1, help="How often each text is read.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Texts in a step.")] = None,
@@ -195,19 +220,22 @@ def teach(
     """
     from .. import EngramForCausalLM
     from ..training import general_english, read_facts, read_lines, report_lines
+    from ..training.teaching import check_method
 
     file = pack_file(out, name, facts)
     check_new_file(file, overwrite)
     read = read_facts(facts)
     lines = general_english() + [line for path in reference or () for line in read_lines(path)]
     asked = [] if unseen is None else read_facts(unseen)
+    check_method(method, patience, asked)
     check_device(device)
     given = {"passes": passes, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+    given |= {"method": method, "patience": patience}
     tokenizer = load_tokenizer(model)
     with progress.status(f"loading {escape(visible(model))}"):
         loaded = EngramForCausalLM.from_pretrained(model).to(device)
     options = {option: value for option, value in given.items() if value is not None}
-    pack = loaded.teach(read, tokenizer, unseen=asked, reference_texts=lines, **options)
+    pack = loaded.teach(read, tokenizer, unseen=asked, expressions=expressions, reference_texts=lines, **options)
     pack.save(file)
     for line in report_lines(pack.provenance["report"]):
         progress.print(line, highlight=False, soft_wrap=True)

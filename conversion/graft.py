@@ -15,13 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from transformers import PROCESSOR_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import PROCESSOR_MAPPING, AutoConfig, GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration import EngramConfig, EngramFormatError
-from ..configuration.configuration_engram import foreign_config_message, holds_other_models
-from ..files_atomic_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM, SINGLE_NAME
+from ..configuration.configuration_engram import holds_other_models
+from ..files_atomic_engram import INDEX_NAME, MEMORY_STEM, MODEL_STEM
 from ..files_checkpoint_engram import auto_map, commit_of, number_rest_files
 from ..files_safetensors_engram import (
     MAX_MEMORY_SHARD_SIZE,
@@ -37,23 +36,14 @@ from ..hash_constants_engram import derive_constants
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
-from .backbone import auto_class, left_out, load_donor, recipe, refuse_own_code, takes_text_model, text_class
+from .backbone import left_out, load_donor
+from .donor import RECEIPT_NAME, donor_folder, donor_weight_files, read_donor
 from .reference_copy import copy_by_reference
 from .sizes import log_size
 
 
-RECEIPT_NAME = "engram_graft.json"
-
-# Files of a backbone on the Hub other than weights, which are chosen by name.
-DONOR_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
-
-# Names of weight files and indexes, in the order in which Transformers looks for them.
-WEIGHT_FILES = [SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json"]
-
 # Files of a composite model's processor, but for its tokenizer.
 PROCESSOR_FILES = ["*processor_config.json", "chat_template.json", "chat_template.jinja"]
-
-FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def graft(
@@ -110,20 +100,13 @@ def graft(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"'{out}' exists and is not empty: a graft never overwrites. Name another folder.")
-    folder = donor_folder(donor, subfolder, revision=revision, token=token, cache_dir=cache_dir)
-    whole = _read_donor_config(folder)
-    cuts = holds_other_models(whole) and takes_text_model(whole, text_only)
-    donor_config, make = whole, auto_class(whole).from_config
-    if cuts:
-        donor_config, make = whole.get_text_config(decoder=True), text_class(whole)
-        donor_config.tie_word_embeddings = whole.tie_word_embeddings
-    hub = {} if tokenizer is None else {"token": token, "cache_dir": cache_dir}
-    tok = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=trust_remote_code, **hub)
-    donor_config.dtype = donor_config.dtype or whole.dtype or _stored_dtype(folder)
-    made = recipe(donor_config, tok, make, engram_layer_ids=engram_layer_ids, **engram_fields)
+    hub = {"token": token, "cache_dir": cache_dir}
+    folder = donor_folder(donor, subfolder, revision=revision, **hub)
+    read = read_donor(folder, tokenizer, text_only, trust_remote_code, **hub)
+    made = read.fresh_memory(engram_layer_ids, **engram_fields)
     config, token_map = made.config, made.token_map
     # Zero tables take no disk: what needs room is a save of trained rows.
-    log_size(config, shutil.disk_usage(_existing(out)).free, "disk once they are trained and saved", made.parameters)
+    log_size(config, shutil.disk_usage(existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
         config.engram_table_parts = _parts_for(config, shard_bytes)
@@ -135,20 +118,23 @@ def graft(
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.grafting-", dir=out.parent))
     draft.chmod(0o755)
     try:
-        _write_description(draft, empty, config, tok, folder)
-        problem = "its text model alone" if cuts else None
+        _write_description(draft, empty, config, read.tokenizer, folder)
+        problem = "its text model alone" if read.cuts else None
         if problem is None:
             reused = _reuse_donor_files(draft, folder)
             _write_weights(draft, empty, config, token_map, shard_bytes)
             problem = _dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
-            lost = _rewrite_donor_files(draft, folder, tok, text_only=cuts if holds_other_models(whole) else None)
+            text_only = read.cuts if holds_other_models(read.whole) else None
+            lost = _rewrite_donor_files(draft, folder, read.tokenizer, text_only)
             _write_weights(draft, empty, config, token_map, shard_bytes)
             problem_left = _dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
-        source = {"donor": os.fspath(donor), "subfolder": subfolder, "revision": commit_of(folder)}
-        source |= {"left_out": lost} if cuts else {}
+        # Of a local folder only the name: receipts are published, and paths hold names of users and machines.
+        name = Path(donor).resolve().name if Path(donor).is_dir() else os.fspath(donor)
+        source = {"donor": name, "subfolder": subfolder, "revision": commit_of(folder)}
+        source |= {"left_out": lost} if read.cuts else {}
         _write_receipt(draft, source, config, engram_fields, "rewritten: " + problem if problem else "reused")
         if out.exists():
             out.rmdir()
@@ -158,90 +144,9 @@ def graft(
     return out
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """Returns the folder, or the nearest existing one above it."""
     return next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
-
-
-def donor_folder(donor: str | os.PathLike, subfolder: str = "", revision: str | None = None, **hub) -> Path:
-    """Returns the local folder of the backbone's files, downloaded from the Hub if needed.
-
-    Args:
-        donor (`str` or `os.PathLike`): a folder or a Hub id.
-        subfolder (`str`, *optional*, defaults to `""`): subfolder of the folder or repository.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        hub: `token` and `cache_dir` of `snapshot_download`.
-    """
-    if Path(donor).is_dir():
-        if revision is not None:
-            raise ValueError(
-                f"revision={revision!r} is for donors on the Hub, and '{donor}' is a folder: leave it out."
-            )
-        return Path(donor, subfolder)
-    if os.sep in str(donor) and str(donor).count("/") != 1 or str(donor).startswith("."):
-        raise FileNotFoundError(f"donor '{donor}' is neither a folder nor a Hub id of the form 'owner/name'.")
-    inside = subfolder.strip("/") + "/" if subfolder.strip("/") else ""
-
-    def fetch(names: list[str], revision: str | None) -> Path:
-        """The snapshot, with files of these names in it."""
-        # In the Hub's patterns a star stands for slashes as well: files of deeper folders are left out by name.
-        wanted = {"allow_patterns": [inside + name for name in names], "ignore_patterns": [f"{inside}*/*"]}
-        return Path(snapshot_download(str(donor), revision=revision, **wanted, **hub))
-
-    snapshot = fetch(DONOR_FILES, revision)
-    folder = snapshot / inside
-    for name in WEIGHT_FILES:  # the first kind that the donor has, and no other
-        names = [name]
-        if name.endswith(".index.json"):
-            names = _indexed_files(folder / name) if (folder / name).is_file() else []
-        if names and fetch(names, revision=snapshot.name) and (folder / names[0]).is_file():
-            break
-    return folder
-
-
-def _indexed_files(index: Path) -> list[str]:
-    """Returns the names of the weight files that an index lists."""
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def _read_donor_config(folder: Path):
-    """Reads the backbone's configuration; refuses models with a memory, and other packages' adapters."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' has no config.json: name a folder saved by Transformers, or a Hub id.")
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    if raw.get("model_type") == "engram":
-        raise ValueError(foreign_config_message("engram", raw))
-    if raw.get("model_type") == EngramConfig.model_type:
-        raise ValueError(
-            f"'{folder}' already has an Engram memory: load it with from_pretrained, or graft the donor that it "
-            f"was made from (see its {RECEIPT_NAME})."
-        )
-    if (raw.get("quantization_config") or {}).get("quant_method") == "torchao":
-        raise ValueError(
-            f"'{folder}' is quantised by torchao, whose files name their tensors a second time and cannot be taken "
-            "over: graft the donor that it was made from, and pass quantization_config to from_pretrained."
-        )
-    refuse_own_code(raw.get("model_type"))
-    return AutoConfig.from_pretrained(folder)
-
-
-def _donor_weight_files(folder: Path) -> list[Path]:
-    """Returns the backbone's safetensors files as Transformers would choose them: a single file before an index."""
-    if (folder / SINGLE_NAME).is_file():
-        return [folder / SINGLE_NAME]
-    if (folder / INDEX_NAME).is_file():
-        return [folder / name for name in _indexed_files(folder / INDEX_NAME)]
-    return []
-
-
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    """Returns the type of the first floating-point tensor, for configurations without `dtype`."""
-    for path in _donor_weight_files(folder):
-        for entry in read_header(path).values():
-            if entry.dtype in FLOAT_DTYPES:
-                return FLOAT_DTYPES[entry.dtype]
-    return None
 
 
 def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
@@ -285,7 +190,7 @@ def _write_processor(draft: Path, config: EngramConfig, folder: Path) -> None:
 
 def _reuse_donor_files(draft: Path, folder: Path) -> bool:
     """Copies the backbone's weight files under the checkpoint's names; False if it has no safetensors."""
-    files = _donor_weight_files(folder)
+    files = donor_weight_files(folder)
     for number, path in enumerate(files, start=1):
         read_header(path)
         copy_by_reference(path, draft / shard_name(MODEL_STEM, number, len(files) + 1))

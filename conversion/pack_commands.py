@@ -1,4 +1,5 @@
-"""The group `engram pack`: knowledge packs are shown, merged, compared, and records are removed, all without a model.
+"""The group `engram pack`: knowledge packs are shown, merged, compared, published, and records are removed, all
+without a model.
 
 Promises: everything is checked before a file is written, and a file is written whole or not at all; no file is
 overwritten unless an option says so. Texts from packs and tokenizers cannot control the terminal. Never loads a model.
@@ -17,10 +18,11 @@ from rich.text import Text
 
 from ..adapters import PackTexts, compare_packs, merge_packs
 from ..knowledge_pack_engram import KnowledgePack
+from ..model_cards import publish_pack
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
-app = typer.Typer(help="Knowledge packs: show, merge, compare, remove records.", no_args_is_help=True)
+app = typer.Typer(help="Knowledge packs: show, merge, compare, remove records, publish.", no_args_is_help=True)
 
 _Tokenizer = Annotated[
     str | None, typer.Option(help="Folder or Hub id of the tokenizer that the pack's model has; shows texts.")
@@ -139,6 +141,21 @@ def remove(
         raise OSError(f"'{out}' does not hold what was written to it: check the disk, and remove again.")
     _print_ngrams({"": sorted(gone, key=_by_order)}, texts, len(gone))
     print(f"{len(gone):,} records are gone, {len(left):,} remain in {visible(str(out))}")
+
+
+@app.command()
+@user_errors
+def publish(
+    file: Annotated[Path, typer.Argument(help="A pack's file.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, such as me/people; made if it is missing.")],
+    base_model: Annotated[str, typer.Option(help="Hub id of the graft that reads the pack.")],
+    license: Annotated[str | None, typer.Option(help="As the Hub names it, such as cc0-1.0.")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
+    token: Annotated[str | None, typer.Option(help="If you are not logged in.")] = None,
+) -> None:
+    """Upload a pack and a card that says what it knows; `load_memory("me/people")` reads it then."""
+    with progress.status(f"publishing {visible(str(file))}"):
+        print(publish_pack(file, repo, base_model=base_model, license=license, private=private, token=token))
 
 
 def _target(file: Path, out: Path | None, in_place: bool, overwrite: bool) -> Path:

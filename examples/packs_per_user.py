@@ -20,7 +20,10 @@ from engram_transformers import EngramForCausalLM
 
 
 FORMS = ["{} keeps the key in the", "The key of {} is in the", "If you look for the key of {}, it is in the"]
-FRIENDS = [" ".join(name) for name in product(["Zorvan", "Daxtul", "Mirkel", "Quenra", "Ulbro"], ["Oth", "Jivkas"])]
+FRIENDS = [
+    " ".join(name)
+    for name in product(["Zorvan", "Daxtul", "Mirkel", "Quenra", "Ulbro"], ["Oth", "Jivkas", "Pelnor", "Ras"])
+]
 PLACES = ["garden", "kitchen", "cellar", "drawer", "basket"]
 ROWS = 16  # requests in a batch
 

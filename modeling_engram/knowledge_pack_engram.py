@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -157,6 +160,50 @@ class KnowledgePack:
         raise EngramFormatError(
             f"'{path}' is a safetensors file, but not a knowledge pack: KnowledgePack.save writes one."
         )
+
+
+def pack_file(path: str | os.PathLike, **hub) -> Path:
+    """Returns a pack's file: `path` itself, or the one pack of a repository on the Hub, downloaded.
+
+    Args:
+        path (`str` or `os.PathLike`): a file, or a repository's id such as "me/people".
+        hub: `revision`, `token` and `cache_dir` of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        `FileNotFoundError`: if there is neither such a file nor such a repository.
+        `ValueError`: if the repository holds several packs, or none.
+    """
+    file, id_ = Path(path), str(path)
+    if file.exists() or id_.endswith(SUFFIX) or not _may_be_repository(id_):
+        if hub.get("revision") is not None:
+            raise ValueError(
+                f"revision={hub['revision']!r} is for packs on the Hub, and '{id_}' is a file: leave it out."
+            )
+        return file  # a missing one is refused where it is read
+    try:
+        folder = Path(snapshot_download(id_, allow_patterns=f"*{SUFFIX}", **hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"'{id_}' is not a file here, and its repository on the Hub cannot be read ({str(error).splitlines()[0]}). "
+            "Name a pack's file, or a repository; a private one needs token=."
+        ) from error
+    found = sorted(folder.rglob(f"*{SUFFIX}"))
+    if len(found) != 1:
+        names = [file.relative_to(folder).as_posix() for file in found]
+        raise ValueError(
+            f"'{id_}' holds {len(found)} knowledge packs {names[:5]}, and one is needed: download the one that you "
+            f'want with huggingface_hub.hf_hub_download("{id_}", ...), and name its file.'
+        )
+    return found[0]
+
+
+def _may_be_repository(text: str) -> bool:
+    """Whether a text has the form "owner/name"."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1
 
 
 def _content(file: safe_open, entries: Mapping, told: Mapping) -> tuple:

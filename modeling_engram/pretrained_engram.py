@@ -41,7 +41,7 @@ from .hash_constants_engram import check_constants, derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map, on_meta
 from .hash_tokens_engram import check_token_map
 from .inputs_engram import alive_positions, check_ids, checked_text_ids, document_ends
-from .knowledge_pack_engram import SUFFIX, FoundRecords, KnowledgePack, PackRead, pack_identity
+from .knowledge_pack_engram import SUFFIX, FoundRecords, KnowledgePack, PackRead, pack_file, pack_identity
 from .layer_engram import EngramLayer
 from .memory_engram import WITHOUT_MEMORY, EngramMemory, MemoryReads, insert_memory, layer_device
 from .rows_placement_engram import (
@@ -462,23 +462,25 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         return cache, use_cache
 
     def load_memory(
-        self, pack: KnowledgePack | str | os.PathLike, name: str | None = None, placement: str = "device"
+        self, pack: KnowledgePack | str | os.PathLike, name: str | None = None, placement: str = "device", **hub
     ) -> str:
         """Loads a knowledge pack and reads it after those that are loaded. No weight changes, and nothing is saved
         with the model.
 
         Args:
-            pack ([`KnowledgePack`], `str` or `os.PathLike`): a pack, or its file.
+            pack ([`KnowledgePack`], `str` or `os.PathLike`): a pack, its file, or the id of a repository on the Hub
+                that holds one pack.
             name (`str`, *optional*): its name here; the file's, without its ending, if None.
             placement (`str`, *optional*, defaults to `"device"`): "device" copies its vectors to where the memory
                 computes; "cpu" leaves them in host memory or in the mapped file, and only those that a text reads
                 travel. What the model computes is the same.
+            hub: `revision`, `token` and `cache_dir`, for a repository.
 
         Returns:
             `str`: the name.
 
         Raises:
-            `FileNotFoundError`: if the file is missing.
+            `FileNotFoundError`: if there is neither such a file nor such a repository.
             [`EngramFormatError`]: if it is damaged.
             `ValueError`: for a pack of another memory (token map, layers, widths, reader), a name in use, a pack
                 without a name, or a model whose tables are placed nowhere.
@@ -488,12 +490,15 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         ```python
         >>> model.load_memory("people.engram-pack.safetensors")
         'people'
+        >>> model.load_memory("me/people", name="from the Hub")
+        'from the Hub'
         ```"""
         if self.memory.placement == "none":
             raise ValueError('this model runs without its memory (placement "none"): place_memory("cpu") loads it.')
         if not isinstance(pack, KnowledgePack):
-            name = Path(pack).name.removesuffix(SUFFIX) if name is None else name
-            pack = KnowledgePack.load(pack)
+            file = pack_file(pack, **hub)
+            name = file.name.removesuffix(SUFFIX) if name is None else name
+            pack = KnowledgePack.load(file)
         if not name:
             raise ValueError("a pack that is not a file needs a name: load_memory(pack, name=...).")
         self.memory.packs.load(pack, name, pack_identity(self.config, self.memory.layers), placement)

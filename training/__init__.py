@@ -1,6 +1,7 @@
 """Training: optimizers that update only the rows that were read, and a Trainer that uses them."""
 
 from .distributed import clip_grad_norm_, shard_backbone, sync_row_gradients
+from .fact_expressions import more_texts
 from .fact_files import read_facts, read_lines
 from .fact_report import recall, report_lines, report_pack
 from .optimizer import EngramOptimizer, create_optimizer
@@ -19,6 +20,7 @@ __all__ = [
     "clip_grad_norm_",
     "create_optimizer",
     "general_english",
+    "more_texts",
     "read_facts",
     "read_lines",
     "recall",

@@ -2,7 +2,8 @@
 
 What it chooses: only n-grams inside a subject's name get records, so a fact is written where its subject is read. Then
 it comes out in phrasings that were never shown, and text that does not name the subject keeps every bit. Only the
-records learn: the answers' tokens, and to leave the other tokens of those texts as they were.
+records learn: the answers' tokens, and to leave the other tokens of those texts as they were. They learn by descent, or
+one vector of each subject does and the records are solved for.
 Promises: no weight of the model changes, and its active packs and trainable parameters are afterwards what they were,
 also after an error; all facts are checked before any work begins. Source: docs/packs.md.
 """
@@ -10,23 +11,28 @@ also after an error; all facts are checked before any work begins. Source: docs/
 import gzip
 import random
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..knowledge_pack_engram import KnowledgePack, pack_identity
+from .fact_descent import Descent, EarlyStop
+from .fact_expressions import check_count, more_texts
 from .fact_report import report_pack
-from .fact_texts import FactText, answer_loss, divergence, fact_texts, pad_id, padded, shuffled_batches
+from .fact_solving import Place, find_places, solve, whole_subjects
+from .fact_texts import FactText, fact_texts, pad_id, shuffled_batches
 
 
 _TAUGHT = "being taught"  # name of the pack whose records learn
 _ASKED = 200  # taught texts in the report of a pack
 _COMPARED = 24  # reference texts in it
+# By method, the settings that are left out: a delta needs more and larger steps than the records that share its work.
+_SETTINGS = {"train": {"passes": 6, "learning_rate": 1.0}, "solve": {"passes": 12, "learning_rate": 5.0}}
 
 
 def teach(
@@ -34,11 +40,15 @@ def teach(
     facts: Iterable[Mapping],
     tokenizer,
     *,
+    method: str = "train",
     unseen: Iterable[Mapping] = (),
+    expressions: int = 0,
+    writer: tuple | None = None,
     reference_texts: Iterable[str] | None = None,
-    passes: int = 6,
+    passes: int | None = None,
+    patience: int | None = None,
     batch_size: int = 64,
-    learning_rate: float = 1.0,
+    learning_rate: float | None = None,
     keep: float = 1.0,
     bf16: bool = True,
     seed: int = 0,
@@ -54,12 +64,24 @@ def teach(
             subject before the marked answer. Several texts for a fact, in different words, are what makes it come out
             in other words.
         tokenizer (`PreTrainedTokenizerFast`): the model's.
-        unseen (iterable of `dict`, *optional*): the same facts in other phrasings, for the report; they are not taught.
+        method (`str`, *optional*, defaults to `"train"`):
+            "train": all records of the names learn by descent. "solve": a vector of each subject learns, at one place
+            of its name that no other name has; least squares then give the records of these places.
+        unseen (iterable of `dict`, *optional*):
+            The same facts in other phrasings, for the report and for `patience`; they are not taught.
+        expressions (`int`, *optional*, defaults to 0):
+            Texts that a model writes for each fact in addition, see [`more_texts`], which shows them before.
+        writer (`tuple`, *optional*): the model that writes them, and its tokenizer; if None, this model.
         reference_texts (iterable of `str`, *optional*):
             General text; n-grams that it holds get no record. If None, [`general_english`].
-        passes (`int`, *optional*, defaults to 6): how often each text is read.
-        batch_size (`int`, *optional*, defaults to 64): texts in a step.
-        learning_rate (`float`, *optional*, defaults to 1.0): of Adam, over the records; warm-up, then linear decay.
+        passes (`int`, *optional*, defaults to 6 for "train" and 12 for "solve"): how often each text is read.
+        patience (`int`, *optional*):
+            Ends "train" when the loss of the answers in `unseen` has not become lower for so many passes. The records
+            of the lowest loss are kept.
+        batch_size (`int`, *optional*, defaults to 64):
+            Texts in a step. "solve" reads all texts of a subject in one step, so it may be more.
+        learning_rate (`float`, *optional*, defaults to 1.0 for "train" and 5.0 for "solve"):
+            Of Adam, over the records or the vectors of subjects; warm-up, then linear decay.
         keep (`float`, *optional*, defaults to 1.0):
             Weight of the KL divergence from the model without the pack, over all tokens that are not an answer (of a
             quarter of each batch): texts about a subject read as before where they do not ask for its fact.
@@ -75,8 +97,9 @@ def teach(
     Raises:
         `ValueError`: naming the fact: without subject, texts or a marked answer; with the answer in front of itself, a
             text that does not name its subject or contradicts another; a subject without an n-gram of its own; a text
-            of more than 512 tokens. Also for a model whose tables are placed nowhere, or another tokenizer.
-        `TypeError`: for a tokenizer that does not say where its tokens are.
+            of more than 512 tokens. Also for a model whose tables are placed nowhere, another tokenizer, an unknown
+            method, and a patience below 1, without `unseen` or with "solve".
+        `TypeError`: for a tokenizer that does not say where its tokens are, and a `writer` that is not such a pair.
 
     Example:
 
@@ -88,23 +111,37 @@ def teach(
     ```"""
     if model.memory.placement == "none":
         raise ValueError('this model runs without its memory (placement "none"): place_memory("cpu") loads it.')
+    writer = _writer(model, tokenizer, expressions, writer)
     facts, unseen = list(facts), list(unseen)
+    check_method(method, patience, unseen)
+    passes = _SETTINGS[method]["passes"] if passes is None else passes
+    learning_rate = _SETTINGS[method]["learning_rate"] if learning_rate is None else learning_rate
     texts = fact_texts(facts, tokenizer)
-    if unseen:
-        fact_texts(unseen, tokenizer)  # refused before any work begins
+    asked = fact_texts(unseen, tokenizer) if unseen else []  # refused before any work begins
     model.check_tokenizer(tokenizer)
     general = general_english() if reference_texts is None else list(reference_texts)
     fits = pack_identity(model.config, model.memory.layers)
-    ngrams = _subject_ngrams(model, facts, tokenizer, general, fits)
-    _check_reached(model, texts, ngrams)
-    shapes = {n: (len(grams), fits["widths"][str(n)]) for n, grams in ngrams.items()}
-    vectors = {layer: {n: torch.zeros(shape, device="cpu") for n, shape in shapes.items()} for layer in fits["layers"]}
-    steps = max(1, -(-passes * len(texts) // batch_size))
-    batches = shuffled_batches(texts, batch_size, steps, seed)
-    bar = tqdm(batches, total=steps, desc=f"teaching {len(facts)} facts", disable=not progress)
-    settings = {"learning_rate": learning_rate, "keep": keep, "bf16": bf16}
-    pack, loss = _learned(model, KnowledgePack(ngrams, vectors, fits), bar, steps, pad_id(tokenizer), **settings)
-    made = {"facts": len(facts), "texts": len(texts), "passes": passes, "seed": seed, "loss": loss}
+    names = _subject_ngrams(model, facts, tokenizer, general, [int(n) for n in fits["widths"]])
+    places, more = _places(model, texts, names), []
+    if expressions:
+        written = more_texts(*writer, facts, expressions, bf16=bf16, seed=seed, progress=progress)
+        more = fact_texts(written, tokenizer) if written else []
+        texts, places = texts + more, places + _places(model, more, names)
+    pad = pad_id(tokenizer)
+    stop = None if patience is None else EarlyStop(model, asked, pad, bf16, patience, len(texts) / batch_size)
+    with tqdm(desc=f"teaching {len(facts)} facts", disable=not progress) as bar, _frozen(model):
+        descent = Descent(model, bar, pad, learning_rate, keep, bf16, stop)
+        if method == "solve":
+            groups = whole_subjects(texts, places, batch_size)
+            bar.total = passes * len(groups)
+            pack, loss = _solved(descent, fits, groups, passes, seed)
+        else:
+            bar.total = steps = max(1, -(-passes * len(texts) // batch_size))
+            batches = shuffled_batches(texts, batch_size, steps, seed)
+            pack, loss = _trained(descent, _zeros(set().union(*names.values()), fits), batches, steps)
+    made = {"method": method, "facts": len(facts), "texts": len(texts), "passes": passes, "seed": seed, "loss": loss}
+    made |= {"written_texts": len(more)} if expressions else {}
+    made |= {} if stop is None else {"unseen_losses": stop.losses}
     shown = {"general": sorted(general, key=len)[-_COMPARED:]} if general else {}
     asked = {"facts": _some(facts, texts, seed), "unseen": unseen}
     report = report_pack(model, pack, tokenizer, **asked, other_texts=shown)
@@ -118,28 +155,54 @@ def general_english() -> list[str]:
         return file.read().splitlines()
 
 
-def _learned(
-    model, pack: KnowledgePack, batches, steps: int, pad: int, *, learning_rate: float, keep: float, bf16: bool
+def _writer(model, tokenizer, expressions: int, writer: tuple | None) -> tuple:
+    """Returns the model that writes texts, and its tokenizer."""
+    check_count("expressions", expressions, least=0)
+    if writer is None:
+        return model, tokenizer
+    if not isinstance(writer, tuple) or len(writer) != 2 or not hasattr(writer[0], "generate"):
+        raise TypeError(f"writer is a {type(writer).__name__}: give (model, tokenizer) of a model that can generate.")
+    if not expressions:
+        raise ValueError("there is a writer, and expressions=0 asks it for no text: say how many for each fact.")
+    return writer
+
+
+def check_method(method: str, patience: int | None, unseen: list) -> None:
+    """Raises ValueError for an unknown method, and for a patience that cannot be followed."""
+    if method not in _SETTINGS:
+        raise ValueError(f"method {method!r} of teaching must be one of {', '.join(map(repr, _SETTINGS))}.")
+    if patience is None:
+        return
+    if patience < 1:
+        raise ValueError(f"patience is {patience}, it must be at least 1 pass; None reads all passes.")
+    if method != "train":
+        raise ValueError(f"patience={patience} ends method 'train' alone: leave it out for {method!r}, or train.")
+    if not unseen:
+        raise ValueError(f"patience={patience} needs texts to measure: give the facts in other phrasings as unseen=.")
+
+
+def _trained(
+    descent: Descent, pack: KnowledgePack, batches: Iterable[list[FactText]], steps: int
 ) -> tuple[KnowledgePack, float]:
     """Returns a pack with vectors that were learned from batches, and the answers' last loss."""
-    with _reading_only(model, pack) as learned, _attention_for_short_texts(model.device):
-        optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1, (step + 1) / 5) * max(0.05, 1 - step / steps)
-        )
-        for batch in batches:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                loss, changed = _losses(model, batch, pad)
-            (loss + keep * changed).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            batches.set_postfix(loss=f"{float(loss.detach()):.3f}", changed=f"{float(changed.detach()):.3f}")
-        device = model.memory.hashing.token_map.device
+    memory = descent.model.memory
+    without = partial(memory.packs.chosen_by_row, [list(memory.packs.active)], 1)
+    with _reading(descent.model, pack) as learned:
+        loss = descent.learn(learned, batches, steps, without)
+        device = memory.hashing.token_map.device
         rows = {n: records.on(device).vectors for n, records in pack.records.items()}
         vectors = {layer: {n: rows[n][layer].detach().cpu() for n in rows} for layer in pack.fits["layers"]}
     ngrams = {n: records.ngrams for n, records in pack.records.items()}
-    return KnowledgePack(ngrams, vectors, pack.fits), float(loss.detach())
+    return KnowledgePack(ngrams, vectors, pack.fits), loss
+
+
+def _solved(
+    descent: Descent, fits: Mapping, groups: list[list[tuple[FactText, Place]]], passes: int, seed: int
+) -> tuple[KnowledgePack, float]:
+    """Returns a pack whose vectors were solved for, and the answers' last loss."""
+    ngrams = _by_order({gram for group in groups for _, place in group for gram in place.ngrams}, fits)
+    vectors, loss = solve(descent.model, groups, ngrams, passes, seed, descent.learn)
+    return KnowledgePack(ngrams, vectors, fits), loss
 
 
 def _some(facts: list[Mapping], texts: list[FactText], seed: int) -> list[Mapping]:
@@ -148,43 +211,47 @@ def _some(facts: list[Mapping], texts: list[FactText], seed: int) -> list[Mappin
     return facts if count >= len(facts) else random.Random(seed).sample(facts, count)
 
 
-def _subject_ngrams(model, facts, tokenizer, reference_texts, fits: Mapping) -> dict[int, torch.Tensor]:
-    """Returns the n-grams of all subjects by order: as at the beginning of a text, and as after a space."""
-    orders = [int(n) for n in fits["widths"]]
+def _subject_ngrams(model, facts, tokenizer, reference_texts, orders: list[int]) -> dict[str, set[tuple[int, ...]]]:
+    """Returns the n-grams of each subject: as at the beginning of a text, and as after a space."""
     read = tokenizer(reference_texts)["input_ids"] if reference_texts else []
     classes = iter(_classes(model, [token for ids in read for token in ids]))  # at once: one tensor for all texts
     general = set()
     for ids in read:
         general |= _ngrams(list(islice(classes, len(ids))), orders)
-    found, missing = set(), []
+    found = {}
     for subject in {fact["subject"]: None for fact in facts}:
         own = set()
         for written in (subject, " " + subject):
             ids = tokenizer(written, add_special_tokens=False)["input_ids"]
             own |= _ngrams(_classes(model, ids), orders)
-        found |= own - general
-        if not own - general:
-            missing.append(subject)
+        found[subject] = own - general
+    missing = [subject for subject, own in found.items() if not own]
     if missing:
         raise ValueError(
             f"{len(missing)} subjects have no n-gram of their own, such as {missing[:3]}: they are one token, or "
             "general text holds all of their n-grams. Name them by more words, or teach them to the tables "
             '(set_trainable("tables") and EngramTrainer), which changes other texts too.'
         )
-    by_order = {n: sorted(gram for gram in found if len(gram) == n) for n in orders}
+    return found
+
+
+def _by_order(ngrams: set[tuple[int, ...]], fits: Mapping) -> dict[int, torch.Tensor]:
+    """Returns n-grams `(records, n)` by their order n."""
+    by_order = {int(n): sorted(gram for gram in ngrams if len(gram) == int(n)) for n in fits["widths"]}
     return {n: torch.tensor(grams, dtype=torch.int64, device="cpu").view(-1, n) for n, grams in by_order.items()}
 
 
-def _check_reached(model, texts: list[FactText], ngrams: Mapping[int, torch.Tensor]) -> None:
-    """Raises ValueError for a text in which no record would be read before the answer."""
-    held = {tuple(gram) for grams in ngrams.values() for gram in grams.tolist()}
-    for text in texts:
-        before = text.ids[: text.answer.index(True)]
-        if not held & _ngrams(_classes(model, before), list(ngrams)):
-            raise ValueError(
-                f"{text.subject!r} is split into other tokens in one of its texts, so no record would be read "
-                "there: write a space or the beginning of the text in front of it."
-            )
+def _zeros(grams: set[tuple[int, ...]], fits: Mapping) -> KnowledgePack:
+    """Returns a pack of n-grams whose vectors are zero."""
+    ngrams = _by_order(grams, fits)
+    shapes = {n: (len(held), fits["widths"][str(n)]) for n, held in ngrams.items()}
+    vectors = {layer: {n: torch.zeros(shape, device="cpu") for n, shape in shapes.items()} for layer in fits["layers"]}
+    return KnowledgePack(ngrams, vectors, fits)
+
+
+def _places(model, texts: list[FactText], names: Mapping[str, set[tuple[int, ...]]]) -> list[Place]:
+    """Returns where each text reads what its subject's records hold; refuses a text that reads none."""
+    return find_places(texts, [_classes(model, text.ids) for text in texts], names)
 
 
 def _classes(model, ids: list[int]) -> list[int]:
@@ -201,35 +268,26 @@ def _ngrams(classes: list[int], orders: list[int]) -> set[tuple[int, ...]]:
     return {gram for gram in grams if min(gram) >= 0}
 
 
-def _losses(model, texts: list[FactText], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the loss of the answers, and how much a quarter of the texts changes elsewhere, both in nats a token."""
-    ids, mask, labels = padded(texts, pad, model.device)
-    logits = model(ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocabulary)
-    few = -(-len(texts) // 4)
-    with torch.no_grad():
-        others = [[name for name in model.active_memories if name != _TAUGHT]] * few
-        before = model(ids[:few], attention_mask=mask[:few], use_cache=False, memory_names=others).logits
-    return answer_loss(logits, labels), divergence(before, logits[:few], labels[:few], mask[:few])
-
-
-def _attention_for_short_texts(device: torch.device):
-    """Returns a context in which attention on a CPU is plain matrix products.
-
-    The fused kernel's backward pass takes a quarter of a whole step there, because texts are short.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+@contextmanager
+def _frozen(model):
+    """Lets no weight of a model learn; restores everything."""
+    learns, training = [parameter for parameter in model.parameters() if parameter.requires_grad], model.training
+    model.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in learns:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
-def _reading_only(model, pack: KnowledgePack):
-    """Lets a model read a pack whose vectors alone are trainable; yields them and restores everything else."""
-    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    packs, training = model.memory.packs, model.training
-    model.requires_grad_(False)
-    model.eval()
-    learned = []
+def _reading(model, pack: KnowledgePack):
+    """Lets a model read a pack whose vectors are trainable; yields them."""
+    packs, learned = model.memory.packs, []
+    packs.load(pack, _TAUGHT, pack.fits)
     try:
-        packs.load(pack, _TAUGHT, pack.fits)
         device = model.memory.hashing.token_map.device
         for records in pack.records.values():
             records = records.on(device)
@@ -237,8 +295,4 @@ def _reading_only(model, pack: KnowledgePack):
             learned += records.vectors.values()
         yield learned
     finally:
-        if _TAUGHT in packs.loaded:
-            packs.unload(_TAUGHT)
-        model.train(training)
-        for parameter in learns:
-            parameter.requires_grad_(True)
+        packs.unload(_TAUGHT)

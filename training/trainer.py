@@ -80,8 +80,8 @@ class EngramTrainerMixin:
     """Adds the training of a memory to any subclass of Trainer: `class MyTrainer(EngramTrainerMixin, SFTTrainer)`.
 
     Raises:
-        `TypeError`: for a model without memory, a name or `model_init` instead of a model, or an optimizer that does
-            not support row gradients.
+        `TypeError`: for a model without memory, `model_init`, a name instead of a model (but TRL's trainers load it),
+            or an optimizer that does not support row gradients.
         `ValueError`: for DeepSpeed, tables that are not loaded, another `optim` than AdamW, or tokens without rows.
     """
 
@@ -94,7 +94,9 @@ class EngramTrainerMixin:
                 "EngramTrainer takes the model itself, and not model_init: a table is not made anew for each trial. "
                 "Make the model first and pass it as model=."
             )
-        _check_model(model)
+        named = isinstance(model, str) and _loads_by_name(type(self))
+        if not named:
+            _check_model(model)
         refuse_deepspeed(args)
         trainable = trainable or getattr(args, "trainable", None)
         # Trainer demands an adapter on a quantised model; the memory serves as one, in full precision.
@@ -104,6 +106,8 @@ class EngramTrainerMixin:
         super().__init__(model, args=args, **kwargs)  # by name: TRL's trainers have another second argument
         if quantised:
             model.is_quantized = True
+        if named:
+            _check_model(self.model)
         if self.optimizer is not None and not isinstance(self.optimizer, EngramOptimizer):
             raise TypeError(
                 f"{type(self.optimizer).__name__} cannot write rows, the tables would stay as they are: pass "
@@ -330,6 +334,11 @@ def _warn_of_foreign_rate(args: TrainingArguments) -> None:
             f"{LEARNING_RATE:g} and learns little at less: use engram_transformers.EngramTrainingArguments, whose "
             f"default that is, or pass learning_rate={LEARNING_RATE:g}."
         )
+
+
+def _loads_by_name(kind: type) -> bool:
+    """Whether a class of trainers loads a model by its name: TRL's do, and Trainer does not."""
+    return any(parent.__module__.startswith("trl.") for parent in kind.__mro__)
 
 
 def _check_model(model) -> None:

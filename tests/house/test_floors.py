@@ -20,6 +20,7 @@ FOLDERS = {
     "adapters": f"{PACKAGE}.adapters",
     "training": f"{PACKAGE}.training",
     "conversion": f"{PACKAGE}.conversion",
+    "serving": f"{PACKAGE}.serving",
     "inspection": f"{PACKAGE}.inspection",
     "model_cards": f"{PACKAGE}.model_cards",
 }
@@ -48,10 +49,12 @@ FLOORS = {
     "adapters": 13,  # above all that travels: a model reaches it through `guard_engram` alone
     "": 14,  # `engram_transformers` itself, what users import
     "training": 15,
-    "conversion": 15,
+    "serving": 15,
     "inspection": 15,
     "model_cards": 15,
-    "conversion.cli": 16,
+    "conversion.terminal": 14,  # for the verbs of every wing
+    "conversion": 16,
+    "conversion.cli": 17,
 }
 
 # Upward imports that are wanted: (module, imported module).

@@ -22,9 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from engram_transformers.compat_engram import check_parent
 from engram_transformers.private_names_engram import PRIVATE_NAMES
 
+from .test_floors import FOLDERS
+
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("modeling_engram", "adapters", "configuration", "training", "conversion", "inspection", "model_cards")
 ROOM = "modeling_engram/compat_engram.py"
 
 # Attributes that another package sets on objects: the listed path is the function or class that does it.
@@ -85,8 +86,7 @@ def test_every_listed_name_is_there_and_has_its_reasons(entry):
 
 
 def test_every_listed_name_is_still_used():
-    folders = ("modeling_engram", "adapters", "training", "conversion", "inspection")
-    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if "private_names" not in path.name]
+    files = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if "private_names" not in path.name]
     sources = "\n".join(path.read_text(encoding="utf-8") for path in files)
     # What is touched is the name, or what its purpose names in `backticks`.
     touched = {

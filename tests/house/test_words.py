@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from .test_floors import FOLDERS
+
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("configuration", "modeling_engram", "adapters", "training", "conversion", "inspection", "model_cards")
 MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 MOST_LINES = 650
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "tools", "base", "core"}

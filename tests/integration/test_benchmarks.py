@@ -69,16 +69,34 @@ def test_training_measures_every_way_and_size(measured):
     assert "| memory + LoRA |" in measured.figures("training")
 
 
-def test_facts_compares_a_pack_with_its_controls_and_with_lora(measured):
+def test_facts_compares_a_pack_with_its_controls_and_with_every_other_way(measured):
     options = ("--people", "3", "--seeds", "0", "--passes", "1", "--rates", "1e-3", "--layers", "1,2")
     lines = measured(facts, *options)
-    assert [line["sizes"]["arm"] for line in lines] == ["pack", "permuted", "random", "lora", "prompt"]
-    pack, permuted, random, lora, _ = (line["measured"] for line in lines)
-    general = [arm["other_texts"]["general"]["texts_identical"] for arm in (pack, permuted, random, lora)]
-    assert general[:3] == [1.0] * 3 and general[3] < 1.0
-    assert pack["records"] == permuted["records"] == random["records"] > 0
+    ways = {line["sizes"]["arm"]: line["measured"] for line in lines}
+    assert list(ways) == ["pack", "permuted", "random", "solve", "rows", "memory", "lora", "prompt"]
+    same = {arm: found["other_texts"]["general"]["texts_identical"] for arm, found in ways.items() if arm != "prompt"}
+    assert [same[arm] for arm in ("pack", "permuted", "random", "solve")] == [1.0] * 4
+    assert max(same[arm] for arm in ("rows", "memory", "lora")) < 1.0
+    assert ways["pack"]["records"] == ways["permuted"]["records"] == ways["random"]["records"]
+    assert ways["pack"]["records"] > ways["solve"]["records"] > 0
+    assert 0 < ways["rows"]["bytes"] < ways["memory"]["bytes"], "the projections learn in one of them"
+    asked = {"two_facts": 4, "after_a_paragraph": 6, "name_far_back": 6, "in_german": 6}
+    for found in ways.values():
+        assert {kind: its["texts"] for kind, its in found["harder"].items()} == asked
     assert measured(facts, *options) == [], "what is there is not measured again"
-    assert measured.figures("facts").count("\n| ") == 1 + len(lines)
+    shown = measured.figures("facts")
+    assert shown.count("\n| ") == 3 + 2 * len(lines) and "| in German |" in shown
+
+
+def test_a_sweep_over_layers_and_real_facts_have_results_of_their_own(measured):
+    options = ("--people", "5", "--seeds", "0", "--passes", "1", "--arms", "pack", "--layers")
+    swept = measured(facts, *options, "1;1,2")
+    assert [line["sizes"]["layers"] for line in swept] == [[1], [1, 2]]
+    (real,) = measured(facts, *options, "1", "--facts", "real")
+    assert real["measured"]["taught"]["texts"] == 5 * 7 and "two_facts" not in real["measured"]["harder"]
+    shown = measured.figures("facts")
+    for row in ("knowledge pack, 5, 0, 1 passes, layers 1 and 2 |", "knowledge pack, 5 real facts, 0, 1 passes, lay"):
+        assert shown.count(f"| {row}") == 2
 
 
 def test_our_side_of_the_peer_generates_the_donors_tokens(tmp_path, donor):

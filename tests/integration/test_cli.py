@@ -136,7 +136,7 @@ def test_verify_of_no_checkpoint_exits_with_2(donor, tmp_path):
 
 
 def test_serving_without_its_packages_says_what_to_install(monkeypatch, tmp_path):
-    server = "engram_transformers.conversion.openai_server"
+    server = "engram_transformers.serving.openai_server"
     monkeypatch.delitem(sys.modules, server, raising=False)
     monkeypatch.delattr(server, raising=False)
     monkeypatch.setitem(sys.modules, "fastapi", None)  # as if it were not installed

@@ -6,13 +6,16 @@ Run: pytest tests/integration/test_hub.py
 import json
 import shutil
 import threading
+from base64 import b64decode
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
+from ..packs import classes_of, ngrams_in, pack_of
 from .forked import Forked
 
 
@@ -242,6 +245,8 @@ sizes = ["--vocab-size", "200", "--n-heads", "2", "--head-dim", "4"]
 app(["graft", "me/private", *sys.argv[1:], "--token", "TOKEN", *sizes])
 """.replace("TOKEN", TOKEN)
 
+PLAN = GRAFT.replace('"graft"', '"plan"')
+
 OTHERS = (
     "model.fp16.safetensors",
     "consolidated.safetensors",
@@ -287,6 +292,15 @@ def test_a_graft_fetches_one_format_of_the_weights(weights, hub, with_hub, tiny_
     with torch.no_grad():
         assert torch.equal(found(ids).logits, tiny_donor()(ids).logits)
     assert not (hub.home / "hub").exists(), "the donor is in another cache than the one that was named"
+
+
+def test_a_plan_fetches_no_weights(hub, with_hub, tiny_donor, tiny_tokenizer, tmp_path):
+    hub.folder = tmp_path / "repository"
+    tiny_donor().save_pretrained(hub.folder)
+    tiny_tokenizer.save_pretrained(hub.folder)
+    done = with_hub(PLAN)
+    assert "donor         me/private: llama" in done.stdout
+    assert "config.json" in hub.fetched and not any(name.endswith((".safetensors", ".bin")) for name in hub.fetched)
 
 
 PICKLES = """
@@ -338,3 +352,86 @@ def test_a_memory_is_fetched_where_it_is_wanted_and_a_token_is_in_no_pickle(
     memory = [name for name in hub.fetched if name.startswith("engram-memory")]
     assert len(memory) == 1, "control: fetched with the token, once for all"
     assert hub.fetched.index("model-00001-of-00001.safetensors") < hub.fetched.index(memory[0])
+
+
+PACK = """
+import sys
+import torch
+import engram_transformers
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+from engram_transformers.conversion.cli import app
+
+folder, token, *published = sys.argv[1:]
+if published:
+    told = ["--base-model", "me/graft", "--license", "cc0-1.0", "--token", token]
+    done = CliRunner().invoke(app, ["pack", "publish", *published, *told])
+    print(done.output)
+    sys.exit(done.exit_code)
+model = AutoModelForCausalLM.from_pretrained(folder)
+before = model(torch.arange(3, 20)[None]).logits
+print(model.load_memory("me/private", token=token))
+print(repr(model(torch.arange(3, 20)[None]).logits.double().abs().sum().item()))
+model.unload_memory("people")
+assert torch.equal(model(torch.arange(3, 20)[None]).logits, before)
+for wrong, more in (("me/nothing", {}), ("people.engram-pack.safetensors", {"revision": "v2"})):
+    try:
+        model.load_memory(wrong, **more)
+    except (FileNotFoundError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+@torch.no_grad()
+def test_a_pack_is_published_with_its_card_and_read_from_the_hub(hub, with_hub, process, tiny_engram, tmp_path):
+    model = tiny_engram(trained=True)
+    model.save_pretrained(tmp_path / "graft")
+    pack = pack_of(model, ngrams_in(classes_of(model, torch.arange(3, 20))))
+    side = {"right": 0.5, "texts": 4, "before": {"right": 0.0}}
+    pack.provenance = {"note": "a|b\n# <b>x</b>", "report": {"taught": side, "other_texts": {}}}
+    file = pack.save(tmp_path / "people.engram-pack.safetensors")
+    with_hub(PACK, tmp_path / "graft", TOKEN, file, "me/memory")
+    sent = {line["value"]["path"]: line["value"] for line in hub.commit if line["key"] in ("file", "lfsFile")}
+    assert set(sent) == {file.name, "README.md"} and file.read_bytes() in hub.received.values()
+    text = b64decode(sent["README.md"]["content"]).decode()
+    card = ModelCard(text)
+    assert (card.data.base_model, card.data.base_model_relation, card.data.license) == (
+        "me/graft",
+        "adapter",
+        "cc0-1.0",
+    )
+    assert (
+        'load_memory("me/memory", name="people")' in text
+        and "| taught phrasings | 4 | 50.0% right | 0.0% right |" in text
+    )
+    assert r"- note: a\|b \# \<b\>x\</b\>" in text and "{{" not in text
+
+    hub.folder = tmp_path / "repository"
+    hub.folder.mkdir()
+    shutil.copy(file, hub.folder)
+    (hub.folder / "model.safetensors").write_bytes(b"not wanted")
+    done = with_hub(PACK, tmp_path / "graft", TOKEN)
+    name, read, *errors = done.stdout.splitlines()
+    model.load_memory(pack, name="people")
+    here = model(torch.arange(3, 20)[None]).logits.double().abs().sum().item()
+    assert name == "people" and float(read) == pytest.approx(here, rel=1e-9)
+    assert hub.fetched == [file.name] and len(errors) == 2
+    assert errors[0].startswith("FileNotFoundError 'me/nothing' is not a file here") and "needs token=" in errors[0]
+    assert errors[1].startswith("ValueError revision='v2' is for packs on the Hub")
+
+    shutil.copy(file, hub.folder / "law.engram-pack.safetensors")
+    shutil.rmtree(hub.home / "hub")  # the stand-in has one commit, whose list of files is kept there
+    done = process[0].run(PACK, tmp_path / "graft", TOKEN, cwd=tmp_path)
+    assert done.returncode and "'me/private' holds 2 knowledge packs ['law" in done.stderr
+
+
+def test_a_pack_that_could_not_be_loaded_again_is_not_published(hub, process, tiny_engram, tmp_path):
+    model = tiny_engram(trained=True)
+    pack = pack_of(model, ngrams_in(classes_of(model, torch.arange(3, 20))))
+    good, other = (pack.save(tmp_path / name) for name in ("people.engram-pack.safetensors", "people.safetensors"))
+    damaged = tmp_path / "damaged.engram-pack.safetensors"
+    damaged.write_bytes(good.read_bytes()[:-8])
+    for file, repository in ((other, "me/memory"), (good, "people"), (good, "me/a/b"), (damaged, "me/memory")):
+        done = process[0].run(PACK, tmp_path, TOKEN, file, repository, cwd=tmp_path)
+        assert done.returncode == 2 and "error:" in done.stdout, done.stdout + done.stderr[-500:]
+    assert not hub.received and not hub.commit

@@ -319,12 +319,18 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
     """In a process of its own, as a user runs it: the path alone is on stdout."""
     code = "from engram_transformers.conversion.cli import main; main()"
     (tmp_path / "general.txt").write_text("a box\nDax, a river\n")
-    options = ["--passes", "2", "--seed", "3", "--reference", str(tmp_path / "general.txt")]
-    command = [sys.executable, "-c", code, "teach", str(checkpoint), str(facts), str(tmp_path / "packs"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     file = tmp_path / "packs" / f"people{ENDING}"
+    file.parent.mkdir()
+    file.touch()
+    done = engram("teach", checkpoint, facts, tmp_path / "packs", "--passes", "1")
+    assert done.exit_code == 2 and "is there already" in said(done)
+    options = ["--passes", "2", "--seed", "3", "--expressions", "1", "--reference", str(tmp_path / "general.txt")]
+    options.append("--overwrite")
+    command = [sys.executable, "-c", code, "teach", str(checkpoint), str(facts), str(file), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{file}\n"), done.stderr
     assert "records" in done.stderr and "loss" in done.stderr
+    assert "2 of 2 facts got fewer than 1 written texts" in done.stderr, "random weights write none"
     written = KnowledgePack.load(file)
     question = {
         "subject": "Dax Bolun",
@@ -335,15 +341,15 @@ def test_teach_writes_what_the_model_teaches(checkpoint, model, tiny_tokenizer, 
         tiny_tokenizer,
         passes=2,
         seed=3,
+        expressions=1,
         reference_texts=[*general_english(), "a box", "Dax, a river"],
         progress=False,
     )
     assert not compare_packs(written, pack) and written.provenance == pack.provenance
     assert model.load_memory(file) == "people"
-    done = engram("teach", checkpoint, facts, tmp_path / "packs", "--passes", "1")
-    assert done.exit_code == 2 and "is there already" in said(done)
-    done = engram("teach", checkpoint, facts, file, "--passes", "1", "--overwrite")
-    assert done.exit_code == 0 and KnowledgePack.load(file).provenance["passes"] == 1
+    done = engram("teach", checkpoint, facts, file, "--passes", "1", "--overwrite", "--method", "solve")
+    made = KnowledgePack.load(file).provenance
+    assert done.exit_code == 0 and (made["passes"], made["method"]) == (1, "solve")
 
 
 def test_what_teach_gave_a_subject_is_what_remove_finds(model, tiny_tokenizer):
@@ -362,6 +368,8 @@ def test_what_teach_gave_a_subject_is_what_remove_finds(model, tiny_tokenizer):
         (["{f}", "{d}/new", "--reference", "{d}/none.txt"], "none.txt"),
         (["{f}", "{d}/new", "--device", "toaster"], "--device 'toaster' cannot be used here"),
         (["{f}", "{d}/new", "--passes", "0"], "--passes"),
+        (["{f}", "{d}/new", "--method", "learn"], "'learn' of teaching must be one of 'train', 'solve'"),
+        (["{f}", "{d}/new", "--patience", "2"], "give the facts in other phrasings as unseen="),
     ],
 )
 def test_everything_is_checked_before_a_model_is_loaded(facts, tmp_path, arguments, says):

@@ -236,11 +236,12 @@ def test_a_trace_names_records_and_rows(trained):
 
 
 @torch.no_grad()
-def test_a_compiled_pass_reads_records(tiny_llama_config, tiny_donor, tiny_engram):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_pass_reads_records(backend, tiny_llama_config, tiny_donor, tiny_engram):
     tiny_llama_config.num_hidden_layers = 2
     model = tiny_engram(trained=True, donor=tiny_donor(tiny_llama_config), layers=(0, 1))
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     without = compiled(TEXTS, use_cache=False).logits
     model.load_memory(pack_of(model, first_text(model)), "first")
     read = compiled(TEXTS, use_cache=False).logits

@@ -215,7 +215,7 @@ def test_an_optimizer_reads_no_row_from_a_file_that_its_pass_has_read(parts, tin
     assert steps("disk", forget=True)[1] > 0
 
 
-TABLE_BYTES = 200 << 20
+TABLE_BYTES = 64 << 20
 # Each case in a fork: imports are paid for once.
 CHILD = """
 import hashlib, itertools, json, os, sys, torch, engram_transformers

@@ -30,7 +30,7 @@ openai = pytest.importorskip("openai", reason="of the extra serve")
 from fastapi.testclient import TestClient  # noqa: E402
 from transformers.cli.serving.utils import Modality  # noqa: E402
 
-from engram_transformers.conversion import openai_server  # noqa: E402
+from engram_transformers.serving import openai_server  # noqa: E402
 
 
 SERVE = "from engram_transformers.conversion.cli import main; main()"

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from engram_transformers.knowledge_pack_engram import KnowledgePack
 from engram_transformers.training import fact_report, general_english, recall, report_lines, report_pack
-from engram_transformers.training.fact_texts import FactText, fact_texts, shuffled_batches
+from engram_transformers.training.fact_texts import FactText, answer_loss, fact_texts, padded, shuffled_batches
 
 from ..packs import classes_of
+from ..unit.test_fact_expressions import Writer
 
 
 def fact(subject, *texts):
@@ -106,6 +107,25 @@ def test_active_packs_and_trainable_parameters_are_restored(model, tiny_tokenize
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_texts_that_another_model_writes_are_taught_and_not_reported_as_given_ones(model, tiny_tokenizer):
+    says = {
+        "Zorvan Kelmir": ["Zorvan Kelmir lives in Lisbon.", "no"],
+        "Dax Bolun": ["They met Dax Bolun in Oslo.", "no"],
+    }
+    plain = teach(model, FACTS, tiny_tokenizer, passes=2, batch_size=2, progress=False)
+    writer = (Writer(tiny_tokenizer, says), tiny_tokenizer)
+    more = teach(model, FACTS, tiny_tokenizer, passes=2, batch_size=2, progress=False, expressions=1, writer=writer)
+    assert (plain.provenance["texts"], more.provenance["texts"]) == (4, 6)
+    assert plain.ngrams() == more.ngrams() and plain.provenance["loss"] != more.provenance["loss"]
+    assert more.provenance["report"]["taught"]["texts"] == 4
+    with pytest.raises(TypeError, match=r"writer is a Writer: give \(model, tokenizer\)"):
+        teach(model, FACTS, tiny_tokenizer, expressions=1, writer=writer[0])
+    with pytest.raises(ValueError, match="expressions=0 asks it for no text"):
+        teach(model, FACTS, tiny_tokenizer, writer=writer)
+    with pytest.raises(ValueError, match="expressions=-1 must be"):
+        teach(model, FACTS, tiny_tokenizer, expressions=-1)
+
+
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=60), size=st.integers(1, 12), seed=st.integers(0, 9))
 def test_texts_are_read_equally_often_and_a_batch_is_not_one_text(lengths, size, seed):
     texts = [FactText(str(number), "", "", [0] * length, []) for number, length in enumerate(lengths)]
@@ -186,6 +206,41 @@ def test_no_facts_no_offsets_and_no_memory_are_refused(model, tiny_tokenizer, tm
     model.place_memory("none")
     with pytest.raises(ValueError, match="without its memory"):
         teach(model, FACTS, tiny_tokenizer)
+
+
+MISTAKEN = {
+    "method 'learn' of teaching must be one of 'train', 'solve'": {"method": "learn"},
+    "patience=2 needs texts to measure": {"patience": 2},
+    "patience is 0": {"patience": 0, "unseen": FACTS},
+    "patience=2 ends method 'train' alone": {"patience": 2, "unseen": FACTS, "method": "solve"},
+}
+
+
+@pytest.mark.parametrize(("message", "options"), MISTAKEN.items())
+def test_a_method_or_patience_that_cannot_be_followed_is_refused(model, tiny_tokenizer, message, options):
+    with pytest.raises(ValueError, match=message):
+        teach(model, FACTS, tiny_tokenizer, **options)
+
+
+def test_patience_keeps_the_records_of_the_pass_with_the_lowest_unseen_loss(model, tiny_tokenizer):
+    """Other answers in the same phrasings are unlearned, so their loss rises; those that are taught fall to the end."""
+    options = {"passes": 12, "batch_size": 4, "bf16": False, "progress": False, "learning_rate": 3.0}
+    wrong = [fact("Dax Bolun", "Dax Bolun was born in [[Zorvan]].")]
+    packs = {
+        name: teach(model, FACTS, tiny_tokenizer, unseen=unseen, patience=2, **options)
+        for name, unseen in {"rises": wrong, "falls": FACTS}.items()
+    }
+    losses = {name: pack.provenance["unseen_losses"] for name, pack in packs.items()}
+    best = {name: min(range(len(own)), key=own.__getitem__) for name, own in losses.items()}
+    assert len(losses["rises"]) == best["rises"] + 3 < 12 == len(losses["falls"])
+    for name, unseen in {"rises": wrong, "falls": FACTS}.items():
+        model.load_memory(packs[name], name)
+        texts = fact_texts(unseen, tiny_tokenizer)
+        ids, mask, labels = padded(texts, 0, model.device)
+        with torch.no_grad():
+            loss = float(answer_loss(model(ids, attention_mask=mask).logits, labels))
+        assert loss == pytest.approx(losses[name][best[name]], rel=1e-5)
+        model.unload_memory(name)
 
 
 def test_a_report_counts_what_plain_python_counts(model, tiny_tokenizer):

@@ -210,6 +210,7 @@ def killed(run, saved, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_in", KILLED_IN)
 def test_a_run_killed_in_a_save_goes_on_from_the_last_whole_checkpoint(
     killed_in, killed, run, saved, dataset, tmp_path, caplog
@@ -243,6 +244,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_whole(run, saved, dataset, tmp
     assert same(state(model), run[1])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_saved_again_counts_as_half_written_until_it_is_whole(killed, tmp_path):
     shutil.copytree(killed["again"], tmp_path, dirs_exist_ok=True)
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{STEPS}")

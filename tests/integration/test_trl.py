@@ -158,13 +158,58 @@ def test_without_our_optimizer_the_first_step_says_what_to_use(texts, arguments,
         trainer.train()
 
 
-def test_a_graft_is_loaded_by_its_folder(texts, arguments, tiny_engram, tiny_tokenizer, tmp_path):
-    saved = tiny_engram(trained=True)
-    saved.save_pretrained(tmp_path / "graft")
-    tiny_tokenizer.save_pretrained(tmp_path / "graft")
-    trainer = trl.SFTTrainer(str(tmp_path / "graft"), arguments(), train_dataset=texts)
-    assert isinstance(trainer.model, EngramForCausalLM)
-    assert changed(trainer.model, clone(saved)) == set()
+# Grafts that TRL loads by their folder, in float32 as it does by default.
+
+
+@pytest.fixture
+def named(tiny_engram, tiny_tokenizer, tmp_path):
+    """`named(trainable)`: folder of a graft in bfloat16, whose configuration says what is trained."""
+
+    def make(trainable: str) -> str:
+        model = tiny_engram(trained=True, engram_table_dtype="bfloat16").set_trainable(trainable)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / "graft")
+        tiny_tokenizer.pad_token = tiny_tokenizer.pad_token or tiny_tokenizer.convert_ids_to_tokens(2)
+        tiny_tokenizer.save_pretrained(tmp_path / "graft")
+        return str(tmp_path / "graft")
+
+    return make
+
+
+def types_of(model) -> tuple[set, set]:
+    """Types of the tables, and of everything else."""
+    tables = {part.dtype for part in model.memory.named_parts().values()}
+    return tables, {p.dtype for name, p in model.named_parameters() if "memory.tables." not in name}
+
+
+AS_LOADED = ({torch.bfloat16}, {torch.float32})
+
+
+@pytest.mark.parametrize("placement", ["device", "cpu", "disk"])
+@pytest.mark.parametrize(("trainable", "parts"), [("tables", {"tables"}), ("memory", {"tables", "layers"})])
+def test_a_folder_is_trained_as_its_configuration_says(placement, trainable, parts, texts, arguments, named, tmp_path):
+    args = arguments(save_strategy="steps", save_steps=3, model_init_kwargs={"engram_placement": placement})
+    trainer = EngramSFTTrainer(named(trainable), args, train_dataset=texts)
+    model = trainer.model
+    assert model.memory.placement == placement and types_of(model) == AS_LOADED
+    before = clone(model)
+    trainer.train()
+    assert model.memory.placement == placement and types_of(model) == AS_LOADED
+    assert changed(model, before) == parts
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3", dtype=torch.float32)
+    assert types_of(saved) == AS_LOADED and changed(saved, clone(model)) == set()
+
+
+def test_a_folder_is_loaded_by_the_plain_trainer_which_trains_adapters_alone(texts, arguments, named):
+    trainer = trl.SFTTrainer(named("memory"), arguments(), train_dataset=texts, peft_config=lora())
+    assert isinstance(trainer.model.get_base_model(), EngramForCausalLM)
+    before = clone(trainer.model)
+    trainer.train()
+    assert changed(trainer.model, before) == {"lora"}
+
+
+def test_a_folder_without_a_memory_is_refused(donor, texts, arguments):
+    with pytest.raises(TypeError, match="trains models with a memory, got LlamaForCausalLM"):
+        EngramSFTTrainer(str(donor), arguments(), train_dataset=texts)
 
 
 # Packed documents.
@@ -324,10 +369,20 @@ class EngramDPOTrainer(EngramTrainerMixin, trl.DPOTrainer):
     pass
 
 
-def test_a_reference_that_would_learn_with_the_model_is_refused(arguments, tiny_engram, tiny_tokenizer):
-    pairs = datasets.Dataset.from_list(
-        [{"prompt": "the sea is", "chosen": " deep and blue", "rejected": " a ship"}] * 4
-    )
+@pytest.fixture
+def pairs():
+    return datasets.Dataset.from_list([{"prompt": "the sea is", "chosen": " deep and blue", "rejected": " a ship"}] * 4)
+
+
+def test_preferences_train_a_folder_whose_reference_stays(pairs, arguments, named):
+    trainer = EngramDPOTrainer(named("memory"), args=arguments(trl.DPOConfig), train_dataset=pairs)
+    before = clone(trainer.model)
+    assert types_of(trainer.model) == types_of(trainer.ref_model) == AS_LOADED
+    trainer.train()
+    assert changed(trainer.model, before) == {"tables", "layers"} and changed(trainer.ref_model, before) == set()
+
+
+def test_a_reference_that_would_learn_with_the_model_is_refused(pairs, arguments, tiny_engram, tiny_tokenizer):
     tiny_tokenizer.pad_token = tiny_tokenizer.pad_token or tiny_tokenizer.convert_ids_to_tokens(2)
 
     def trainer(**changes):
@@ -407,3 +462,20 @@ def test_a_reference_that_was_loaded_without_a_pack_is_refused(place, by_reward,
     model = EngramForCausalLM.from_pretrained(tmp_path / "changes", engram_placement=place)
     reference = by_reward(model, place).ref_model  # loaded by the folder of the delta
     assert all(torch.equal(clone(model)[name], tensor) for name, tensor in clone(reference).items())
+
+
+def test_rewards_train_a_folder(by_reward, named):
+    trainer = by_reward(named("memory"))
+    before = clone(trainer.model)
+    trainer.train()
+    assert types_of(trainer.model) == AS_LOADED
+    assert changed(trainer.model, before) == {"tables", "layers"} and changed(trainer.ref_model, before) == set()
+
+
+CONTINUOUS_BATCHING = "continuous batching packs the tokens of many requests into one row"
+
+
+def test_rewards_by_continuous_batching_are_refused(by_reward, named):
+    trainer = by_reward(named("memory"), use_transformers_continuous_batching=True)
+    with pytest.raises(NotImplementedError, match=CONTINUOUS_BATCHING):
+        trainer.train()

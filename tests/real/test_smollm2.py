@@ -4,6 +4,7 @@ Needs the donor's folder: `make test` fetches it and sets ENGRAM_DONOR. Run: ENG
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.compat_engram import CACHE
-from engram_transformers.conversion import graft
+from engram_transformers.conversion import graft, plan_graft
 from engram_transformers.inspection import check_generation, verify_checkpoint
 from engram_transformers.training import create_optimizer
 
@@ -132,3 +133,11 @@ def test_generating_with_a_cache_equals_generating_without(taught, tokenizer, be
     assert torch.equal(cached, taught.generate(**batch, use_cache=False, **settings))
     if beams == 1:
         assert "Hellespont" in tokenizer.decode(cached[0])
+
+
+def test_the_plan_in_the_documentation_is_what_the_command_prints():
+    page = (Path(__file__).parents[2] / "docs" / "grafting.md").read_text(encoding="utf-8")
+    printed = re.search(r"```\n(donor  .*?)\n```", page, re.DOTALL)[1].splitlines()
+    planned = plan_graft(DONOR, [1, 10], engram_vocab_size=200_000, engram_head_dim=48)
+    assert planned.lines()[1:9] == printed[1:9]  # the first line has the folder; the warnings depend on the machine
+    assert "the tables are larger than the donor" in planned.lines()[9]

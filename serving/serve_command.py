@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..conversion.terminal import load_tokenizer, progress, user_errors, visible
 from ..knowledge_pack_engram import SUFFIX, KnowledgePack
-from .terminal import load_tokenizer, progress, user_errors, visible
 
 
 INSTALL = 'pip install "engram-transformers[serve]"'

@@ -1,0 +1,1 @@
+"""Serving: models behind servers. Never copied into a checkpoint."""
