@@ -162,14 +162,14 @@ class EngramMemory(nn.Module):
             ends (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `document_ends`.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
         """
-        history = None if cache is None else cache.recent_classes
+        recent = None if cache is None else cache.recent_classes
         segments = None if ends is None else self.segments(ends, cache)
-        classes, rows = self.hashing(ids, alive, history, segments)
+        classes, rows = self.hashing(ids, alive, recent, segments)
         by_layer = dict(zip(self.layer_ids, rows.unbind(), strict=True))
         segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
         if self.packs.active or self.packs.rows.names:
-            history = None if history is None else history(classes)
+            history = None if recent is None else recent(classes)
             history = None if history is None else history.to(classes.device)
             reads.records = self.packs.find(self.hashing.windows(classes, history, segments))
         if not torch.compiler.is_compiling():

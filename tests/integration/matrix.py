@@ -108,7 +108,10 @@ Explanations:
   backbones need it too), or by `engram_segment_ids`. With a cache or a two-dimensional mask, a restart is refused.
 - The table is for the locked transformers, 5.23, which refuses assisted decoding with a static cache. With 5.24 it is
   exact, except where the backbone has sliding windows (refused by Transformers).
-- Continuous batching keeps keys and values of many requests in its own pages, without n-grams: refused.
+- Continuous batching keeps keys and values of many requests in pages, and a memory's histories beside them.
+  Transformers has pages for full attention and windows alone, with keys as wide as values. Mistral and phi3 have
+  nothing but windows, of 8 tokens here: a window must hold more tokens than the memory reads before each, 9 with the
+  default convolution.
 - Positions that are not text are -1 in `engram_input_ids`, also in `generate`.
 - Twelve more types were run in every way by hand, and none was wrong: qwen3_5_text, qwen3_5_moe_text, qwen3_next,
   gemma4_text, ministral3, olmo3, nemotron_h, glm4_moe, granitemoehybrid, hunyuan_v1_dense, exaone4, kimi_linear.
