@@ -103,6 +103,7 @@ NEUTRAL = (
 )
 NO_PEOPLE = ("country of a place", "year of a battle")
 FEW = 24  # texts of each kind that are compared
+MOST_HARDER = 100  # harder questions of each kind; a sample if there are more
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class FactSet:
             for (n, _, a), (m, _, b) in zip(own, own[1:], strict=False):
                 fact = {"subject": n, "relation": relation, "texts": [text.format(n=n, m=m, a=a, b=b)]}
                 found["two_facts"].append(fact)
-        return found
+        order = random.Random(0)
+        return {kind: order.sample(asked, min(MOST_HARDER, len(asked))) for kind, asked in found.items()}
 
     def other_texts(self) -> dict[str, list[str]]:
         """Texts that do not ask for a taught fact, by kind."""

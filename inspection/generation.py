@@ -172,6 +172,8 @@ def _run_mode(mode: Mode, subject: Subject, control: Subject) -> ModeResult:
         return declined(mode, subject)
     try:
         ours = compare(mode, subject)
+    except NotImplementedError as error:  # refused for this backbone
+        return ModeResult(mode.name, "refused", detail=f"{type(error).__name__}: {error}")
     except Exception as error:  # noqa: BLE001 - backbones raise anything for a mode that they do not support
         detail = f"{type(error).__name__}: {error}"
         try:

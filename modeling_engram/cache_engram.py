@@ -9,7 +9,7 @@ Source: `transformers.cache_utils`.
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
-from .compat_engram import mark_static_address
+from .compat_engram import PagedAttentionCache, mark_static_address
 
 
 # State 0 holds classes, state 1 + i the convolution inputs of the i-th Engram layer. If the memory resets at document
@@ -63,8 +63,11 @@ class EngramCacheLayer(LinearAttentionCacheLayerMixin):
 
     update_conv_state = update_recurrent_state = update = lazy_initialization
 
-    def recent_classes(self) -> torch.Tensor | None:
-        """Returns the classes of the last tokens, `(batch, N - 1)`, -1 for no text; None before the first token."""
+    def recent_classes(self, classes: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Returns the classes of the last tokens, `(batch, N - 1)`, -1 for no text; None before the first token.
+
+        `classes`, those of the pass, is for `PagedTexts`, where a token's history may be in its own pass.
+        """
         if not self.has_previous_state[CLASS_STATE]:
             return None
         stored = self.conv_states[CLASS_STATE]  # (batch, any number)
@@ -258,7 +261,8 @@ def seen_positions(cache: Cache | None) -> int | None:
 
 def refuse_engram_history(cache: Cache | None) -> None:
     """Raises ValueError for a cache with a memory history when a pass is to run without the memory."""
-    if cache is not None and any(isinstance(layer, EngramCacheLayer) for layer in cache.layers):
+    paged = isinstance(cache, PagedAttentionCache)  # without a memory the backbone batches by itself
+    if paged or (cache is not None and any(isinstance(layer, EngramCacheLayer) for layer in cache.layers)):
         raise ValueError(
             "the cache was begun with the memory on, and running on without it would leave a gap in its history: "
             "start from an empty cache inside disable_memory()."

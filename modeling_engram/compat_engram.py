@@ -28,6 +28,15 @@ from .configuration_engram import REMEDY
 from .private_names_engram import PRIVATE_NAMES
 
 
+try:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache, group_layers_by_attn_type
+    from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION, SLIDING_ATTENTION
+    from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
+except ImportError:  # a later release, see `kinds_of_pages`
+    FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+    PagedAttentionCache, PagedAttentionArgs = type("PagedAttentionCache", (), {}), None
+
+
 # Name of the cache in arguments and outputs of models: "cache" since Transformers 5.24. Models accept the old name
 # until 5.40; after that they would ignore it silently.
 NEW_NAME, OLD_NAME = "cache", "past_key_values"
@@ -259,13 +268,40 @@ ENGINES = ("vllm", "sglang", "paged")
 
 
 def refuse_engine(config: PreTrainedConfig) -> None:
-    """Raises NotImplementedError if a serving engine runs the backbone: the memory cannot see its cache."""
+    """Raises NotImplementedError if a serving engine runs the backbone: the memory cannot see its cache.
+
+    Not for a pass of Transformers' own continuous batching, which hands over its cache.
+    """
     attention = config._attn_implementation
     if isinstance(attention, str) and any(name in attention for name in ENGINES):
         raise NotImplementedError(
             f"attention {attention!r} belongs to a serving engine, which hands over the next tokens of many requests "
             "without the tokens before them: the memory would read wrong n-grams. Use generate() of this model."
         )
+
+
+# The arguments of a forward pass that say where a paged cache holds the tokens of each request.
+_PAGE_ARGUMENTS = {"cu_seq_lens_q", "cu_seq_lens_k", "read_index", "write_index", "block_table"}
+
+
+def kinds_of_pages(config: PreTrainedConfig) -> set[str]:
+    """Returns the kinds of attention for which continuous batching keeps pages of a text model.
+
+    Raises:
+        `NotImplementedError`: if a layer has no pages, or Transformers keeps or describes pages in another way.
+    """
+    if PagedAttentionArgs is None or not set(PagedAttentionArgs.__annotations__) >= _PAGE_ARGUMENTS:
+        raise NotImplementedError(
+            f"continuous batching of transformers {transformers_version} has other pages than those that the memory "
+            "knows: install transformers 5.20.2 to 5.24, or use generate() with a batch."
+        )
+    others = set(getattr(config, "layer_types", None) or []) - {FULL_ATTENTION, SLIDING_ATTENTION}
+    if others:
+        raise NotImplementedError(
+            f"Transformers' continuous batching has no pages for layers of {sorted(others)}: use generate() with a "
+            "batch."
+        )
+    return set(group_layers_by_attn_type(config))
 
 
 class _ProbedLayer(GradientCheckpointingLayer):

@@ -6,7 +6,7 @@ Source: Engram (arXiv 2601.07372), section 2.2, equations 1 and 2; the demo's Ng
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -180,7 +180,7 @@ class NgramHasher(nn.Module):
         self,
         input_ids: torch.Tensor,
         alive: torch.Tensor | None = None,
-        history: torch.Tensor | None = None,
+        history: torch.Tensor | Callable | None = None,
         segments: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the classes of a batch and its rows in all layers, each counted from the first row of its order.
@@ -190,16 +190,19 @@ class NgramHasher(nn.Module):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): ids inside the vocabulary, or negative.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False at pads.
-            history (`torch.LongTensor` of shape `(batch, N - 1)`, *optional*): classes before the first position.
+            history (`torch.LongTensor` of shape `(batch, N - 1 or more)` or `Callable`, *optional*):
+                Classes before the first position, or what returns them for the classes of the batch.
             segments (`torch.LongTensor` of shape `(batch, N - 1 or more + length)`, *optional*): see `lookback`.
 
         Returns:
             `tuple`: classes `(batch, length)`, and rows `(layers, batch, length, orders, heads)`.
         """
         device = self.token_map.device
-        given = (input_ids, alive, history, segments)
-        input_ids, alive, history, segments = [None if tensor is None else tensor.to(device) for tensor in given]
+        given = (input_ids, alive, segments)
+        input_ids, alive, segments = [None if tensor is None else tensor.to(device) for tensor in given]
         classes = self.compress(input_ids, alive)
+        history = history(classes) if callable(history) else history
+        history = None if history is None else history.to(device)
         return classes, self.rows_of_classes(classes, history, segments)
 
     def rows_of_classes(

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from .backbone_engram import find_decoder_layers, language_model
 from .cache_engram import EngramCacheLayer, engram_cache_layer
+from .cache_paged_engram import PagedTexts
 from .compat_engram import cache_argument, counts_positions, keeps_own_state
 from .hash_constants_engram import derive_constants
 from .hash_ngrams_engram import NgramHasher, identity_map
@@ -43,7 +44,7 @@ class MemoryReads:
         tables (`nn.ModuleDict`): tables by layer.
         classes (`torch.LongTensor` of shape `(batch, length)`): classes of the tokens; the gate is shut at dead ones.
         rows (`dict[int, torch.Tensor]`): rows to read by layer id, `(batch, length, orders, heads)`.
-        cache ([`EngramCacheLayer`], *optional*): where histories are stored.
+        cache ([`EngramCacheLayer`] or [`PagedTexts`], *optional*): where histories are stored.
         segments (`torch.LongTensor` of shape `(batch, lookback + length)`, *optional*): document numbers, if several.
         fetches (`dict[int, list[RowFetch]]`): running prefetches, by layer id.
         records ([`FoundRecords`], *optional*): what the active knowledge packs hold of the pass's n-grams.
@@ -52,7 +53,7 @@ class MemoryReads:
     tables: nn.ModuleDict
     classes: torch.Tensor
     rows: dict[int, torch.Tensor]
-    cache: EngramCacheLayer | None
+    cache: EngramCacheLayer | PagedTexts | None
     segments: torch.Tensor | None = None
     fetches: dict[int, list[RowFetch]] = field(default_factory=dict)
     records: FoundRecords | None = None
@@ -62,9 +63,14 @@ class MemoryReads:
         self.alive = self.classes >= 0  # (batch, length): False where the gate is shut
 
     @property
+    def turned(self) -> bool:
+        """Whether the pass is a row of tokens that are texts of their own: the memory's batch is the row's length."""
+        return isinstance(self.cache, PagedTexts)
+
+    @property
     def shape(self) -> torch.Size:
-        """(batch, length) of the pass."""
-        return self.classes.shape
+        """(batch, length) of the residual stream."""
+        return self.classes.mT.shape if self.turned else self.classes.shape
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +150,7 @@ class EngramMemory(nn.Module):
     def read(
         self,
         ids: torch.Tensor,
-        cache: EngramCacheLayer | None,
+        cache: EngramCacheLayer | PagedTexts | None,
         ends: torch.Tensor | None = None,
         alive: torch.Tensor | None = None,
     ) -> MemoryReads:
@@ -152,17 +158,18 @@ class EngramMemory(nn.Module):
 
         Args:
             ids (`torch.LongTensor` of shape `(batch, length)`): from `checked_text_ids`.
-            cache ([`EngramCacheLayer`], *optional*): history of earlier tokens.
+            cache ([`EngramCacheLayer`] or [`PagedTexts`], *optional*): history of earlier tokens.
             ends (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `document_ends`.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): from `alive_positions`.
         """
-        history = None if cache is None else cache.recent_classes()
+        recent = None if cache is None else cache.recent_classes
         segments = None if ends is None else self.segments(ends, cache)
-        classes, rows = self.hashing(ids, alive, history, segments)
+        classes, rows = self.hashing(ids, alive, recent, segments)
         by_layer = dict(zip(self.layer_ids, rows.unbind(), strict=True))
         segments = None if segments is None else segments.to(classes.device)
         reads = MemoryReads(self.tables, classes, by_layer, cache, segments)
         if self.packs.active or self.packs.rows.names:
+            history = None if recent is None else recent(classes)
             history = None if history is None else history.to(classes.device)
             reads.records = self.packs.find(self.hashing.windows(classes, history, segments))
         if not torch.compiler.is_compiling():
@@ -222,7 +229,7 @@ class EngramMemory(nn.Module):
             ends |= ids == token
         return ends
 
-    def segments(self, ends: torch.Tensor, cache: EngramCacheLayer | None) -> torch.Tensor:
+    def segments(self, ends: torch.Tensor, cache: EngramCacheLayer | PagedTexts | None) -> torch.Tensor:
         """Numbers the documents, `(batch, lookback + length)`, from flags `(batch, length)` of their last positions."""
         keeps = cache is not None and self.reset_token_ids
         full = cache.extend_ends(ends) if keeps else F.pad(ends, (self.lookback, 0))  # (batch, lookback + length)
@@ -336,13 +343,16 @@ class InsertMemory:
         self.check_stream(decoder_layer, hidden_states, reads.shape)
         vectors, alive, segments = reads.vectors(self.layer_id), reads.alive, reads.segments
         # With several devices the layer computes where its weights are, and the stream stays where it is.
-        came_from, home, stream = hidden_states.device, layer_device(self.layer), hidden_states
+        came_from, home = hidden_states.device, layer_device(self.layer)
+        stream = hidden_states.transpose(0, 1) if reads.turned else hidden_states
         if not came_from == vectors.device == reads.device == home:  # cheaper than calling `.to` on each
             stream, vectors, alive = stream.to(home), vectors.to(home), alive.to(home)
             segments = None if segments is None else segments.to(home)
         added = self.layer(stream, vectors, alive, cache=reads.cache, segments=segments)
         if added.device != came_from:
             added = added.to(came_from)
+        if reads.turned:
+            added = added.transpose(0, 1)
         # Not in place: the backbone may use its stream elsewhere.
         hidden_states = hidden_states + added
         if args:

@@ -18,11 +18,13 @@ with saying_what_to_install():  # imports every other file of a checkpoint's own
     from torch import nn
     from transformers import GenerationMixin, PreTrainedModel
     from transformers.cache_utils import Cache
+    from transformers.generation import ContinuousBatchingManager
     from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
     from transformers.processing_utils import Unpack
     from transformers.utils import TransformersKwargs
 
     from .cache_engram import seen_tokens
+    from .cache_paged_engram import batching_settings
     from .compat_engram import (
         CACHE,
         GeneratesAsBackbone,
@@ -313,11 +315,51 @@ class EngramForCausalLM(EngramPreTrainedModel, GenerationMixin):
             inputs["engram_input_ids"] = torch.cat([given, inputs["input_ids"][:, given.shape[1] :]], dim=1)
         return inputs
 
-    def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError(
-            "continuous batching packs the tokens of many requests into one row and keeps no n-gram history for each: "
-            "the memory would read wrong rows. Use generate() with a batch."
-        )
+    def init_continuous_batching(
+        self, generation_config=None, continuous_batching_config=None, workload_hints=None
+    ) -> ContinuousBatchingManager:
+        """As in Transformers; `generate_batch` and `continuous_batching_context_manager` call it.
+
+        All requests read the packs that are active: choose them before. Where the memory is switched off
+        (`disable_memory()`, or placed nowhere), the backbone batches alone.
+
+        Args:
+            generation_config (`GenerationConfig`, *optional*): the model's own if None.
+            continuous_batching_config (`ContinuousBatchingConfig`, *optional*): not changed.
+            workload_hints (`WorkloadHints`, *optional*): as in Transformers.
+
+        Returns:
+            `ContinuousBatchingManager`
+
+        Raises:
+            `NotImplementedError`: for a backbone or a setting with which a request's history would be lost.
+
+        Example:
+
+        ```python
+        >>> prompts = tokenizer(["Who is Ada?", "Where is Oslo?"])["input_ids"]
+        >>> outputs = model.generate_batch(prompts, max_new_tokens=20)
+        >>> print([tokenizer.decode(output.generated_tokens) for output in outputs.values()])
+        ```"""
+        written = generation_config or self.generation_config
+        if self.runs_as_donor:
+            return self.backbone.init_continuous_batching(written, continuous_batching_config, workload_hints)
+        text_config = self.config.get_text_config(decoder=True)
+        settings = batching_settings(continuous_batching_config, written, text_config, self.memory.lookback)
+        return super().init_continuous_batching(written, settings, workload_hints)
+
+    def generate_batch(self, inputs, *args, memory_names: list | None = None, **kwargs):
+        """As in Transformers.
+
+        Raises:
+            `NotImplementedError`: for `memory_names`: all requests read `active_memories`.
+        """
+        if memory_names is not None:
+            raise NotImplementedError(
+                f"memory_names={memory_names}: requests that are batched continuously read the same packs. Choose them "
+                "before with set_memories(), or use generate(memory_names=...)."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

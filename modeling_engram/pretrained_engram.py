@@ -17,11 +17,13 @@ from transformers.utils import logging
 
 from .backbone_engram import leaves_conversions_to_base_model, new_backbone, take_over_quantiser
 from .cache_engram import refuse_engram_history, seen_tokens
+from .cache_paged_engram import PagedTexts
 from .compat_engram import (
     CACHE,
     CHECKPOINTS_WITHOUT_GRADIENTS,
     NEW_NAME,
     OLD_NAME,
+    PagedAttentionCache,
     cache_argument,
     is_checkpointing,
     is_loaded,
@@ -189,7 +191,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         checkpointing = self.training and is_checkpointing(self)
         cache, use_cache = self.fresh_cache(inputs["cache"], inputs["use_cache"], checkpointing)
         inputs = {**self.outputs_wanted(), **inputs, "cache": cache, "use_cache": use_cache}
-        renamed = with_cache_named(inputs, self.cache_arguments[module is self.backbone])
+        # Before 5.24 a paged cache goes past the models to attention, under this name.
+        paged = isinstance(cache, PagedAttentionCache)
+        renamed = inputs if paged else with_cache_named(inputs, self.cache_arguments[module is self.backbone])
         if self.runs_as_donor:
             refuse_engram_history(cache)
             reads = WITHOUT_MEMORY
@@ -228,10 +232,13 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         self, inputs: dict, engram_input_ids, engram_attention_mask, engram_segment_ids, memory_names: list | None
     ) -> MemoryReads:
         """Checks and hashes the inputs of a pass, and starts to prefetch rows; arguments as for `run_with_memory`."""
-        refuse_engine(self.backbone.config)
         memory, cache = self.memory, inputs["cache"]
         ids = checked_text_ids(inputs["input_ids"], inputs["inputs_embeds"], engram_input_ids)
         check_ids(ids, memory.hashing.token_map, may_be_absent=engram_input_ids is not None)
+        if isinstance(cache, PagedAttentionCache):
+            ids = ids.mT  # (length, 1): texts of one token
+            return memory.read(ids, PagedTexts(cache, inputs, memory.lookback), memory.resets(ids))
+        refuse_engine(self.backbone.config)
         layer = memory.cache_layer(cache, self.config.text_config.num_hidden_layers)
         mask = inputs["attention_mask"]
         alive = alive_positions(ids, mask, engram_attention_mask, cache)

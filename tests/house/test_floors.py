@@ -38,7 +38,7 @@ FLOORS = {
     "backbone_engram": 5,
     "rows_*": 6,
     "embedding_offload": 7,  # does not travel, and no memory needs it
-    "cache_engram": 7,
+    "cache_*": 7,
     "knowledge_pack_engram": 7,
     "layer_engram": 8,
     "inputs_engram": 8,

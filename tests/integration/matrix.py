@@ -34,9 +34,9 @@ BACKBONES_OWN = {
 NO_ROLLBACK = ("assisted by itself", "assisted by another", "prompt lookup")
 BATCH_CHANGES = ("cache.batch_repeat_interleave", "cache.batch_select_indices")
 
-# Cells that are refused, and what the error says. All but the first two are the plain backbone's own refusals.
-REFUSALS = {(row, "continuous batching"): "keeps no n-gram history" for row in ROWS}
-REFUSALS |= {(row, "nn.DataParallel"): "torchrun or accelerate launch" for row in ROWS}
+# Cells that are refused, and what the error says. All but the first and those of
+# mistral and phi3 are the plain backbone's own refusals.
+REFUSALS = {(row, "nn.DataParallel"): "torchrun or accelerate launch" for row in ROWS}
 for row in ("deepseek_v4", "deepseek_v4_compressed", "falcon_h1"):
     REFUSALS |= {(row, mode): "assisted generation is not supported with stateful models" for mode in NO_ROLLBACK}
 for row in ("deepseek_v4", "deepseek_v4_compressed"):
@@ -56,6 +56,12 @@ for row in ("lfm2", "falcon_h1"):
     REFUSALS[row, "DynamicCache() of the user"] = "Cannot get conv state" if has_states else "has_previous_state"
 REFUSALS |= {("lfm2", mode): "'LinearAttentionLayer' object has no attribute" for mode in BATCH_CHANGES}
 REFUSALS |= {("falcon_h1", mode): "Sizes of tensors must match" for mode in BATCH_CHANGES}
+
+for row in ("mistral", "phi3"):  # windows alone, and so small
+    REFUSALS[row, "continuous batching"] = "hold the last 8 tokens (sliding_window), and the memory reads 9"
+for row in ("deepseek_v4", "deepseek_v4_compressed", "lfm2", "falcon_h1"):
+    REFUSALS[row, "continuous batching"] = "has no pages for layers of"
+REFUSALS["deepseek_v3", "continuous batching"] = "gave no answer"  # pages hold keys as wide as values
 
 SYMBOLS = {"exact": "=", "rounding": "~", "backbone's": "b", "refused": "r", "not run": "gpu", "wrong": "**WRONG**"}
 
@@ -80,7 +86,7 @@ print(check_generation(model, tokenizer))
 - `b`: the plain backbone differs from itself in this mode. With a memory, the difference is at most twice as large
   (list below).
 - `r`: refused with an error, by Transformers or the backbone, which does not support this mode, or by Engram
-  (continuous batching, `nn.DataParallel`).
+  (`nn.DataParallel`, continuous batching with windows that hold fewer tokens than the memory reads).
 - `gpu`: needs a GPU; not run on a machine without one.
 
 {table}
@@ -102,7 +108,10 @@ Explanations:
   backbones need it too), or by `engram_segment_ids`. With a cache or a two-dimensional mask, a restart is refused.
 - The table is for the locked transformers, 5.23, which refuses assisted decoding with a static cache. With 5.24 it is
   exact, except where the backbone has sliding windows (refused by Transformers).
-- Continuous batching keeps keys and values of many requests in its own pages, without n-grams: refused.
+- Continuous batching keeps keys and values of many requests in pages, and a memory's histories beside them.
+  Transformers has pages for full attention and windows alone, with keys as wide as values. Mistral and phi3 have
+  nothing but windows, of 8 tokens here: a window must hold more tokens than the memory reads before each, 9 with the
+  default convolution.
 - Positions that are not text are -1 in `engram_input_ids`, also in `generate`.
 - Of the 189 causal model types of transformers 5.23.0, 160 work with a memory, 24 are refused when it is put in, and 5
   could not be built: [backbones.md](backbones.md) has each of them, in fewer ways. Whole models that read images are on

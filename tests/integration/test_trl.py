@@ -472,10 +472,10 @@ def test_rewards_train_a_folder(by_reward, named):
     assert changed(trainer.model, before) == {"tables", "layers"} and changed(trainer.ref_model, before) == set()
 
 
-CONTINUOUS_BATCHING = "continuous batching packs the tokens of many requests into one row"
-
-
-def test_rewards_by_continuous_batching_are_refused(by_reward, named):
-    trainer = by_reward(named("memory"), use_transformers_continuous_batching=True)
-    with pytest.raises(NotImplementedError, match=CONTINUOUS_BATCHING):
-        trainer.train()
+def test_rewards_train_with_answers_that_were_batched_continuously(by_reward, named):
+    few = {"num_blocks": 16, "max_batch_tokens": 64}  # by default the pages take most of the free memory
+    batched = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": few}
+    trainer = by_reward(named("memory"), **batched)
+    before = clone(trainer.model)
+    trainer.train()
+    assert changed(trainer.model, before) == {"tables", "layers"}
