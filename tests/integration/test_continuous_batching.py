@@ -32,12 +32,12 @@ from ..tiny import engram_on
 from .backbones import BACKBONES, HEADS, MIXED
 
 
-# What the backbone has pages for. The window of the second holds fewer tokens than the memory reads, that of the third,
-# whose pages are the only ones, a few more.
+# What the backbone has pages for. The window of the second holds fewer tokens than the 9 that the memory reads before
+# each, that of the third, whose pages are the only ones, just enough.
 KINDS = {
     "full": lambda: LlamaConfig(**HEADS),
     "mixed": lambda: Gemma3TextConfig(**HEADS, **MIXED),
-    "windows": lambda: MistralConfig(**HEADS, sliding_window=12),
+    "windows": lambda: MistralConfig(**HEADS, sliding_window=10),
 }
 NEW = 8  # tokens that `generate` writes at most
 PAGE = 4
@@ -383,8 +383,8 @@ def test_several_answers_and_packs_by_request_are_refused():
 def test_backbones_without_pages_are_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"no pages for layers of \['conv'\]"):
         engram_on(BACKBONES["lfm2"]()).init_continuous_batching()
-    with pytest.raises(NotImplementedError, match=r"last 8 tokens \(sliding_window\), and the memory reads 9"):
-        engram_on(BACKBONES["mistral"]()).init_continuous_batching()
+    with pytest.raises(NotImplementedError, match=r"last 9 tokens \(sliding_window\), and the memory reads 9"):
+        engram_on(MistralConfig(**HEADS, sliding_window=9)).init_continuous_batching()
     monkeypatch.setattr(compat_engram.PagedAttentionArgs, "__annotations__", {"input_ids": torch.Tensor})
     with pytest.raises(NotImplementedError, match="install transformers 5.20.2 to 5.24"):
         model_on("full").init_continuous_batching()
