@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet $(if $(LOCK),--constraint $(LOCK))
 
-.PHONY: bench bench-long demo docs sweep test test-all test-foreign test-latest test-slow test-unit test-versions donor lock quality style wheel clean
+.PHONY: bench bench-long demo docs sweep test test-all test-foreign test-latest test-slow test-unit test-versions test-vllm donor lock quality style wheel clean
 
 # glibc gives large blocks back to the system after every use by default; keeping them is worth about a third of the
 # training speed on a CPU (measured: 245 to 321 tokens/s). Other systems ignore the variables.
@@ -71,6 +71,10 @@ test-foreign: $(VENV)/.dev
 # tests/sweep/results.jsonl has of this version are not run again, unless ARGS names them.
 sweep: $(VENV)/.dev
 	WORKERS=$(WORKERS) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep $(ARGS)
+
+# The plugin in vLLM itself, in an environment of its own under runs/vllm (3.5 GB).
+test-vllm: $(VENV)/.dev donor
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.vllm_engine $(DONOR) $(ARGS)
 
 test-unit: $(VENV)/.dev
 	$(PYTEST) tests/unit tests/parity tests/house $(ARGS)

@@ -16,6 +16,7 @@ PACKAGES = {
     "engram_transformers.serving": "serving",
     "engram_transformers.inspection": "inspection",
     "engram_transformers.model_cards": "model_cards",
+    "engram_vllm": "engram_vllm",
 }
 
 # The oldest and newest versions that the core tests pass with (make test-versions). requirements/lock.txt holds the
@@ -75,5 +76,8 @@ setup(
         ],
         "foreign": ["pytest>=8", "pytest-timeout>=2.3", "parameterized>=0.9"],
     },
-    entry_points={"console_scripts": ["engram = engram_transformers.conversion.cli:main"]},
+    entry_points={
+        "console_scripts": ["engram = engram_transformers.conversion.cli:main"],
+        "vllm.general_plugins": ["engram = engram_vllm:register"],
+    },
 )

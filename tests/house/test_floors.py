@@ -23,6 +23,7 @@ FOLDERS = {
     "serving": f"{PACKAGE}.serving",
     "inspection": f"{PACKAGE}.inspection",
     "model_cards": f"{PACKAGE}.model_cards",
+    "engram_vllm": "engram_vllm",  # a package of its own
 }
 
 # Floor of every wing: a folder, the files of a prefix ("rows_*"), or a file that is a wing by itself. Within a wing
@@ -52,6 +53,7 @@ FLOORS = {
     "serving": 15,
     "inspection": 15,
     "model_cards": 15,
+    "engram_vllm": 15,  # imports the files that travel as its siblings
     "conversion.terminal": 14,  # for the verbs of every wing
     "conversion": 16,
     "conversion.cli": 17,

@@ -139,12 +139,14 @@ def test_what_make_installed_is_what_the_lock_says():
     assert {name: version.public for name, version in here.items()} == {name: versions.get(name) for name in here}
 
 
-def test_the_command_leads_to_a_function():
-    (target,) = re.findall(r'"engram = ([\w.]+:\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
-    module, function = target.split(":")
-    package, _, stem = module.rpartition(".")
-    tree = ast.parse((ROOT / PACKAGES[package] / f"{stem}.py").read_text(encoding="utf-8"))
-    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+def test_the_command_and_the_plugin_lead_to_functions():
+    targets = re.findall(r'"engram = ([\w.]+:\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert targets == ["engram_transformers.conversion.cli:main", "engram_vllm:register"]
+    for target in targets:
+        module, function = target.split(":")
+        package, _, stem = (module if module not in PACKAGES else f"{module}.__init__").rpartition(".")
+        tree = ast.parse((ROOT / PACKAGES[package] / f"{stem}.py").read_text(encoding="utf-8"))
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 def test_data_files_of_packages_are_there():
