@@ -2,7 +2,7 @@
 
 The package's files import it in the place of `EngramConfig`, which needs a newer Transformers than vLLM allows.
 Promises: `text_config` is the backbone's, which vLLM takes widths and depths from. Never checks or changes a field:
-`check_served` says what the plugin does not serve, and the graft checked the rest.
+the graft checked them, and `refusals` says what the plugin does not serve.
 Source: docs/format.md.
 """
 
@@ -54,28 +54,3 @@ class ServedConfig(PretrainedConfig):
     def engram_memory_dim(self) -> int:
         """Values in the memory vector of one token: orders x heads x row width."""
         return len(self.engram_orders) * self.engram_n_heads * self.engram_head_dim
-
-
-def check_served(config) -> None:
-    """Raises ValueError for a graft that the plugin does not serve."""
-    if getattr(config, "engram_memory_delta", None):
-        raise ValueError(
-            f"engram_memory_delta={config.engram_memory_delta!r}: this folder holds what training changed, and its "
-            "weights are in another checkpoint. Load it with engram_transformers and save it with "
-            "save_pretrained(folder, whole=True), then serve that folder."
-        )
-    if getattr(config, "composite_config", None) is not None:
-        raise ValueError(
-            "this graft is a whole model that also reads images, and the plugin serves text models: make a graft of "
-            "its text model with `engram graft DONOR OUT --text-only`."
-        )
-    if config.engram_kernel_size:
-        raise ValueError(
-            f"engram_kernel_size={config.engram_kernel_size}: the convolution reads values of earlier tokens, which "
-            "vLLM does not keep. Make a graft without one (`engram graft DONOR OUT --kernel-size 0`) and train that."
-        )
-    if config.engram_hc_mult != 1:
-        raise ValueError(
-            f"engram_hc_mult={config.engram_hc_mult}: vLLM's classes of backbones with several residual streams keep "
-            "them in other shapes, and the plugin adds to one stream: serve a graft of another backbone."
-        )

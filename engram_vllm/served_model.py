@@ -14,42 +14,10 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
-from .configuration_engram import check_served
 from .flat_memory import FlatMemory
 from .model_state import EngramModelState
+from .refusals import check_engine, check_served
 from .slot_ids import IdsBySlot
-
-
-OPTIONS = ("engram_packs", "engram_placement")
-
-
-def check_engine(vllm_config: VllmConfig) -> None:
-    """Raises ValueError for settings of vLLM with which the memory was not tested or cannot work."""
-    parallel, v1 = vllm_config.parallel_config, not vllm_config.use_v2_model_runner
-    given = vllm_config.additional_config
-    unknown = [name for name in given if name.startswith("engram_") and name not in OPTIONS]
-    refused = {
-        f"additional_config has {unknown}: its names for a memory are {OPTIONS}": unknown,
-        "the memory is not compiled yet: give --enforce-eager": not vllm_config.model_config.enforce_eager,
-        f"world size {parallel.world_size}: the memory runs in one process, so leave --tensor-parallel-size and "
-        "--pipeline-parallel-size at 1": parallel.world_size > 1,
-        "microbatches (--enable-dbo) hand over no request state: leave them out": parallel.use_ubatching,
-        "speculative decoding was not tested with a memory: leave --speculative-config out": (
-            vllm_config.speculative_config is not None
-        ),
-        "prompt embeddings have no token ids: leave --enable-prompt-embeds out": (
-            vllm_config.model_config.enable_prompt_embeds
-        ),
-        "a KV cache from elsewhere (--kv-transfer-config) needs model runner V2": (
-            v1 and vllm_config.kv_transfer_config is not None
-        ),
-        "on this device a memory needs model runner V2: leave VLLM_USE_V2_MODEL_RUNNER=0 out": (
-            v1 and vllm_config.device_config.device_type != "cpu"
-        ),
-    }
-    for reason, applies in refused.items():
-        if applies:
-            raise ValueError(f"{reason}.")
 
 
 class AddMemory:

@@ -13,17 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from engram_vllm.configuration_engram import ServedConfig, check_served
+from engram_vllm.configuration_engram import ServedConfig
 from engram_vllm.flat_memory import FlatMemory, windows
+from engram_vllm.refusals import check_engine, check_served
 from engram_vllm.slot_ids import IdsBySlot
 
 from ..packs import classes_of, ngrams_in, pack_of
 from ..tiny import engram_on
 
 
-CONFIG = LlamaConfig(vocab_size=4104, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+CONFIG = LlamaConfig(vocab_size=4108, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 PACK = "town.engram-pack.safetensors"
-TEXTS = [torch.arange(100, 109), torch.arange(100, 101), torch.arange(240, 254)]
+DEAD_ID = 4104  # the tokenizer ends before it
+TEXTS = [
+    torch.tensor([100, 101, 102, 103, 104, 105, DEAD_ID, 107, 108]),
+    torch.arange(100, 101),
+    torch.arange(240, 254),
+]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +111,7 @@ def test_a_pack_changes_only_texts_that_hold_its_ngrams(graft):
     [
         ({"engram_kernel_size": 4}, "--kernel-size 0"),
         ({"engram_hc_mult": 4}, "one stream"),
-        ({"engram_memory_delta": "memory_delta.safetensors"}, "whole=True"),
+        ({"engram_memory_delta": "memory_delta.safetensors"}, "save_pretrained"),
         ({"composite_config": {"model_type": "gemma3"}}, "--text-only"),
     ],
 )
@@ -113,6 +119,43 @@ def test_a_graft_that_cannot_be_served_is_refused(graft, changes, words):
     check_served(served(graft[1]))
     with pytest.raises(ValueError, match=words):
         check_served(served(graft[1], **changes))
+
+
+def engine(**changes) -> SimpleNamespace:
+    """Settings of vLLM with which a graft is served, on a CPU by model runner V1."""
+    settings = SimpleNamespace(
+        parallel_config=SimpleNamespace(world_size=1, use_ubatching=False),
+        model_config=SimpleNamespace(enforce_eager=True, enable_prompt_embeds=False),
+        device_config=SimpleNamespace(device_type="cpu"),
+        use_v2_model_runner=False,
+        speculative_config=None,
+        kv_transfer_config=None,
+        additional_config={},
+    )
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        setattr(getattr(settings, path[0]) if path else settings, last, value)
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_config__enforce_eager": False}, "--enforce-eager"),
+        ({"parallel_config__world_size": 2}, "world size 2"),
+        ({"parallel_config__use_ubatching": True}, "--enable-dbo"),
+        ({"speculative_config": object()}, "--speculative-config"),
+        ({"model_config__enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"device_config__device_type": "cuda"}, "VLLM_USE_V2_MODEL_RUNNER"),
+        ({"additional_config": {"engram_pack": "a"}}, r"\['engram_pack'\]"),
+    ],
+)
+def test_settings_that_were_not_tested_are_refused(changes, words):
+    check_engine(engine())
+    check_engine(engine(device_config__device_type="cuda", use_v2_model_runner=True, kv_transfer_config=object()))
+    with pytest.raises(ValueError, match=words):
+        check_engine(engine(**changes))
 
 
 def test_wrong_options_are_refused(graft):

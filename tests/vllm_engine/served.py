@@ -61,7 +61,7 @@ def counted(llm, name: str) -> int:
 
 def batch_and_prefixes(folder: Path, told: dict) -> dict:
     llm = engine(folder / "graft", enable_prefix_caching=True)
-    found = {"memory": said(llm, told["prompts"]), "again": said(llm, told["prompts"])}
+    found = {"memory": said(llm, told["prompts"])}
     before = counted(llm, "prefix_cache_hits")
     return found | {"long": said(llm, told["long_prompts"]), "hits": counted(llm, "prefix_cache_hits") - before}
 
