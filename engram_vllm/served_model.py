@@ -32,14 +32,14 @@ class AddMemory:
         self.model, self.layer = model, layer
 
     def __call__(self, decoder_layer: nn.Module, args: tuple, kwargs: dict):
-        given = inspect.signature(decoder_layer.forward).bind(*args, **kwargs).arguments
+        bound = inspect.signature(decoder_layer.forward).bind(*args, **kwargs)
+        given = bound.arguments
         stream, residual = given["hidden_states"], given.get("residual")
         if residual is not None:
             stream = stream + residual  # (T, D)
             given["residual"] = None  # as in the first layer: the whole stream is in `hidden_states`
         given["hidden_states"] = self.model.reads.added(self.layer, stream)
-        further = given.pop("kwargs", {})
-        return (), {**given, **further}
+        return bound.args, bound.kwargs
 
 
 class EngramForCausalLM(nn.Module):
@@ -61,12 +61,13 @@ class EngramForCausalLM(nn.Module):
         check_served(config)
         folder, packs = vllm_config.model_config.model, given.get("engram_packs", [])
         self.memory = FlatMemory(config, folder, given.get("engram_placement", "cpu"), packs)
+        self.memory.to(vllm_config.device_config.device)
         self.backbone = init_vllm_registered_model(
             vllm_config, prefix=maybe_prefix(prefix, "backbone"), hf_config=config.text_config
         )
+        found = decoder_layers(self.backbone, config.text_config.num_hidden_layers)
         for layer in config.engram_layer_ids:
-            decoder_layer = decoder_layers(self.backbone, config.text_config.num_hidden_layers)[layer]
-            decoder_layer.register_forward_pre_hook(AddMemory(self, layer), with_kwargs=True)
+            found[layer].register_forward_pre_hook(AddMemory(self, layer), with_kwargs=True)
         self.slots = None
         if not vllm_config.use_v2_model_runner:
             self.slots = IdsBySlot(self.memory.reach, vllm_config.cache_config.block_size)
