@@ -34,7 +34,16 @@ def windows(ids: torch.Tensor, starts: torch.Tensor, before: torch.Tensor) -> to
 
     Returns:
         `torch.LongTensor` of shape `(T, N)`. Tokens after the last request are not text.
-    """
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from engram_vllm.flat_memory import windows
+
+    >>> windows(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 3]), torch.tensor([[3, 4], [-1, 9]])).tolist()
+    [[3, 4, 5], [4, 5, 6], [-1, 9, 7]]
+    ```"""
     reach = before.shape[1]
     places = torch.arange(len(ids), device=ids.device)  # (T,)
     request = torch.searchsorted(starts[1:], places, right=True)  # (T,)

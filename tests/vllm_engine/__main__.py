@@ -38,7 +38,7 @@ def make_environment():
     """Makes runs/vllm/environment, with the plugin of this working tree."""
     if not (FOLDER / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", FOLDER / "environment"], check=True)
-        pip("install", *CPU_BUILDS, TORCH, check=False)  # an index that is not reached is not needed everywhere
+        pip("install", *CPU_BUILDS, TORCH, check=False)  # else the build that pip finds elsewhere
         pip("install", TORCH, VLLM)
         pip("uninstall", "--yes", *LEFT_OUT)
         (FOLDER / "installed").touch()
