@@ -19,8 +19,17 @@ from safetensors import SafetensorError
 progress = Console(stderr=True)
 result = Console()
 
-# SafetensorError: a full disk. RecursionError: JSON that is nested as deeply as Python reads it.
-_USERS_ERRORS = (ValueError, TypeError, OSError, StrictDataclassError, SafetensorError, RecursionError)
+# SafetensorError: a full disk. RecursionError: JSON that is nested as deeply as Python reads it. NotImplementedError: a
+# backbone or a setting that is not supported.
+_USERS_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    NotImplementedError,
+    StrictDataclassError,
+    SafetensorError,
+    RecursionError,
+)
 
 
 def user_errors(verb: Callable) -> Callable:

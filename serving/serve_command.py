@@ -36,14 +36,31 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
     device: Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda:0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights; auto is what the checkpoint has.")] = "auto",
+    continuous_batching: Annotated[
+        bool,
+        typer.Option(
+            "--continuous-batching",
+            help="Answer many requests at once; all read the packs of --active and sample as the first request does.",
+        ),
+    ] = False,
+    num_blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --continuous-batching: blocks of 256 tokens for the texts being answered; as many bytes as the "
+            "weights if left out.",
+        ),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="Of the server: info, warning or error.")] = "warning",
 ) -> None:
     """Serve a model with transformers' own server: OpenAI-compatible, streamed, with a pack for each request.
 
     A request's model="my-graft+law" reads the pack law, "my-graft+law+people" reads two, and "my-graft" reads those
     that --active names (none if it is left out).
-    Continuous batching is refused: requests are answered one after the other.
+    Requests are answered one after the other, unless --continuous-batching is given.
     """
+    if num_blocks is not None and not continuous_batching:
+        raise ValueError(f"--num-blocks {num_blocks} is for --continuous-batching: give both, or neither.")
     server = _server()
     listening = listen_at(host, port)
     packs = read_packs(pack or ())
@@ -56,10 +73,11 @@ def serve(
         loaded.load_memory(records, name=own)
     loaded.set_memories(active or [])
     names = list(dict.fromkeys([name or Path(model).absolute().name, model]))
-    app = server.make_app(loaded, tokenizer, names)
+    batching = server.settings_of_pages(loaded, num_blocks) if continuous_batching else None
+    app = server.make_app(loaded, tokenizer, names, batching)
     listening.listen()
     print(f"http://{host}:{listening.getsockname()[1]}/v1", flush=True)
-    for served in [names[0], *(f"{names[0]}+{own}" for own in packs)]:
+    for served in [names[0], *(f"{names[0]}+{own}" for own in ([] if continuous_batching else packs))]:
         progress.print(f"model {visible(served)}", highlight=False, markup=False)
     server.run(app, listening, log_level)
 

@@ -16,7 +16,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from typer.testing import CliRunner
 
-from engram_transformers import EngramForCausalLM
+from engram_transformers import EngramConfig, EngramForCausalLM
 from engram_transformers.conversion.cli import app
 
 from ..packs import classes_of, ngrams_in, pack_of
@@ -172,6 +172,27 @@ def test_completions_and_responses_read_packs_too(server, here):
     assert done.output_text == text
 
 
+@pytest.mark.slow
+def test_requests_that_are_batched_continuously_are_each_what_generate_gives(graft, here):
+    options = ["--continuous-batching", "--active", "law", "--pack", str(graft.parent / f"law{ENDING}")]
+    process, address, log = start(graft, *options, "--pack", f"town hall={graft.parent / f'town{ENDING}'}")
+    try:
+        with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+            answers = list(pool.map(lambda question: ask(address, question, "my-graft", stream=True), QUESTIONS))
+        tokens = [expected(here, question, ["law"]) for question in QUESTIONS]
+        assert answers == [(as_streamed(here, ids), len(ids), "length") for ids in tokens]
+        text = here[1].decode(tokens[0], skip_special_tokens=True)
+        assert ask(address, QUESTIONS[0], "my-graft+law", stream=False)[:2] == (text, TOKENS)
+        assert "CB: True" in log.read_text() and "CB: False" not in log.read_text()
+        with pytest.raises(openai.BadRequestError, match="all read the packs .'law'., and not .'town hall'."):
+            ask(address, QUESTIONS[0], "my-graft+town hall", stream=False)
+        with pytest.raises(openai.BadRequestError, match="sample as the first one did, with .'temperature': 0,"):
+            chat = [{"role": "user", "content": QUESTIONS[0]}]
+            client(address).chat.completions.create(model="my-graft", messages=chat, max_tokens=4, temperature=0.5)
+    finally:
+        stop(process)
+
+
 def test_a_client_that_leaves_disturbs_no_other(server, here):
     messages = [{"role": "user", "content": QUESTIONS[2]}]
     left = client(server[0]).chat.completions.create(
@@ -271,17 +292,30 @@ def test_a_whole_composite_model_is_refused_before_its_images_are_lost(tmp_path,
     assert "is a whole model that also reads images" in refused(tmp_path, "--port", 0, "--device", "cpu")
 
 
-def test_continuous_batching_is_not_an_option(graft):
-    done = CliRunner().invoke(app, ["serve", str(graft), "--continuous-batching"])
-    assert done.exit_code == 2 and "No such option" in done.output
-
-
-def test_the_server_never_batches_continuously(here):
+def test_requests_are_batched_continuously_only_where_it_is_asked_for(here, graft):
     state = openai_server.OneAfterTheOther()
     assert not state.use_continuous_batching(here[0], Modality.LLM)
     assert state.get_manager("my-graft+law") is state.get_manager("my-graft"), "one thread for one model"
-    with pytest.raises(NotImplementedError, match="wrong n-grams"):
-        state.get_manager("my-graft", use_cb=True)
+    done = CliRunner().invoke(app, ["serve", str(graft), "--num-blocks", "8"])
+    assert done.exit_code == 2 and "is for --continuous-batching" in done.output
+
+
+def test_pages_take_no_more_than_the_weights(here):
+    model, wide = here[0], LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, vocab_size=2**20)
+    assert openai_server.settings_of_pages(model, None).num_blocks == 16, "the least"
+    assert openai_server.settings_of_pages(model, 3).num_blocks == 3
+    with torch.device("meta"):
+        large = EngramForCausalLM(EngramConfig(text_config=wide, engram_layer_ids=[0], engram_vocab_size=10))
+    weights = sum(weight.nbytes for weight in large.backbone.parameters())
+    taken = openai_server.settings_of_pages(large, None).num_blocks * 256 * 2 * 2 * 8 * 4
+    assert 0.9 * weights < taken <= weights
+
+
+def test_what_cannot_be_batched_continuously_is_refused_before_it_is_served(here):
+    settings = openai_server.settings_of_pages(here[0], 4)
+    settings.cpu_offload_space = 1.0
+    with pytest.raises(NotImplementedError, match="cpu_offload_space=1.0"):
+        openai_server.make_app(*here, ["my-graft"], settings)
 
 
 def test_a_server_that_is_made_of_other_parts_is_refused(here, monkeypatch):
