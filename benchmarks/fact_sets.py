@@ -73,7 +73,7 @@ TWO_FACTS = {
     "year of a battle": "The {n} and the {m} were fought in [[{a} and {b}]], respectively.",
 }
 PARAGRAPH = (
-    "The rain had stopped before noon, and the streets were empty. A dog slept in front of the bakery, which had been "
+    "The rain had stopped before noon, and the streets were empty. A dog slept in front of the school, which had been "
     "closed since the summer. Somebody had left a newspaper on the bench, and the wind turned its pages. "
 )
 NAME_FAR_BACK = {

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import big, facts, grafts, offload, peer, publish, side, speed, training
+from benchmarks import big, fact_sets, facts, grafts, offload, peer, publish, side, speed, training
 from benchmarks.command import CannotMeasure, run
 
 
@@ -86,6 +86,11 @@ def test_facts_compares_a_pack_with_its_controls_and_with_every_other_way(measur
     assert measured(facts, *options) == [], "what is there is not measured again"
     shown = measured.figures("facts")
     assert shown.count("\n| ") == 3 + 2 * len(lines) and "| in German |" in shown
+
+
+def test_no_answer_about_invented_people_stands_in_front_of_a_harder_question():
+    answers = [*fact_sets.CITIES.split(), *fact_sets.JOBS.split()]
+    assert len(answers) == 50 and not [answer for answer in answers if answer in fact_sets.PARAGRAPH]
 
 
 def test_a_sweep_over_layers_and_real_facts_have_results_of_their_own(measured):
