@@ -358,7 +358,10 @@ def _batched_continuously(s: Subject) -> list[Reading]:
     prompts = [prompt.tolist() for prompt in s.prompts]
     blocks = 1 + sum(math.ceil((len(prompt) + s.new_tokens) / 16) for prompt in prompts)
     sizes = {"page_size": 16, "num_blocks": blocks, "max_batch_tokens": 8, "auto_switch_to_flash": False}
+    ends = s.model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     greedy = {"do_sample": False, "max_new_tokens": s.new_tokens, "eos_token_id": -1, "pad_token_id": s.pad_token_id}
+    greedy |= {"suppress_tokens": ends} if ends else {}  # as `min_new_tokens` does elsewhere, which is not offered here
     written = {}
     with s.model.continuous_batching_context_manager(
         GenerationConfig(**greedy), continuous_batching_config=ContinuousBatchingConfig(**sizes)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BltConfig, GPT2Config
 
 from engram_transformers import EngramForCausalLM
 from engram_transformers.conversion import graft
-from engram_transformers.conversion.backbone import recipe
+from engram_transformers.conversion.backbone import fresh_memory
 from engram_transformers.conversion.reference_copy import copy_by_reference
 
 from .backbones import BACKBONES
@@ -256,4 +256,4 @@ def test_a_donor_with_code_of_its_own_is_refused_before_its_code_runs(donor_fold
 
 def test_a_type_without_one_stack_of_layers_is_refused_with_default_layers_too(tiny_tokenizer):
     with pytest.raises(ValueError, match="the backbone blt has no hidden_size and no num_hidden_layers"):
-        recipe(BltConfig(vocab_size=4104), tiny_tokenizer, make=None)
+        fresh_memory(BltConfig(vocab_size=4104), tiny_tokenizer, make=None)

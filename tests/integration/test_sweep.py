@@ -67,7 +67,7 @@ def memory_that_is_not_disabled(patch):
 
 
 def classes_forgotten(patch):
-    patch.setattr(EngramCacheLayer, "recent_classes", lambda self: None)
+    patch.setattr(EngramCacheLayer, "recent_classes", lambda self, classes: None)
 
 
 def other_weights_loaded(patch):
