@@ -15,7 +15,7 @@ import time
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
-from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -133,33 +133,52 @@ class BatchedContinuously(GenerationState):
         settings (`ContinuousBatchingConfig`): of the manager.
     """
 
-    SHARED = ("temperature", "top_p", "generation_config")
+    OWN = ("max_new_tokens", "eos_token_id")  # what Transformers takes from each request
 
     def __init__(self, active: tuple[str, ...], settings: ContinuousBatchingConfig):
         super().__init__(continuous_batching=True, cb_config=settings)
         self.active = active
-        self.sampling: dict | None = None  # of the first request, with which Transformers makes the manager
+        self.sampling: dict | None = None  # of the request with which Transformers made the manager
 
     def get_manager(self, model_id: str, use_cb: bool = False):
         """Returns the same manager for every name."""
-        return super().get_manager("the model", use_cb)
+        return _SamplesAlike(super().get_manager("the model", use_cb), self)
 
     def check(self, body: dict, packs: tuple[str, ...]) -> None:
-        """Raises HTTPException for a request that the others cannot be batched with."""
+        """Raises HTTPException for a request that reads other packs."""
         if packs != self.active:
             raise HTTPException(
                 400,
                 f"requests are batched continuously, so all read the packs {list(self.active)}, and not {list(packs)}: "
                 "start the server with other --active packs, or without --continuous-batching.",
             )
-        asked = {name: body.get(name) for name in self.SHARED}
-        if self.sampling not in (None, asked):
+
+    def check_sampling(self, asked: GenerationConfig) -> None:
+        """Raises HTTPException for a request that samples otherwise than the manager."""
+        told = {name: value for name, value in asked.to_dict().items() if name not in self.OWN}
+        first = told if self.sampling is None else self.sampling
+        if other := {name: told.get(name) for name in told.keys() | first.keys() if told.get(name) != first.get(name)}:
             raise HTTPException(
                 400,
-                f"requests are batched continuously and sample as the first one did, with {self.sampling}, and not "
-                f"with {asked}: send the same, or start the server without --continuous-batching.",
+                "requests are batched continuously and sample as the first one did, with "
+                f"{ {name: first.get(name) for name in other} }, and not with {other}: send the same, or start the "
+                "server without --continuous-batching.",
             )
-        self.sampling = asked
+        self.sampling = told
+
+
+class _SamplesAlike:
+    """The manager of continuous batching, which checks a request where Transformers would drop its sampling."""
+
+    def __init__(self, manager, state: BatchedContinuously):
+        self.manager, self.state = manager, state
+
+    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        self.state.check_sampling(gen_config)
+        self.manager.init_cb(model, gen_config)
+
+    def __getattr__(self, name: str):
+        return getattr(self.manager, name)
 
 
 def settings_of_pages(model: PreTrainedModel, num_blocks: int | None) -> ContinuousBatchingConfig:
