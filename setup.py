@@ -56,6 +56,7 @@ setup(
     package_data={
         "engram_transformers.model_cards": ["*.md"],
         "engram_transformers.training": ["general_english.*"],
+        "engram_transformers.inspection": ["page.*"],
     },
     install_requires=REQUIRED,
     extras_require={

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..configuration import PRESETS
+from ..inspection.inspect_commands import VERBS as INSPECT_VERBS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
 from .pack_commands import app as pack_app
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(pack_app, name="pack")
 app.command()(serve)
+for verb in INSPECT_VERBS:
+    app.command()(verb)
 
 
 @app.callback()

@@ -1,7 +1,24 @@
-"""Inspection: checks a checkpoint's content, and whether a model generates exactly. Never writes."""
+"""Inspection: checks a checkpoint and its generation, and shows what a memory reads and is worth. Never writes one."""
 
+from .ablation import ablate
+from .corpus_use import CorpusNgrams, row_use, sharers
 from .generation import GenerationReport, ModeResult, check_generation
+from .page import reads_page
+from .text_reads import TextReads, read_text
 from .verify import Finding, verify_checkpoint
 
 
-__all__ = ["Finding", "GenerationReport", "ModeResult", "check_generation", "verify_checkpoint"]
+__all__ = [
+    "CorpusNgrams",
+    "Finding",
+    "GenerationReport",
+    "ModeResult",
+    "TextReads",
+    "ablate",
+    "check_generation",
+    "read_text",
+    "reads_page",
+    "row_use",
+    "sharers",
+    "verify_checkpoint",
+]
