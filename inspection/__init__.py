@@ -2,6 +2,7 @@
 
 from .ablation import ablate
 from .corpus_use import CorpusNgrams, row_use, sharers
+from .depth import cka_map, layer_states, logit_lens, soft_alignment
 from .generation import GenerationReport, ModeResult, check_generation
 from .page import reads_page
 from .text_reads import TextReads, read_text
@@ -16,9 +17,13 @@ __all__ = [
     "TextReads",
     "ablate",
     "check_generation",
+    "cka_map",
+    "layer_states",
+    "logit_lens",
     "read_text",
     "reads_page",
     "row_use",
     "sharers",
+    "soft_alignment",
     "verify_checkpoint",
 ]

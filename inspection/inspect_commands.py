@@ -1,4 +1,4 @@
-"""The verbs `engram inspect`, `engram occupancy` and `engram ablate`: what a memory does, seen and measured.
+"""The verbs `engram inspect`, `occupancy`, `ablate` and `depth`: what a memory does, seen and measured.
 
 Promises: results on stdout or in the files that were named, progress on stderr; texts cannot control the terminal; a
 place for a file is checked before the model is loaded, and a file appears whole. Never changes a checkpoint.
@@ -178,4 +178,34 @@ def ablate(
         print(line)
 
 
-VERBS = tuple(user_errors(verb) for verb in (inspect, occupancy, ablate))
+def depth(
+    model: _Model,
+    texts: Annotated[Path, typer.Argument(help="Texts, one on each line, or JSON lines with a text.")],
+    as_json: _Json = False,
+    placement: _Placement = "auto",
+) -> None:
+    """Print how soon layers predict what the last one does, with the memory and without it.
+
+    The last column says to which layer without the memory each layer with it is most alike, at the last token of each
+    text (names and set phrases are good texts). Example: engram depth my-graft texts.txt
+    """
+    from .depth import cka_map, depth_lines, layer_states, logit_lens, soft_alignment
+
+    told = _texts(texts)
+    loaded, tokenizer = _load(model, placement)
+    with progress.status(f"measuring {len(told)} texts"):
+        kl = {"with the memory": logit_lens(loaded, tokenizer, told)}
+        with loaded.disable_memory():
+            kl["without"] = logit_lens(loaded, tokenizer, told)
+        off = layer_states(loaded, tokenizer, told, loaded.disable_memory)
+        alike = cka_map(off, layer_states(loaded, tokenizer, told))
+    alignment = soft_alignment(alike)
+    if as_json:
+        lenses = {name: values.tolist() for name, values in kl.items()}
+        print(json.dumps({"kl": lenses, "cka": alike.tolist(), "alignment": alignment.tolist()}))
+        return
+    for line in depth_lines(kl, alignment):
+        print(line)
+
+
+VERBS = tuple(user_errors(verb) for verb in (inspect, occupancy, ablate, depth))
