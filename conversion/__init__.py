@@ -4,6 +4,7 @@ from .backbone import graft_onto
 from .graft import graft
 from .plan import GraftPlan, plan_graft
 from .recipes import graft_arguments, read_recipe
+from .table_cast import CastReport, cast
 
 
-__all__ = ["GraftPlan", "graft", "graft_arguments", "graft_onto", "plan_graft", "read_recipe"]
+__all__ = ["CastReport", "GraftPlan", "cast", "graft", "graft_arguments", "graft_onto", "plan_graft", "read_recipe"]

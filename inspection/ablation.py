@@ -32,12 +32,12 @@ def _ways(model, tokenizer, texts: list[str], seed: int) -> dict[str, Callable[[
     row = _some_row(model, tokenizer, texts, seed)
     ways |= {"rows shuffled": lambda: shuffled_rows(model, seed), "one row": lambda: one_row(model, row)}
     if model.active_memories:
-        ways["packs off"] = lambda: _without_packs(model)
+        ways["packs off"] = lambda: without_packs(model)
     return ways
 
 
 @contextmanager
-def _without_packs(model) -> Iterator[None]:
+def without_packs(model) -> Iterator[None]:
     """Reads no knowledge pack while the block runs."""
     active = model.active_memories
     model.set_memories([])

@@ -1,4 +1,4 @@
-"""The verbs `engram inspect`, `occupancy`, `ablate` and `depth`: what a memory does, seen and measured.
+"""The verbs `engram inspect`, `lookup`, `occupancy`, `ablate` and `depth`: what a memory does, seen and measured.
 
 Promises: results on stdout or in the files that were named, progress on stderr; texts cannot control the terminal; a
 place for a file is checked before the model is loaded, and a file appears whole. Never changes a checkpoint.
@@ -112,6 +112,47 @@ def _reads_table(reads) -> Table:
     return table
 
 
+def lookup(
+    model: _Model,
+    text: Annotated[str, typer.Argument(help="The n-grams that end with this text are looked up.")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="Texts, one on each line or JSON lines with a text: who else reads the rows.")
+    ] = None,
+    as_json: _Json = False,
+    placement: _Placement = "auto",
+) -> None:
+    """Show the rows and records of an n-gram, the rows most like them, and what they do to the next token.
+
+    Example: engram lookup my-graft "Princess of Wales"
+    """
+    from .corpus_use import CorpusNgrams
+    from .lookup import look_up
+
+    told = None if corpus is None else _texts(corpus)
+    loaded, tokenizer = _load(model, placement)
+    with progress.status("looking it up"):
+        held = None if told is None else CorpusNgrams(loaded, tokenizer, told)
+        found = look_up(loaded, tokenizer, text, held)
+    if as_json:
+        rows = [vars(row) for row in found.rows]
+        print(json.dumps({"rows": rows, "next_tokens": found.next_tokens, "kl": found.kl}))
+        return
+    table = Table("layer", "order", "n-gram", "head", "row", "norm", "most like it (cosine)", "in the corpus")
+    last = len(found.reads.tokens) - 1
+    for row in found.rows:
+        near = ", ".join(f"{other} ({cosine:.2f})" for other, cosine in row.neighbours)
+        ngram = Text(visible(found.reads.ngram(last, row.order)))
+        numbers = str(row.head), str(row.row), f"{row.norm:.3f}"
+        table.add_row(str(row.layer), str(row.order), ngram, *numbers, near, Text(visible(" | ".join(row.sharers))))
+    result.print(table)
+    for pack, ngram in found.reads.records[-1]:
+        result.print(Text(f"record of {visible(pack)} for the classes {ngram}"))
+    for name, tokens in found.next_tokens.items():
+        words = ", ".join(f"{word!r} {probability:.1%}" for word, probability in tokens)
+        kl = f" (KL {found.kl[name]:.4f})" if name in found.kl else ""
+        result.print(Text(f"next token {name}: {visible(words)}{kl}"))
+
+
 def occupancy(
     model: _Model,
     corpus: Annotated[Path, typer.Argument(help="Texts, one on each line, or JSON lines with a text.")],
@@ -208,4 +249,4 @@ def depth(
         print(line)
 
 
-VERBS = tuple(user_errors(verb) for verb in (inspect, occupancy, ablate, depth))
+VERBS = tuple(user_errors(verb) for verb in (inspect, lookup, occupancy, ablate, depth))

@@ -129,6 +129,9 @@ def test_occupancy_and_ablate(checkpoint, tmp_path):
     assert done.exit_code == 0 and str(tmp_path / "use.png") in done.stdout and "reads:" in done.stdout, done.output
     use = json.loads(engram("occupancy", checkpoint, tmp_path / "texts.txt", "--json").stdout)
     assert [(one["layer"], one["order"]) for one in use] == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    done = engram("lookup", checkpoint, "rained all", "--corpus", tmp_path / "texts.txt")
+    assert done.exit_code == 0 and "next token without these rows" in done.stdout, done.output
+    assert len(json.loads(engram("lookup", checkpoint, "rained all", "--json").stdout)["rows"]) == 8
     done = engram("ablate", checkpoint, tmp_path / "texts.txt")
     assert done.exit_code == 0 and "| memory off |" in done.stdout, done.output
     assert json.loads(engram("ablate", checkpoint, tmp_path / "texts.txt", "--json").stdout)["one row"]["tokens"] > 0

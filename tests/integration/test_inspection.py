@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_transformers.hash_ngrams_engram import naive_hash_ids
-from engram_transformers.inspection import CorpusNgrams, ablate, read_text, row_use, sharers
+from engram_transformers.inspection import CorpusNgrams, ablate, look_up, read_text, row_use, sharers
 from engram_transformers.inspection.changed_memory import fixed_gate, gates_through, one_row, only_layers, shuffled_rows
+from engram_transformers.rows_quantised_engram import quantise, vectors_of
 
 from ..conftest import examples
 from ..packs import classes_of, ngrams_in, pack_of
@@ -211,3 +212,43 @@ def test_who_else_reads_the_rows(trained, tiny_tokenizer, monkeypatch):
 def corpus_gram(model, tokenizer, text) -> torch.Tensor:
     """The last bigram of a text, in classes."""
     return model.memory.hashing.compress(ids_of(tokenizer, text))[0, -2:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_ngram_is_looked_up(tiny_engram, tiny_tokenizer, monkeypatch, dtype):
+    """Norms and the most similar rows by a search over the whole head, in tables of two parts."""
+    monkeypatch.setattr("engram_transformers.inspection.lookup.BLOCK", 100)
+    model = filled(tiny_engram, dtype)
+    corpus = CorpusNgrams(model, tiny_tokenizer, TEXTS)
+    found = look_up(model, tiny_tokenizer, TEXT, corpus, most=2)
+    reads = read_text(model, tiny_tokenizer, TEXT)
+    assert [row.row for row in found.rows] == reads.rows[:, -1].flatten().tolist()
+    table, hasher = model.memory.tables["2"], model.memory.hashing
+    every = vectors_of(torch.cat(table.orders()[1].tensors()), table.dtype, table.width).float()
+    for one in found.rows[-2:]:  # the second layer's trigrams
+        first = int(hasher.offsets[1, 1, one.head] - hasher.offsets[1, 1, 0])
+        head = every[first : first + int(hasher.primes[1, 1, one.head])]
+        cosines = torch.nn.functional.cosine_similarity(head, every[one.row], dim=-1)
+        cosines[one.row - first] = -1
+        best = cosines.topk(2)
+        assert one.norm == pytest.approx(float(every[one.row].norm()), rel=1e-5)
+        assert [row for row, _ in one.neighbours] == (best.indices + first).tolist()
+        assert [cosine for _, cosine in one.neighbours] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert corpus.words(model.memory.hashing.compress(ids_of(tiny_tokenizer))[0, -3:]) in one.sharers
+    assert found.kl["without these rows"] > 0 and set(found.next_tokens) == {"as it is", "without these rows"}
+    before = logits(model, tiny_tokenizer)[0, -1].softmax(-1)
+    assert found.next_tokens["as it is"][0][1] == pytest.approx(float(before.max()))
+    fresh = look_up(tiny_engram(), tiny_tokenizer, TEXT)
+    assert fresh.kl == {"without these rows": 0} and all(row.norm == 0 and not row.neighbours for row in fresh.rows)
+
+
+def filled(tiny_engram, dtype: str):
+    """A trained memory in two parts, with rows of a type."""
+    model = tiny_engram(trained=dtype == "float32", engram_table_dtype=dtype, engram_table_parts=2)
+    if dtype == "int8":
+        for table in model.memory.tables.values():
+            for order in table.orders():
+                for part in order.parts:
+                    part.data.copy_(quantise(torch.randn(len(part), table.width), torch.int8))
+    return model
