@@ -129,6 +129,10 @@ class EngramConfig(PreTrainedConfig):
             Epsilon of the key and query norms (demo: float32's machine epsilon; V4.1: 1e-20).
         engram_conv_norm_eps (`float`, *optional*, defaults to 1e-05):
             Epsilon of the norm before the convolution.
+        engram_zero_centred_norms (`bool`, *optional*, defaults to `False`):
+            Whether the weights of all norms are differences from 1, as Qwen4-Exp's.
+        engram_conv_across_documents (`bool`, *optional*, defaults to `False`):
+            Whether the convolution reads across the borders of documents, at which n-grams stop, as Qwen4-Exp's does.
         engram_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of fresh key projections.
         engram_value_initializer_range (`float`, *optional*, defaults to 0.04):
@@ -138,9 +142,10 @@ class EngramConfig(PreTrainedConfig):
             Type of the rows, in memory and on disk, whatever `dtype=` a model is loaded with.
         engram_table_parts (`int`, *optional*, defaults to 1):
             Parameters for each layer and order. Fixed at the graft: a part is the smallest unit that a file can hold.
-        engram_hash_scheme (`"deepseek"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
-            `deepseek` is the paper's multiplicative-XOR hash. `one_row` gives every head a single row: a control with
-            the memory's dense weights and no n-gram knowledge.
+        engram_hash_scheme (`"deepseek"`, `"qwen"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
+            `deepseek` is the paper's multiplicative-XOR hash. `qwen` is the same hash with Qwen4-Exp's multipliers and
+            without compression. `one_row` gives every head a single row: a control with the memory's dense weights and
+            no n-gram knowledge.
         engram_reset_token_ids (`list[int]`, *optional*):
             Tokens after which a new document begins: n-grams and convolution do not look back across them (an
             end-of-sequence token, as in Qwen4's memory). None, as in the paper, treats them like any text.
@@ -192,11 +197,13 @@ class EngramConfig(PreTrainedConfig):
     engram_projection_bias: bool = False
     engram_norm_eps: float = 1.1920928955078125e-07
     engram_conv_norm_eps: float = 1e-05
+    engram_zero_centred_norms: bool = False
+    engram_conv_across_documents: bool = False
     engram_initializer_range: float = 0.02
     engram_value_initializer_range: float = 0.04
     engram_table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     engram_table_parts: int = 1
-    engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
+    engram_hash_scheme: Literal["deepseek", "qwen", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
     engram_trainable: Literal["memory", "tables", "memory+lora", "all"] | None = None
     engram_memory_delta: str | None = None
@@ -495,6 +502,12 @@ def _check_tokens(config: EngramConfig) -> None:
                 f"engram_reset_token_ids={config.engram_reset_token_ids}: {token} is outside the vocabulary of "
                 f"{vocabulary} ids. Name the tokens that end a document, such as tokenizer.eos_token_id."
             )
+    if config.engram_hash_scheme == "qwen" and (config.engram_token_map_sha256 or config.placeholder_ids):
+        raise ValueError(
+            "engram_hash_scheme='qwen' hashes token ids as they are, without a token map, and "
+            f"{'the backbone has ids for images' if config.placeholder_ids else 'engram_token_map_sha256 names one'}: "
+            "graft a text model, or choose engram_hash_scheme='deepseek'."
+        )
     if config.engram_token_map_sha256 is None and config.engram_compressed_vocab_size > vocabulary:
         raise ValueError(
             f"engram_compressed_vocab_size={config.engram_compressed_vocab_size} is larger than the vocabulary of "

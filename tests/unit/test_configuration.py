@@ -61,6 +61,10 @@ REFUSALS = {
     "no row in one order": ({"engram_vocab_size": [50, 0]}, ["[50, 0]", "at least 1 row"]),
     "pad outside": ({"engram_pad_token_id": 100}, ["engram_pad_token_id=100", "100 ids", "tokenizer's pad or end"]),
     "pad negative": ({"engram_pad_token_id": -1}, ["engram_pad_token_id=-1", "100 ids", "tokenizer's pad or end"]),
+    "a token map for raw ids": (
+        {"engram_hash_scheme": "qwen", "engram_token_map_sha256": "ab"},
+        ["'qwen'", "engram_token_map_sha256 names one", "'deepseek'"],
+    ),
     "more classes than ids": ({"engram_compressed_vocab_size": 101}, ["=101", "100 ids", "can only merge"]),
     "no norm epsilon": ({"engram_norm_eps": 0.0}, ["engram_norm_eps=0.0", "larger than 0"]),
     "negative conv epsilon": ({"engram_conv_norm_eps": -1e-5}, ["engram_conv_norm_eps=-1e-05", "larger than 0"]),

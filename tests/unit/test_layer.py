@@ -78,6 +78,7 @@ class Case:
     made: EngramLayer
     stream: torch.Tensor  # (B, L, M, D)
     vectors: torch.Tensor  # (B, L, E)
+    fields: dict
 
 
 @st.composite
@@ -96,6 +97,7 @@ def cases(draw, max_length: int = 16) -> Case:
         made,
         torch.randn(batch, length, streams, HIDDEN),
         torch.randn(batch, length, settings.engram_memory_dim),
+        fields,
     )
 
 
@@ -110,6 +112,27 @@ def test_the_layer_is_the_papers_formula(case):
     expected = formula(case.made, case.settings, case.stream, case.vectors)
     found = case.made(case.stream, case.vectors)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance(case) * (1 + expected.abs().max()))
+
+
+@torch.no_grad()
+@given(case=cases())
+def test_weights_of_norms_may_be_differences_from_1(case):
+    settings = config(case.settings.engram_hc_mult, **case.fields, engram_zero_centred_norms=True)
+    centred = EngramLayer(settings, 1)
+    fresh = {name: weight for name, weight in centred.named_parameters() if "norm" in name}
+    assert not any(weight.any() for weight in fresh.values())
+    own = case.made.state_dict()
+    centred.load_state_dict({name: weight - 1 if name in fresh else weight for name, weight in own.items()})
+    expected = case.made(case.stream, case.vectors)
+    torch.testing.assert_close(centred(case.stream, case.vectors), expected, rtol=0, atol=tolerance(case))
+
+
+@torch.no_grad()
+def test_a_convolution_may_read_across_documents():
+    across, made = layer(engram_conv_across_documents=True), layer()
+    stream, vectors, segments = torch.randn(1, 12, HIDDEN), torch.randn(1, 12, 12), torch.arange(21)[None]
+    assert torch.equal(across(stream, vectors, segments=segments), made(stream, vectors))
+    assert not torch.allclose(made(stream, vectors, segments=segments), made(stream, vectors))
 
 
 @torch.no_grad()
