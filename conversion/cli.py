@@ -15,6 +15,7 @@ from rich.table import Table
 from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
+from .foreign_commands import export_foreign, import_foreign
 from .pack_commands import app as pack_app
 from .recipes import ENDINGS, graft_arguments, read_recipe
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(pack_app, name="pack")
 app.command()(serve)
+app.command("import")(import_foreign)
+app.command("export")(export_foreign)
 
 
 @app.callback()

@@ -123,12 +123,12 @@ def graft(
         if problem is None:
             reused = _reuse_donor_files(draft, folder)
             _write_weights(draft, empty, config, token_map, shard_bytes)
-            problem = _dry_load(draft) if reused else "the donor has no safetensors files"
+            problem = dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
             text_only = read.cuts if holds_other_models(read.whole) else None
             lost = _rewrite_donor_files(draft, folder, read.tokenizer, text_only)
             _write_weights(draft, empty, config, token_map, shard_bytes)
-            problem_left = _dry_load(draft)
+            problem_left = dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
         # Of a local folder only the name: receipts are published, and paths hold names of users and machines.
@@ -258,7 +258,7 @@ def _fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
     }
 
 
-def _dry_load(draft: Path) -> str | None:
+def dry_load(draft: Path) -> str | None:
     """Loads a finished graft with its tables on disk; returns what is wrong with it, or None."""
     try:
         _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)
