@@ -35,7 +35,7 @@ def apply_trainable(model, trainable: str, adapters_must_be_there: bool = True) 
         adapters_must_be_there (`bool`, *optional*, defaults to `True`): False while a model is loaded.
 
     Raises:
-        `ValueError`: for another value, or for "memory+lora" without an adapter.
+        `ValueError`: for another value, for "memory+lora" without an adapter, or for a quantised table.
     """
     _check_trainable(trainable)
     adapters = list(adapter_parameters(model)) if trainable in ("memory+lora", "all") else []
@@ -44,10 +44,10 @@ def apply_trainable(model, trainable: str, adapters_must_be_there: bool = True) 
             "set_trainable('memory+lora') found no adapter in the backbone: get_peft_model(model, LoraConfig(...)) or "
             "model.add_adapter(LoraConfig(...)) first, or set_trainable('memory')."
         )
+    model.memory.requires_grad_(True)  # first: rows of a quantised table refuse it
     for parameter in model.backbone.parameters():
         # Quantised weights are never trained.
         parameter.requires_grad_(trainable == "all" and parameter.is_floating_point())
-    model.memory.requires_grad_(True)
     model.memory.layers.requires_grad_(trainable != "tables")
     for parameter in adapters:
         parameter.requires_grad_(True)

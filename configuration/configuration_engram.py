@@ -64,6 +64,9 @@ with saying_what_to_install():
 
 FORMAT_VERSION = 1
 
+# Types of rows. The last two are quantised.
+TableDtype = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
+
 # Backbones whose residual stream has an unsupported shape, by the config field that shows it.
 FOREIGN_STREAMS = {
     "altup_num_inputs": "AltUp keeps its streams in front of the batch (Gemma 3n)",
@@ -138,8 +141,10 @@ class EngramConfig(PreTrainedConfig):
         engram_value_initializer_range (`float`, *optional*, defaults to 0.04):
             Standard deviation of fresh value projections. Larger than the keys' because the gradient of a zero table
             passes through it (measured, see docs/design.md).
-        engram_table_dtype (`"float32"`, `"bfloat16"` or `"float16"`, *optional*, defaults to `"float32"`):
-            Type of the rows, in memory and on disk, whatever `dtype=` a model is loaded with.
+        engram_table_dtype (`str`, *optional*, defaults to `"float32"`):
+            Type of the rows, in memory and on disk, whatever `dtype=` a model is loaded with: "float32", "bfloat16",
+            "float16", or quantised "int8" (a scale for each row) or "float8_e4m3fn" (one for each 32 values). Quantised
+            rows are not trained; `engram cast` makes them from trained ones.
         engram_table_parts (`int`, *optional*, defaults to 1):
             Parameters for each layer and order. Fixed at the graft: a part is the smallest unit that a file can hold.
         engram_hash_scheme (`"deepseek"`, `"qwen"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
@@ -201,7 +206,7 @@ class EngramConfig(PreTrainedConfig):
     engram_conv_across_documents: bool = False
     engram_initializer_range: float = 0.02
     engram_value_initializer_range: float = 0.04
-    engram_table_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    engram_table_dtype: TableDtype = "float32"
     engram_table_parts: int = 1
     engram_hash_scheme: Literal["deepseek", "qwen", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
@@ -408,6 +413,11 @@ def _check_sizes(config: EngramConfig) -> None:
         value = getattr(config, name)
         if value < least:
             raise ValueError(f"{name}={value} is too small: it must be at least {least}.")
+    if config.engram_table_dtype == "float8_e4m3fn" and config.engram_head_dim % 32:
+        raise ValueError(
+            f"engram_table_dtype='float8_e4m3fn' has a scale for each 32 values, and engram_head_dim="
+            f"{config.engram_head_dim} is not divisible by 32: choose a multiple of 32, or engram_table_dtype='int8'."
+        )
     sizes = config.engram_vocab_sizes
     if len(sizes) != len(config.engram_orders):
         raise ValueError(

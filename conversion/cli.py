@@ -15,6 +15,7 @@ from rich.table import Table
 from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
+from .cast_commands import cast
 from .foreign_commands import export_foreign, import_foreign
 from .pack_commands import app as pack_app
 from .recipes import ENDINGS, graft_arguments, read_recipe
@@ -31,6 +32,7 @@ app.add_typer(pack_app, name="pack")
 app.command()(serve)
 app.command("import")(import_foreign)
 app.command("export")(export_foreign)
+app.command()(cast)
 
 
 @app.callback()
@@ -85,7 +87,7 @@ def _donor_options(
     max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
     kernel_size: Annotated[int | None, typer.Option(help="Kernel size of the convolution; 0 for none.")] = None,
     gate: Annotated[str | None, typer.Option(help="signed_sqrt or sigmoid.")] = None,
-    table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, int8 or float8_e4m3fn.")] = None,
     table_parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
     pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the hash and of the fresh dense weights.")] = None,

@@ -36,6 +36,7 @@ from ..hash_constants_engram import derive_constants
 from ..memory_engram import MEMORY_PREFIX
 from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
+from ..rows_quantised_engram import row_bytes
 from .backbone import left_out, load_donor
 from .donor import RECEIPT_NAME, donor_folder, donor_weight_files, read_donor
 from .reference_copy import copy_by_reference
@@ -151,7 +152,7 @@ def existing(folder: Path) -> Path:
 
 def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
     """Returns the least number of parts with which every part of a table fits into a memory file."""
-    most = shard_bytes // (config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize)
+    most = shard_bytes // row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
     rows = max(max(rows) for rows in derive_constants(config, None).order_rows())
     if most < 1:
         raise ValueError(f"max_memory_shard_size={shard_bytes:,} is smaller than one row: allow larger files.")

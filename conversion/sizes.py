@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..configuration_engram import EngramConfig
 from ..hash_constants_engram import derive_constants
+from ..rows_quantised_engram import row_bytes
 
 
 logger = logging.get_logger(__name__)
@@ -49,7 +50,7 @@ def table_rows(config: EngramConfig) -> int:
 
 def table_bytes(config: EngramConfig) -> int:
     """Returns the bytes of all tables."""
-    return table_rows(config) * config.engram_head_dim * getattr(torch, config.engram_table_dtype).itemsize
+    return table_rows(config) * row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
 
 
 def default_rows(config: EngramConfig, parameters: int) -> int:

@@ -16,6 +16,7 @@ from .hash_constants_engram import HashConstants
 from .hash_ngrams_engram import NgramHasher
 from .knowledge_pack_engram import SUFFIX, KnowledgePack, PackStack, pack_identity
 from .layer_engram import EngramLayer
+from .rows_quantised_engram import vectors_of
 from .rows_storage_engram import CheckpointTables, FileRows, HostRows, RowStore
 
 
@@ -90,6 +91,7 @@ class FlatMemory(nn.Module):
         self.hashing.check(config)
         self.layers = nn.ModuleDict({str(layer): EngramLayer(config, layer) for layer in self.layer_ids})
         self.layers.load_state_dict({name: stored(f"layers.{name}") for name in self.layers.state_dict()})
+        self.width, self.table_dtype = config.engram_head_dim, getattr(torch, config.engram_table_dtype)
         self.stores: dict[int, list[RowStore]] = {}
         for layer in self.layer_ids:
             names = [f"memory.tables.{layer}.order{order}." for order in config.engram_orders]
@@ -123,7 +125,8 @@ class FlatMemory(nn.Module):
         vectors = {}
         for layer, own in zip(self.layer_ids, rows, strict=True):
             read = [store.read(own[:, 0, i].flatten()) for i, store in enumerate(self.stores[layer])]
-            found = torch.cat([values.view(len(ids), 1, -1) for values in read], dim=-1).to(ids.device)  # (T, 1, E)
+            stored = torch.cat([values.view(len(ids), 1, -1) for values in read], dim=-1)  # (T, 1, stored width)
+            found = vectors_of(stored.to(ids.device), self.table_dtype, self.width)  # (T, 1, E)
             vectors[layer] = found if records is None else records.apply(layer, found)
         return FlatReads(self.layers, vectors, classes >= 0)
 

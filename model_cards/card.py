@@ -5,10 +5,12 @@ Promises: sizes come from the checkpoint's own files; results that were not meas
 
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCardData
 
 from ..configuration import EngramConfig
 from ..files_checkpoint_engram import expected_shards
+from ..rows_quantised_engram import row_bytes
 
 
 TEMPLATE = Path(__file__).parent / "template.md"
@@ -66,10 +68,11 @@ def _memory_table(config: EngramConfig) -> str:
     """Returns the memory's sizes as a Markdown table."""
     tables = {name: shape for name, (shape, _) in expected_shards(config).items() if name.startswith("memory.tables.")}
     rows = sum(shape[0] for shape in tables.values())
+    size = rows * row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
     values = {
         "layers (from 0)": ", ".join(map(str, config.engram_layer_ids)),
         "orders x heads": f"2..{config.engram_max_ngram_size} x {config.engram_n_heads}",
-        "rows": f"{rows:,} of {config.engram_head_dim} values ({config.engram_table_dtype})",
+        "rows": f"{rows:,} of {config.engram_head_dim} values ({config.engram_table_dtype}), {size:,} bytes",
         "classes of token ids": f"{config.engram_compressed_vocab_size:,}",
         "convolution": f"kernel size {config.engram_kernel_size}" if config.engram_kernel_size else "none",
     }

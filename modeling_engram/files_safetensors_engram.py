@@ -11,7 +11,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,19 @@ class ZeroTensor:
 
 
 @dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor that is made block by block while it is written; `blocks()` yields its rows in order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Callable[[], Iterator[torch.Tensor]]
+
+
+# What can be written.
+Written = torch.Tensor | ZeroTensor | StreamedTensor
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """A tensor's entry in a safetensors header: type name, shape, and first and last byte of its data."""
 
@@ -62,7 +75,7 @@ class TensorEntry:
     end: int
 
 
-def tensor_bytes(tensor: torch.Tensor | ZeroTensor) -> int:
+def tensor_bytes(tensor: Written) -> int:
     """Returns the bytes of a tensor's data."""
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
@@ -76,7 +89,7 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def group_tensors(tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int) -> list[list[str]]:
+def group_tensors(tensors: Mapping[str, Written], max_bytes: int) -> list[list[str]]:
     """Groups tensors into files of at most `max_bytes`, keeping their order.
 
     Raises:
@@ -104,7 +117,7 @@ def shard_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | ZeroTensor]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Written]) -> None:
     """Writes a new safetensors file, with blocks of zeros as holes."""
     ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # widest first keeps alignment
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -125,10 +138,14 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor | ZeroTensor]) ->
         file.truncate(8 + len(encoded) + offset)
 
 
-def write_data(file, tensor: torch.Tensor | ZeroTensor) -> None:
+def write_data(file, tensor: Written) -> None:
     """Appends a tensor's bytes; blocks of zeros only move the file position."""
     if isinstance(tensor, ZeroTensor):
         file.seek(tensor_bytes(tensor), os.SEEK_CUR)
+        return
+    if isinstance(tensor, StreamedTensor):
+        for block in tensor.blocks():
+            write_data(file, block)
         return
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # (bytes,)
     for first in range(0, len(data), ZERO_BLOCK):
@@ -139,9 +156,7 @@ def write_data(file, tensor: torch.Tensor | ZeroTensor) -> None:
             file.seek(len(block), os.SEEK_CUR)
 
 
-def write_shards(
-    folder: Path, stem: str, tensors: Mapping[str, torch.Tensor | ZeroTensor], max_bytes: int
-) -> dict[str, str]:
+def write_shards(folder: Path, stem: str, tensors: Mapping[str, Written], max_bytes: int) -> dict[str, str]:
     """Writes tensors into as many files as needed; returns the file name of every tensor."""
     groups = group_tensors(tensors, max_bytes)
     weight_map = {}

@@ -290,7 +290,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             The model.
 
         Raises:
-            `ValueError`: for another value, or for "memory+lora" without an adapter.
+            `ValueError`: for another value, for "memory+lora" without an adapter, or for a quantised table.
             `ImportError`: in a checkpoint's copy of the code.
 
         Example:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .rows_gradient_engram import add_row_gradient, row_gradient, sum_rows
+from .rows_quantised_engram import stored_as, vectors_of
 
 
 def read_parts(rows: torch.Tensor, part_height: int, parts: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -147,6 +148,11 @@ class TablePart(nn.Parameter):
         return _part_from, (self.detach(), self.requires_grad, self.__dict__)
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether its rows are records, which are not trained."""
+        return self.dtype == torch.uint8
+
+    @property
     def table_shape(self) -> tuple[int, int]:
         """Rows and width, wherever they are."""
         return tuple(self.shape) if self.store is None else self.store.shape
@@ -158,11 +164,33 @@ class TablePart(nn.Parameter):
 
     @torch.no_grad()
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes `values` `(rows, width)` to rows `(rows,)`, ascending and unique."""
+        """Writes `values` `(rows, width)` to rows `(rows,)`, ascending and unique.
+
+        Raises:
+            `TypeError`: for values where a quantised table has records.
+        """
+        if self.is_quantised and values.dtype != torch.uint8:
+            raise TypeError(
+                f"a quantised table is written records (uint8), given are {values.dtype}: "
+                "rows_quantised_engram.quantise(values, dtype) makes them."
+            )
         if self.store is None:
             self.detach().index_copy_(0, rows, values.to(self.dtype))
         else:
             self.store.write(rows, values)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "TablePart":
+        """As in torch.
+
+        Raises:
+            `ValueError`: for rows of a quantised table, which are not trained.
+        """
+        if requires_grad and self.is_quantised:
+            raise ValueError(
+                "rows of a quantised table (engram_table_dtype 'int8' or 'float8_e4m3fn') cannot be trained: `engram "
+                "cast IN OUT --dtype bfloat16` makes a checkpoint whose rows can; cast it back after training."
+            )
+        return super().requires_grad_(requires_grad)
 
     def expect(self, rows: torch.Tensor) -> None:
         """Allocates memory for rows `(rows,)` that will be written."""
@@ -233,7 +261,7 @@ class OrderRows(nn.Module):
         self.anchor = torch.zeros(1, requires_grad=True, device="cpu")  # see `gather_rows`
         for number, height in enumerate(heights):
             rows = torch.zeros(height, width, dtype=dtype) if hold else self.no_rows()
-            self.register_parameter(str(number), TablePart(rows))
+            self.register_parameter(str(number), TablePart(rows, rows.is_floating_point()))
 
     def __len__(self) -> int:
         return len(self.heights)
@@ -389,13 +417,15 @@ class EngramTable(nn.Module):
         order_rows (`list[int]`): rows of each order, bigrams first.
         width (`int`): values in a row.
         parts (`int`): parameters for each order.
-        dtype (`torch.dtype`): type of the rows; `.to(dtype)`, `.half()` and `dtype=` do not change it.
+        dtype (`torch.dtype`): type of the rows; `.to(dtype)`, `.half()` and `dtype=` do not change it. Rows of a
+            quantised type are records, and the parameters uint8 of shape `(rows, record)`.
         hold (`bool`, *optional*, defaults to `True`): whether to allocate rows, or leave them to be placed later.
     """
 
     def __init__(self, order_rows: list[int], width: int, parts: int, dtype: torch.dtype, hold: bool = True):
         super().__init__()
-        self.width = width
+        self.width, self.dtype = width, dtype
+        stored, length = stored_as(dtype, width)
         self.part_heights = [rows // parts for rows in order_rows]
         for order, rows in enumerate(order_rows, start=2):
             if rows < parts:
@@ -404,7 +434,7 @@ class EngramTable(nn.Module):
                 )
             height = self.part_heights[order - 2]
             heights = [height] * (parts - 1) + [rows - height * (parts - 1)]
-            self.register_module(f"order{order}", OrderRows(heights, width, dtype, hold))
+            self.register_module(f"order{order}", OrderRows(heights, length, stored, hold))
 
     def orders(self) -> list[OrderRows]:
         """Returns the rows by order, bigrams first."""
@@ -416,17 +446,20 @@ class EngramTable(nn.Module):
         return sum(order.nbytes for order in self.orders())
 
     def forward(self, rows: torch.Tensor, fetches: list | None = None) -> torch.Tensor:
-        """Reads memory vectors `(batch, length, orders * heads * width)`, in the table's dtype and on its device.
+        """Reads memory vectors `(batch, length, orders * heads * width)`, in the table's dtype and on its device; those
+        of a quantised table in float32.
 
         Args:
             rows (`torch.LongTensor` of shape `(batch, length, orders, heads)`):
                 Rows counted from the first of their order, on any device.
             fetches (`list[RowFetch]`, *optional*): prefetches of each order of a table that is elsewhere.
         """
-        # (batch, length, heads) -> (batch, length, heads * width), for every order
+        # (batch, length, heads) -> (batch, length, heads * stored width), for every order
         given = [{}] * len(self.part_heights) if fetches is None else [{"fetch": fetch} for fetch in fetches]
-        vectors = [order(rows[:, :, i], **given[i]).flatten(-2) for i, order in enumerate(self.orders())]
-        if not torch.is_autocast_enabled(vectors[0].device.type):  # entering its context is slow
-            return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
-        with torch.autocast(vectors[0].device.type, enabled=False):  # it supports one half-precision dtype only
-            return torch.cat(vectors, dim=-1)  # (batch, length, orders * heads * width)
+        read = [order(rows[:, :, i], **given[i]).flatten(-2) for i, order in enumerate(self.orders())]
+        if not torch.is_autocast_enabled(read[0].device.type):  # entering its context is slow
+            read = torch.cat(read, dim=-1)  # (batch, length, orders * heads * stored width)
+        else:
+            with torch.autocast(read[0].device.type, enabled=False):  # it supports one half-precision dtype only
+                read = torch.cat(read, dim=-1)  # (batch, length, orders * heads * stored width)
+        return vectors_of(read, self.dtype, self.width)  # (batch, length, orders * heads * width)

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from engram_transformers import EngramForCausalLM
+from engram_transformers.rows_quantised_engram import quantise
 
 
 GOLDEN = Path(__file__).parent / "parity" / "golden"
@@ -17,6 +18,9 @@ def fill_memory(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.memory.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
+        if parameter.dtype == torch.uint8:  # records of a quantised table
+            values = torch.randn(len(parameter), model.config.engram_head_dim, generator=generator)
+            values = quantise(values, getattr(torch, model.config.engram_table_dtype))
         if "norm" in name:
             values = 1 + values.clamp(-2, 2) / 4
         elif name.startswith("layers."):

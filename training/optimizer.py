@@ -383,7 +383,8 @@ def _choose_what_learns(model) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "engram_trainable", None) or not hasattr(model, "set_trainable"):
         return
-    if all(parameter.requires_grad for parameter in model.parameters()):
+    # `set_trainable` says what to do about rows of a quantised table, which never require a gradient.
+    if all(each.requires_grad or getattr(each, "is_quantised", False) for each in model.parameters()):
         model.set_trainable("memory")
         logger.warning(
             "every parameter required a gradient: the memory alone is trained now, as by "

@@ -79,7 +79,7 @@ REFUSALS = {
 
 WRONG_TYPES = {
     "engram_gate": "relu",
-    "engram_table_dtype": "int8",
+    "engram_table_dtype": "int4",
     "engram_hash_scheme": "md5",
     "engram_n_heads": "8",
     "engram_head_dim": 8.0,

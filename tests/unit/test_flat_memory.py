@@ -96,6 +96,20 @@ def test_a_flat_batch_adds_what_the_model_adds(graft, placement, packs):
     assert (found - stream).abs().max() > 0.1, "the memory says nothing"
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@torch.no_grad()
+def test_quantised_rows_are_read_as_the_model_reads_them(dtype, tmp_path):
+    fields = {"engram_kernel_size": 0, "engram_head_dim": 32, "engram_table_dtype": dtype}
+    model = engram_on(CONFIG, **fields).eval()
+    model.save_pretrained(tmp_path)
+    text = TEXTS[2]
+    reads = FlatMemory(served(tmp_path), tmp_path).read(text, torch.tensor([0, len(text)]), torch.full((1, 2), -1))
+    own = model.memory.read(text[None], None)
+    for layer in (0, 1):
+        assert torch.equal(reads.vectors[layer].squeeze(1), own.vectors(layer)[0])
+        assert reads.vectors[layer].dtype == torch.float32 and bool(reads.vectors[layer].any())
+
+
 def test_a_pack_changes_only_texts_that_hold_its_ngrams(graft):
     _, folder, _ = graft
     plain, packed = FlatMemory(served(folder), folder), FlatMemory(served(folder), folder, packs=[folder / PACK])

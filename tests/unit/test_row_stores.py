@@ -37,7 +37,7 @@ from ..conftest import examples
 from ..faults import Child, absent, cut, disk, failing, forget, mapped, open_files, random_table, same, short, stored
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]  # uint8: records of quantised rows
 WANTED = torch.tensor([999, 0, 500, 3])  # of 1000 rows in 3 parts
 
 
