@@ -33,8 +33,8 @@ def weight_map(config: EngramConfig, number: int, numbers: dict) -> WeightMap:
         "embed.scale": Rows((rows, W // GROUP), column=W, dtype="F8_E8M0"),
         "wkv.weight": Float8Blocks((outputs, E), "key_value.weight", scale="wkv.scale"),  # M keys, then the value
         "wkv.scale": Kept((-(-outputs // GROUP), -(-E // GROUP)), "F8_E8M0"),
-        "q_weight": Part((M, D), "query_norm"),
-        "k_weight": Part((M, D), "key_norm"),
+        "q_weight": Part((M, D), "query_norm", dtype="BF16"),
+        "k_weight": Part((M, D), "key_norm", dtype="BF16"),
     }
 
 

@@ -32,6 +32,7 @@ from .foreign_layouts import (
     Kept,
     Layout,
     Rows,
+    WeightMap,
     constant_of,
     read_config,
     read_tensor,
@@ -110,12 +111,19 @@ def import_memory(
     names = foreign.weight_map(config, 0, numbers).items()
     numbers["not_stored"] = sorted(n for n, place in names if isinstance(place, Constant) and n not in stored)
     foreign.check(config, constants, tensors, numbers)
+    dense, kept = _read_weights(foreign, config, tensors, numbers)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.importing-", dir=out.parent) as folder:
         draft = graft(backbone, Path(folder, "graft"), memory.layer_ids, **fields, **graft_options)
         config = EngramConfig.from_pretrained(draft)
-        _fill(draft, foreign, config, tensors, numbers, on_bytes)
+        _replace_dense(draft, dense)
+        if kept:
+            write_shard(draft / KEPT_NAME, kept)
+        for number, layer in enumerate(config.engram_layer_ids):
+            sources = _foreign_pieces(foreign.weight_map(config, number, numbers), tensors[layer])
+            for written in fill_pieces(_own_pieces(draft, config, layer), sources):
+                on_bytes(written)
         _sign(draft, {"layout": layout, "source": source.resolve().name, "prefix": prefix, "numbers": numbers})
         if problem := dry_load(draft):
             raise EngramFormatError(f"the import of '{source}' does not load cleanly: {problem}.")
@@ -225,28 +233,25 @@ def _planned(
     return config, constants
 
 
-def _fill(draft: Path, foreign: Layout, config: EngramConfig, tensors, numbers: dict, on_bytes: Callable) -> None:
-    """Fills a fresh graft with a foreign memory's rows and weights, and keeps beside it what has no place there."""
+def _read_weights(
+    foreign: Layout, config: EngramConfig, tensors: Mapping[int, Mapping[str, ForeignTensor]], numbers: dict
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns everything but the rows of a foreign memory: dense tensors of ours, and what is kept beside them."""
     dense, kept = {}, {}
     for number, layer in enumerate(config.engram_layer_ids):
         weights, given = foreign.weight_map(config, number, numbers), tensors[layer]
-        targets = _own_pieces(draft, config, layer)
-        sources = [_foreign_piece(place, given[name]) for name, place in weights.items() if isinstance(place, Rows)]
-        for written in fill_pieces(targets, sources):
-            on_bytes(written)
-        first, last = numbers["rows"][number], max(piece.first + piece.rows for piece in sources)
-        if last > first:
-            kept[f"{layer}.padding"] = torch.from_numpy(read_rows(sources, first, last - first, targets[0].width))
-        kept |= {
-            f"{layer}.{name}": read_tensor(given[name]) for name, place in weights.items() if isinstance(place, Kept)
-        }
         with torch.device("meta"):
             shapes = {name: tuple(tensor.shape) for name, tensor in EngramLayer(config, layer).state_dict().items()}
         made = to_memory(weights, given, shapes)
         dense |= {f"{_LAYERS}{layer}.{name}": tensor for name, tensor in made.items()}
-    _replace_dense(draft, dense)
-    if kept:
-        write_shard(draft / KEPT_NAME, kept)
+        for name, place in weights.items():
+            if isinstance(place, Kept):
+                kept[f"{layer}.{name}"] = read_tensor(given[name])
+        sources, first = _foreign_pieces(weights, given), numbers["rows"][number]
+        if (last := max(piece.first + piece.rows for piece in sources)) > first:
+            width = sum(piece.width for piece in sources if piece.first == 0)
+            kept[f"{layer}.padding"] = torch.from_numpy(read_rows(sources, first, last - first, width))
+    return dense, kept
 
 
 def _replace_dense(draft: Path, dense: dict[str, torch.Tensor]) -> None:
@@ -276,10 +281,15 @@ def _own_pieces(folder: Path, config: EngramConfig, layer: int) -> list[RowPiece
     return pieces
 
 
-def _foreign_piece(place: Rows, tensor: ForeignTensor) -> RowPiece:
-    """Returns rows of a foreign tensor."""
-    width = place.shape[1] * SIZES[tensor.entry.dtype]
-    return RowPiece(tensor.path, tensor.begin, place.first, place.shape[0], width, place.column)
+def _foreign_pieces(weights: WeightMap, tensors: Mapping[str, ForeignTensor]) -> list[RowPiece]:
+    """Returns the rows of a layer's foreign tensors."""
+    pieces = []
+    for name, place in weights.items():
+        if isinstance(place, Rows):
+            tensor, (rows, values) = tensors[name], place.shape
+            width = values * SIZES[tensor.entry.dtype]
+            pieces.append(RowPiece(tensor.path, tensor.begin, place.first, rows, width, place.column))
+    return pieces
 
 
 def _foreign_layer(
@@ -309,8 +319,7 @@ def _foreign_layer(
             values = constant_of(constants, place.name, number)
             made[name] = ("I64", place.shape, [values.numpy()])
         elif name in dense:
-            dtype = place.dtype if isinstance(place, Kept) else DTYPE_NAMES[dense[name].dtype]
-            dtype = "F8_E4M3" if dtype == "U8" else dtype
+            dtype = place.dtype or DTYPE_NAMES[dense[name].dtype]
             made[name] = (dtype, place.shape, [dense[name].view(torch.uint8).numpy()])
     return made
 

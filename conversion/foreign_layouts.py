@@ -31,18 +31,21 @@ class Part:
         name (`str`): the memory's tensor, below `memory.layers.{layer}.`.
         first (`int`, *optional*, defaults to 0): its row where the foreign tensor begins.
         turned (`bool`, *optional*, defaults to `False`): whether the foreign tensor is the transpose.
+        dtype (`str`, *optional*): its type, if the layout has one; else it has that of the memory's tensor.
     """
 
     shape: tuple[int, ...]
     name: str
     first: int = 0
     turned: bool = False
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
 class Float8Blocks(Part):
     """As [`Part`], in float8_e4m3fn with one power of two for each 32 x 32 values, in the tensor `scale`."""
 
+    dtype: str = "F8_E4M3"
     scale: str = ""
 
 
@@ -258,12 +261,10 @@ def _check_tensor(name: str, tensor: ForeignTensor, place, config: EngramConfig)
             f"'{name}' has the shape {list(shape)}, and config.json and the backbone ask for {list(place.shape)}: "
             "the memory needs a backbone of its own width and number of residual streams, and its own config.json."
         )
-    if isinstance(place, Float8Blocks):
-        wanted = ["F8_E4M3"]
-    elif isinstance(place, Constant):
+    if isinstance(place, Constant):
         wanted = ["I64"]
     elif isinstance(place, Part):
-        wanted = FLOATS
+        wanted = FLOATS if place.dtype is None else [place.dtype]
     else:
         wanted = [place.dtype or DTYPE_NAMES[getattr(torch, config.engram_table_dtype)]]
     if dtype not in wanted or tensor.entry.end - tensor.entry.begin != math.prod(shape) * SIZES[dtype]:

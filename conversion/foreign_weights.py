@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from ..configuration import EngramFormatError
+from ..files_safetensors_engram import torch_dtype
 from .foreign_layouts import Float8Blocks, ForeignTensor, Part, WeightMap, read_tensor
 
 
@@ -64,7 +65,12 @@ def from_memory(
         values = source[place.first : place.first + rows]
         values = (values.t() if place.turned else values).reshape(place.shape)
         if isinstance(place, Float8Blocks):
-            values, made[place.scale] = to_blocks(values, kept.get(place.scale))
+            tall = values.split(BLOCK * BLOCK)  # so that only these rows are in float32 at a time
+            scales = kept[place.scale].split(BLOCK) if place.scale in kept else [None] * len(tall)
+            made_of = [to_blocks(*pair) for pair in zip(tall, scales, strict=True)]
+            values, made[place.scale] = (torch.cat(parts) for parts in zip(*made_of, strict=True))
+        elif place.dtype is not None:
+            values = values.to(torch_dtype(place.dtype))
         made[name] = values.contiguous()
     return made
 
@@ -101,10 +107,11 @@ def to_blocks(values: torch.Tensor, scales: torch.Tensor | None = None) -> tuple
 
 def _exact(values: torch.Tensor, scales: torch.Tensor, name: str) -> torch.Tensor:
     """Returns float8 blocks in bfloat16."""
-    exact = from_blocks(values, scales)
-    made = exact.to(torch.bfloat16)
-    if not torch.equal(made.float(), exact):  # also for NaN
-        raise EngramFormatError(f"'{name}' holds values that are NaN or beyond bfloat16: copy the file again.")
+    made = torch.empty(values.shape, dtype=torch.bfloat16)
+    for target, *pair in zip(made.split(BLOCK * BLOCK), values.split(BLOCK * BLOCK), scales.split(BLOCK), strict=True):
+        exact = from_blocks(*pair)
+        if not torch.equal(target.copy_(exact).float(), exact):  # also for NaN
+            raise EngramFormatError(f"'{name}' holds values that are NaN or beyond bfloat16: copy the file again.")
     return made
 
 

@@ -153,11 +153,12 @@ def existing(folder: Path) -> Path:
 def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
     """Returns the least number of parts with which every part of a table fits into a memory file."""
     most = shard_bytes // row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
-    rows = max(max(rows) for rows in derive_constants(config, None).order_rows())
+    orders = {rows for layer in derive_constants(config, None).order_rows() for rows in layer}
     if most < 1:
         raise ValueError(f"max_memory_shard_size={shard_bytes:,} is smaller than one row: allow larger files.")
-    parts = -(-rows // most)
-    while rows - (parts - 1) * (rows // parts) > most:  # the last part also has the remaining rows
+    parts = -(-max(orders) // most)
+    # The last part also has the remaining rows.
+    while any(rows - (parts - 1) * (rows // parts) > most for rows in orders):
         parts += 1
     return parts
 

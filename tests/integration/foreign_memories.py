@@ -2,11 +2,12 @@
 of DeepSeek-V4.1's."""
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -70,9 +71,63 @@ def qwen_model(**fields):
     return model
 
 
-def stored(folder: Path, part: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of a folder's files whose names hold `part`."""
+# The memory of the tiny DeepSeek-V4.1: `text_config` as released, with smaller numbers.
+V41 = {
+    "engram_layer_ids": [1, 2],
+    "engram_num_embeddings": [1362, 1552],
+    "engram_vocab_size": 200,
+    "engram_max_ngram_size": 4,
+    "engram_n_heads": 2,
+    "engram_head_dim": 64,
+    "engram_compressed_vocab_size": 2763,
+    "engram_pad_id": 2,
+    "hidden_size": 32,
+    "hc_mult": 4,
+    "rms_norm_eps": 1e-20,
+}
+
+
+def v41_folder(folder: Path) -> Path:
+    """Two shards as the released ones: float8 of every value but NaN, with scales of 2 ** -17 to 2 ** 3."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v41", "text_config": V41}))
+    numbers = np.random.default_rng(0)
+    for file, layer, rows in zip((47, 48), V41["engram_layer_ids"], V41["engram_num_embeddings"], strict=True):
+        shapes = {"embed": ((rows, 64), (rows, 2)), "wkv": ((160, 384), (5, 12))}
+        tensors = {}
+        for name, (values, scales) in shapes.items():
+            signs = numbers.integers(0, 2, values, dtype=np.uint8) << 7
+            codes = numbers.integers(0, 127, values, dtype=np.uint8) | signs
+            tensors[f"{name}.weight"] = ("F8_E4M3", values, codes.tobytes())
+            exponents = numbers.integers(110, 131, scales, dtype=np.uint8)
+            tensors[f"{name}.scale"] = ("F8_E8M0", scales, exponents.tobytes())
+        for name in ("q_weight", "k_weight"):
+            norm = torch.randn(4, 32, generator=torch.Generator().manual_seed(layer)).bfloat16()
+            tensors[name] = ("BF16", (4, 32), norm.view(torch.uint8).numpy().tobytes())
+        named = {f"layers.{layer}.engram.{name}": tensor for name, tensor in tensors.items()}
+        write_raw(folder / f"model-{file:05d}-of-00048.safetensors", named)
+    return folder
+
+
+def write_raw(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> None:
+    """Writes a safetensors file from types, shapes and bytes."""
+    header, end = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end := end + len(data)]}
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"".join(data for _, _, data in tensors.values()))
+
+
+def raw(folder: Path, *parts: str) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Types, shapes and bytes of all tensors of a folder's files whose names hold one of `parts`."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= {name: tensor for name, tensor in load_file(path).items() if part in name}
+        whole = path.read_bytes()
+        (length,) = struct.unpack("<Q", whole[:8])
+        header = json.loads(whole[8 : 8 + length])
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            if any(part in name for part in parts):
+                first, last = (8 + length + offset for offset in entry["data_offsets"])
+                found[name] = (entry["dtype"], tuple(entry["shape"]), whole[first:last])
     return found
