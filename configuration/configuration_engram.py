@@ -71,7 +71,6 @@ TableDtype = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 FOREIGN_STREAMS = {
     "altup_num_inputs": "AltUp keeps its streams in front of the batch (Gemma 3n)",
     "ngram": "streams that predict further tokens lie behind the text (ProphetNet)",
-    "hc_count": "its streams are folded into the hidden dimension (Qwen4-Exp, which has a memory of its own)",
 }
 
 
@@ -121,10 +120,11 @@ class EngramConfig(PreTrainedConfig):
         engram_kernel_size (`int`, *optional*, defaults to 4):
             Kernel size of the short causal convolution, whose dilation is N; 0 leaves it out, as V4.1 does.
         engram_hc_mult (`int`, *optional*):
-            Residual streams, each with its own key. Defaults to the backbone's (`hc_mult` or 1) and must equal it.
-        engram_gate (`"signed_sqrt"` or `"sigmoid"`, *optional*, defaults to `"signed_sqrt"`):
-            `sigmoid` is the paper's equation 4; `signed_sqrt` takes the signed square root before the sigmoid, as the
-            demo and V4.1 do.
+            Residual streams, each with its own key. Defaults to the backbone's (`hc_mult`, `hc_count` or 1) and must
+            equal it.
+        engram_gate (`"signed_sqrt"`, `"signed_sqrt_or_zero"` or `"sigmoid"`, *optional*, defaults to `"signed_sqrt"`):
+            `sigmoid` is the paper's equation 4; `signed_sqrt` takes the signed square root before the sigmoid, as V4.1
+            does, and `signed_sqrt_or_zero` leaves a score of exactly 0 as it is, as the demo and Qwen4-Exp do.
         engram_projection_bias (`bool`, *optional*, defaults to `False`):
             Whether key and value projections have biases. Only for imported demo weights: with a bias an n-gram that
             was never trained contributes something.
@@ -198,7 +198,7 @@ class EngramConfig(PreTrainedConfig):
     engram_seed: int = 0
     engram_kernel_size: int = 4
     engram_hc_mult: int | None = None
-    engram_gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
+    engram_gate: Literal["signed_sqrt", "signed_sqrt_or_zero", "sigmoid"] = "signed_sqrt"
     engram_projection_bias: bool = False
     engram_norm_eps: float = 1.1920928955078125e-07
     engram_conv_norm_eps: float = 1e-05
@@ -342,7 +342,7 @@ def _known_engram(known: list[str]) -> list[str]:
 
 def _backbone_streams(text_config: PreTrainedConfig) -> int:
     """Returns the backbone's number of residual streams (1 for everything but hyper-connections)."""
-    return int(getattr(text_config, "hc_mult", None) or 1)
+    return int(getattr(text_config, "hc_mult", None) or getattr(text_config, "hc_count", None) or 1)
 
 
 def _default_pad_token_id(text_config: PreTrainedConfig) -> int:

@@ -86,7 +86,7 @@ def _donor_options(
     n_heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
     max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
     kernel_size: Annotated[int | None, typer.Option(help="Kernel size of the convolution; 0 for none.")] = None,
-    gate: Annotated[str | None, typer.Option(help="signed_sqrt or sigmoid.")] = None,
+    gate: Annotated[str | None, typer.Option(help="signed_sqrt, signed_sqrt_or_zero or sigmoid.")] = None,
     table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, int8 or float8_e4m3fn.")] = None,
     table_parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
     pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,

@@ -69,7 +69,7 @@ LAYOUT = Layout(
     inside="engram",
     fixed={
         "engram_hash_scheme": "deepseek",
-        "engram_gate": "signed_sqrt",
+        "engram_gate": "signed_sqrt_or_zero",
         "engram_projection_bias": True,
         "engram_zero_centred_norms": False,
         "engram_reset_token_ids": None,

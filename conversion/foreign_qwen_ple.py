@@ -110,7 +110,7 @@ LAYOUT = Layout(
     inside="ple",
     fixed={
         "engram_hash_scheme": "qwen",
-        "engram_gate": "signed_sqrt",
+        "engram_gate": "signed_sqrt_or_zero",
         "engram_projection_bias": False,
         "engram_zero_centred_norms": True,
         "engram_conv_across_documents": True,

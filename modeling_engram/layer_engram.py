@@ -80,8 +80,8 @@ class EngramLayer(GradientCheckpointingLayer):
         """Computes what the memory adds to the residual stream.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)` or `(batch, length, streams, hidden)`):
-                The residual stream before the decoder layer.
+            hidden_states (`torch.Tensor` of shape `(batch, length, streams, hidden)` or with the last two as one):
+                The residual streams before the decoder layer.
             vectors (`torch.Tensor` of shape `(batch, length, orders * heads * width)`): rows read for each token.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False where the gate is shut.
             cache ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
@@ -109,8 +109,9 @@ class EngramLayer(GradientCheckpointingLayer):
         weight = (shift + self.query_norm.float()) * (shift + self.key_norm.float())  # (M, D)
         score = (stream * keys * weight).sum(-1, keepdim=True) / math.sqrt(self.hidden_size)  # (B, L, M, 1)
         score = score * _rms_scale(stream, self.norm_eps) * _rms_scale(keys, self.norm_eps)
-        if self.gate == "signed_sqrt":
-            score = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
+        if self.gate != "sigmoid":
+            root = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
+            score = root if self.gate == "signed_sqrt" else root * (score != 0)
         return torch.sigmoid(score)
 
     def convolve(

@@ -73,6 +73,7 @@ def demo_config(name: str, **changes) -> EngramConfig:
         "engram_seed": demo["seed"],
         "engram_kernel_size": demo["kernel_size"],
         "engram_projection_bias": True,
+        "engram_gate": "signed_sqrt_or_zero",
         "engram_compressed_vocab_size": int(TOKEN_MAP.max()) + 1,
     }
     return EngramConfig(text_config=text_config, **{**fields, **changes})

@@ -6,7 +6,7 @@ Run with `pytest tests/parity/test_qwen_ple.py`.
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.models.qwen4_exp.modeling_qwen4_exp import _build_layer_multipliers, _find_nth_prime_after
 
 from engram_transformers import EngramForCausalLM
@@ -15,7 +15,8 @@ from engram_transformers.conversion import import_memory
 from engram_transformers.hash_constants_engram import derive_primes, derive_qwen_multipliers
 
 from ..integration.backbones import deepseek_v4
-from ..integration.foreign_memories import qwen_model, save_backbone
+from ..integration.foreign_memories import qwen_config, qwen_model, save_backbone
+from ..tiny import GOLDEN
 
 
 END = 1
@@ -87,6 +88,23 @@ def test_vectors_are_exactly_those_of_transformers(qwen, memory):
     for layer in (0, 2):
         vectors = memory.read(TEXTS, None, memory.resets(TEXTS)).vectors(layer)
         assert torch.equal(vectors, qwen.model.layers[layer].ple.ple_embedding(TEXTS, None))
+
+
+@torch.no_grad()
+def test_a_whole_model_is_the_same_with_an_imported_memory_in_the_place_of_its_own(qwen, tmp_path):
+    """Logits to 1e-5, and the same generated tokens with a cache; the control is the model without a memory."""
+    qwen.save_pretrained(tmp_path / "qwen")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen", config=qwen_config(ple_layer_ids=None)).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    AutoTokenizer.from_pretrained(GOLDEN / "tokenizer").save_pretrained(tmp_path / "plain")
+    graft = import_memory("qwen-ple", tmp_path / "qwen", tmp_path / "plain", tmp_path / "graft")
+    model = EngramForCausalLM.from_pretrained(graft)
+    expected = qwen(TEXTS).logits
+    torch.testing.assert_close(model(TEXTS).logits, expected, **TOLERANCE)
+    assert (plain(TEXTS).logits - expected).abs().max() > 0.1
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    texts = [one.generate(TEXTS, **options) for one in (qwen, model, plain)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
 def test_constants_are_those_of_transformers_at_every_size():

@@ -243,10 +243,14 @@ def test_streams_of_another_shape_are_refused():
         EngramConfig(text_config=Gemma3nTextConfig())
     with pytest.raises(ValueError, match="prophetnet has ngram=2: streams that predict"):
         EngramConfig(text_config=ProphetNetConfig(is_encoder_decoder=False), engram_layer_ids=[1])
-    text_config = llama()
-    text_config.hc_count = 2
-    with pytest.raises(ValueError, match="hc_count=2.*folded"):
-        tiny(text_config=text_config)
+
+
+def test_streams_are_counted_under_both_names():
+    for name in ("hc_mult", "hc_count"):
+        text_config = llama()
+        setattr(text_config, name, 2)
+        assert tiny(text_config=text_config).engram_hc_mult == 2
+    assert tiny().engram_hc_mult == 1
 
 
 def test_a_backbone_without_one_stack_of_layers_is_refused():

@@ -53,7 +53,7 @@ def formula(made: EngramLayer, settings: EngramConfig, stream: torch.Tensor, vec
         query = query / (query.pow(2).mean() + settings.engram_norm_eps).sqrt() * made.query_norm[m].double()
         key = key / (key.pow(2).mean() + settings.engram_norm_eps).sqrt() * made.key_norm[m].double()
         score = (query @ key).item() / math.sqrt(hidden)
-        if settings.engram_gate == "signed_sqrt":
+        if settings.engram_gate == "signed_sqrt" or (settings.engram_gate != "sigmoid" and score):
             score = math.copysign(math.sqrt(max(abs(score), 1e-6)), score)
         gated[b, t, m] = value / (1 + math.exp(-score))
     if not settings.engram_kernel_size:
@@ -87,7 +87,7 @@ def cases(draw, max_length: int = 16) -> Case:
     fields = {
         "engram_kernel_size": draw(st.integers(0, 4)),
         "engram_max_ngram_size": draw(st.integers(2, 4)),
-        "engram_gate": draw(st.sampled_from(["signed_sqrt", "sigmoid"])),
+        "engram_gate": draw(st.sampled_from(["signed_sqrt", "signed_sqrt_or_zero", "sigmoid"])),
     }
     settings = config(streams, **fields)
     made = layer(streams, seed=seed, **fields)
@@ -125,6 +125,14 @@ def test_weights_of_norms_may_be_differences_from_1(case):
     centred.load_state_dict({name: weight - 1 if name in fresh else weight for name, weight in own.items()})
     expected = case.made(case.stream, case.vectors)
     torch.testing.assert_close(centred(case.stream, case.vectors), expected, rtol=0, atol=tolerance(case))
+
+
+@torch.no_grad()
+def test_a_score_of_zero_opens_the_gate_as_its_name_says():
+    nothing, keys = torch.zeros(1, 1, 1, HIDDEN), torch.randn(1, 1, 1, HIDDEN)
+    gates = {gate: layer(engram_gate=gate).open_gate(nothing, keys).item() for gate in ("signed_sqrt", "sigmoid")}
+    assert gates == {"signed_sqrt": pytest.approx(1 / (1 + math.exp(-1e-3))), "sigmoid": 0.5}
+    assert layer(engram_gate="signed_sqrt_or_zero").open_gate(nothing, keys).item() == 0.5
 
 
 @torch.no_grad()
