@@ -71,7 +71,6 @@ TableDtype = Literal["float32", "bfloat16", "float16", "int8", "float8_e4m3fn"]
 FOREIGN_STREAMS = {
     "altup_num_inputs": "AltUp keeps its streams in front of the batch (Gemma 3n)",
     "ngram": "streams that predict further tokens lie behind the text (ProphetNet)",
-    "hc_count": "its streams are folded into the hidden dimension (Qwen4-Exp, which has a memory of its own)",
 }
 
 
@@ -121,10 +120,11 @@ class EngramConfig(PreTrainedConfig):
         engram_kernel_size (`int`, *optional*, defaults to 4):
             Kernel size of the short causal convolution, whose dilation is N; 0 leaves it out, as V4.1 does.
         engram_hc_mult (`int`, *optional*):
-            Residual streams, each with its own key. Defaults to the backbone's (`hc_mult` or 1) and must equal it.
-        engram_gate (`"signed_sqrt"` or `"sigmoid"`, *optional*, defaults to `"signed_sqrt"`):
-            `sigmoid` is the paper's equation 4; `signed_sqrt` takes the signed square root before the sigmoid, as the
-            demo and V4.1 do.
+            Residual streams, each with its own key. Defaults to the backbone's (`hc_mult`, `hc_count` or 1) and must
+            equal it.
+        engram_gate (`"signed_sqrt"`, `"signed_sqrt_or_zero"` or `"sigmoid"`, *optional*, defaults to `"signed_sqrt"`):
+            `sigmoid` is the paper's equation 4; `signed_sqrt` takes the signed square root before the sigmoid, as V4.1
+            does, and `signed_sqrt_or_zero` leaves a score of exactly 0 as it is, as the demo and Qwen4-Exp do.
         engram_projection_bias (`bool`, *optional*, defaults to `False`):
             Whether key and value projections have biases. Only for imported demo weights: with a bias an n-gram that
             was never trained contributes something.
@@ -132,6 +132,10 @@ class EngramConfig(PreTrainedConfig):
             Epsilon of the key and query norms (demo: float32's machine epsilon; V4.1: 1e-20).
         engram_conv_norm_eps (`float`, *optional*, defaults to 1e-05):
             Epsilon of the norm before the convolution.
+        engram_zero_centred_norms (`bool`, *optional*, defaults to `False`):
+            Whether the weights of all norms are differences from 1, as Qwen4-Exp's.
+        engram_conv_across_documents (`bool`, *optional*, defaults to `False`):
+            Whether the convolution reads across the borders of documents, at which n-grams stop, as Qwen4-Exp's does.
         engram_initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of fresh key projections.
         engram_value_initializer_range (`float`, *optional*, defaults to 0.04):
@@ -143,9 +147,10 @@ class EngramConfig(PreTrainedConfig):
             rows are not trained; `engram cast` makes them from trained ones.
         engram_table_parts (`int`, *optional*, defaults to 1):
             Parameters for each layer and order. Fixed at the graft: a part is the smallest unit that a file can hold.
-        engram_hash_scheme (`"deepseek"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
-            `deepseek` is the paper's multiplicative-XOR hash. `one_row` gives every head a single row: a control with
-            the memory's dense weights and no n-gram knowledge.
+        engram_hash_scheme (`"deepseek"`, `"qwen"` or `"one_row"`, *optional*, defaults to `"deepseek"`):
+            `deepseek` is the paper's multiplicative-XOR hash. `qwen` is the same hash with Qwen4-Exp's multipliers and
+            without compression. `one_row` gives every head a single row: a control with the memory's dense weights and
+            no n-gram knowledge.
         engram_reset_token_ids (`list[int]`, *optional*):
             Tokens after which a new document begins: n-grams and convolution do not look back across them (an
             end-of-sequence token, as in Qwen4's memory). None, as in the paper, treats them like any text.
@@ -193,15 +198,17 @@ class EngramConfig(PreTrainedConfig):
     engram_seed: int = 0
     engram_kernel_size: int = 4
     engram_hc_mult: int | None = None
-    engram_gate: Literal["signed_sqrt", "sigmoid"] = "signed_sqrt"
+    engram_gate: Literal["signed_sqrt", "signed_sqrt_or_zero", "sigmoid"] = "signed_sqrt"
     engram_projection_bias: bool = False
     engram_norm_eps: float = 1.1920928955078125e-07
     engram_conv_norm_eps: float = 1e-05
+    engram_zero_centred_norms: bool = False
+    engram_conv_across_documents: bool = False
     engram_initializer_range: float = 0.02
     engram_value_initializer_range: float = 0.04
     engram_table_dtype: TableDtype = "float32"
     engram_table_parts: int = 1
-    engram_hash_scheme: Literal["deepseek", "one_row"] = "deepseek"
+    engram_hash_scheme: Literal["deepseek", "qwen", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
     engram_trainable: Literal["memory", "tables", "memory+lora", "all"] | None = None
     engram_memory_delta: str | None = None
@@ -335,7 +342,7 @@ def _known_engram(known: list[str]) -> list[str]:
 
 def _backbone_streams(text_config: PreTrainedConfig) -> int:
     """Returns the backbone's number of residual streams (1 for everything but hyper-connections)."""
-    return int(getattr(text_config, "hc_mult", None) or 1)
+    return int(getattr(text_config, "hc_mult", None) or getattr(text_config, "hc_count", None) or 1)
 
 
 def _default_pad_token_id(text_config: PreTrainedConfig) -> int:
@@ -505,6 +512,12 @@ def _check_tokens(config: EngramConfig) -> None:
                 f"engram_reset_token_ids={config.engram_reset_token_ids}: {token} is outside the vocabulary of "
                 f"{vocabulary} ids. Name the tokens that end a document, such as tokenizer.eos_token_id."
             )
+    if config.engram_hash_scheme == "qwen" and (config.engram_token_map_sha256 or config.placeholder_ids):
+        raise ValueError(
+            "engram_hash_scheme='qwen' hashes token ids as they are, without a token map, and "
+            f"{'the backbone has ids for images' if config.placeholder_ids else 'engram_token_map_sha256 names one'}: "
+            "graft a text model, or choose engram_hash_scheme='deepseek'."
+        )
     if config.engram_token_map_sha256 is None and config.engram_compressed_vocab_size > vocabulary:
         raise ValueError(
             f"engram_compressed_vocab_size={config.engram_compressed_vocab_size} is larger than the vocabulary of "

@@ -263,7 +263,11 @@ def fresh_memory(
     """
     donor_config = copy.deepcopy(donor_config)
     text_config, composite = donor_config.get_text_config(decoder=True), holds_other_models(donor_config)
-    token_map = TokenCompressor.from_tokenizer(tokenizer).token_map(text_config.vocab_size)  # (vocab_size,)
+    raw = fields.get("engram_hash_scheme") == "qwen"  # ids are not compressed, so that each is its own class
+    if raw:
+        token_map = torch.arange(text_config.vocab_size, device="cpu")  # (vocab_size,)
+    else:
+        token_map = TokenCompressor.from_tokenizer(tokenizer).token_map(text_config.vocab_size)  # (vocab_size,)
     classes = int(token_map.max()) + 1  # those of the text model alone, so that addresses are the same
     if composite:
         token_map = without_placeholders(token_map, placeholder_ids(donor_config))
@@ -275,7 +279,7 @@ def fresh_memory(
         **{"composite_config" if composite else "text_config": donor_config},
         engram_layer_ids=engram_layer_ids or _default_layer_ids(text_config),
         engram_compressed_vocab_size=classes,
-        engram_token_map_sha256=token_map_sha256(token_map),
+        engram_token_map_sha256=None if raw else token_map_sha256(token_map),
         dtype=donor_config.dtype,
         **({} if rows is None else {"engram_vocab_size": rows}),
         **fields,

@@ -17,6 +17,7 @@ from ..inspection.inspect_commands import VERBS as INSPECT_VERBS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
 from .cast_commands import cast
+from .foreign_commands import export_foreign, import_foreign
 from .pack_commands import app as pack_app
 from .recipes import ENDINGS, graft_arguments, read_recipe
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
@@ -32,6 +33,8 @@ app.add_typer(pack_app, name="pack")
 app.command()(serve)
 for verb in INSPECT_VERBS:
     app.command()(verb)
+app.command("import")(import_foreign)
+app.command("export")(export_foreign)
 app.command()(cast)
 
 
@@ -86,7 +89,7 @@ def _donor_options(
     n_heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
     max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
     kernel_size: Annotated[int | None, typer.Option(help="Kernel size of the convolution; 0 for none.")] = None,
-    gate: Annotated[str | None, typer.Option(help="signed_sqrt or sigmoid.")] = None,
+    gate: Annotated[str | None, typer.Option(help="signed_sqrt, signed_sqrt_or_zero or sigmoid.")] = None,
     table_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, int8 or float8_e4m3fn.")] = None,
     table_parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
     pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,

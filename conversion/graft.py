@@ -124,12 +124,12 @@ def graft(
         if problem is None:
             reused = _reuse_donor_files(draft, folder)
             _write_weights(draft, empty, config, token_map, shard_bytes)
-            problem = _dry_load(draft) if reused else "the donor has no safetensors files"
+            problem = dry_load(draft) if reused else "the donor has no safetensors files"
         if problem:
             text_only = read.cuts if holds_other_models(read.whole) else None
             lost = _rewrite_donor_files(draft, folder, read.tokenizer, text_only)
             _write_weights(draft, empty, config, token_map, shard_bytes)
-            problem_left = _dry_load(draft)
+            problem_left = dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
         # Of a local folder only the name: receipts are published, and paths hold names of users and machines.
@@ -153,11 +153,12 @@ def existing(folder: Path) -> Path:
 def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
     """Returns the least number of parts with which every part of a table fits into a memory file."""
     most = shard_bytes // row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
-    rows = max(max(rows) for rows in derive_constants(config, None).order_rows())
+    orders = {rows for layer in derive_constants(config, None).order_rows() for rows in layer}
     if most < 1:
         raise ValueError(f"max_memory_shard_size={shard_bytes:,} is smaller than one row: allow larger files.")
-    parts = -(-rows // most)
-    while rows - (parts - 1) * (rows // parts) > most:  # the last part also has the remaining rows
+    parts = -(-max(orders) // most)
+    # The last part also has the remaining rows.
+    while any(rows - (parts - 1) * (rows // parts) > most for rows in orders):
         parts += 1
     return parts
 
@@ -259,7 +260,7 @@ def _fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
     }
 
 
-def _dry_load(draft: Path) -> str | None:
+def dry_load(draft: Path) -> str | None:
     """Loads a finished graft with its tables on disk; returns what is wrong with it, or None."""
     try:
         _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)

@@ -34,6 +34,7 @@ class ServedConfig(PretrainedConfig):
 
     model_type = "engram_lm"
     sub_configs = {"text_config": AutoConfig}
+    engram_zero_centred_norms = engram_conv_across_documents = False  # in grafts from before these fields
 
     def __init__(self, text_config: dict | None = None, **kwargs):
         self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, dict) else text_config

@@ -3,7 +3,8 @@
 Promises: they derive only from the configuration, equally on every machine and in every version. A checkpoint stores
 them and a model uses the stored ones; `check_constants` refuses stored constants that cannot belong to the
 configuration. Never reads a file.
-Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for multipliers and the order of the primes.
+Source: Engram (arXiv 2601.07372), section 2.2; the demo's NgramHashMapping for multipliers and the order of the primes;
+`Qwen4ExpTextNGramEmbedding` of Transformers for Qwen4-Exp's multipliers (splitmix64). Its primes are the demo's.
 """
 
 import hashlib
@@ -20,6 +21,9 @@ INT64_MAX = 2**63 - 1
 
 # Distance between the random streams of two layers (the demo's constant).
 LAYER_SEED_STEP = 10007
+
+# Distance between two states of splitmix64.
+SPLITMIX_STEP = 0x9E3779B97F4A7C15
 
 # Deterministic Miller-Rabin bases for every integer below 3.3e24.
 WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)
@@ -61,6 +65,25 @@ def derive_multipliers(layer_ids: list[int], orders: int, compressed_vocab_size:
     bound = multiplier_bound(compressed_vocab_size)
     streams = (np.random.default_rng(seed + LAYER_SEED_STEP * layer) for layer in layer_ids)
     return np.stack([2 * rng.integers(0, bound, size=orders, dtype=np.int64) + 1 for rng in streams])
+
+
+def derive_qwen_multipliers(layers: int, orders: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
+    """As `derive_multipliers`, with Qwen4-Exp's random numbers, whose streams count Engram layers from 0."""
+    bound = multiplier_bound(compressed_vocab_size)
+    multipliers = np.zeros((layers, orders), dtype=np.int64)
+    for layer, place in np.ndindex(multipliers.shape):
+        state = seed + LAYER_SEED_STEP * layer + SPLITMIX_STEP * (place + 1)
+        multipliers[layer, place] = 2 * (_splitmix64(state) % bound) + 1
+    return multipliers
+
+
+def _splitmix64(state: int) -> int:
+    """Returns the random 64-bit number that follows a state (splitmix64)."""
+    mask = 2**64 - 1
+    mixed = (state + SPLITMIX_STEP) & mask
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & mask
+    return mixed ^ mixed >> 31
 
 
 def derive_primes(layers: int, vocab_sizes: list[int], heads: int) -> np.ndarray:
@@ -130,9 +153,11 @@ def derive_constants(config, token_map: torch.Tensor | None) -> HashConstants:
         `ValueError`: if the pad id is dead in the token map.
     """
     layers, orders = config.engram_layer_ids, config.engram_orders
-    multipliers = derive_multipliers(
-        layers, config.engram_max_ngram_size, config.engram_compressed_vocab_size, config.engram_seed
-    )
+    sizes = (config.engram_max_ngram_size, config.engram_compressed_vocab_size, config.engram_seed)
+    if config.engram_hash_scheme == "qwen":
+        multipliers = derive_qwen_multipliers(len(layers), *sizes)
+    else:
+        multipliers = derive_multipliers(layers, *sizes)
     if config.engram_hash_scheme == "one_row":
         primes = np.ones((len(layers), len(orders), config.engram_n_heads), dtype=np.int64)
     else:
@@ -167,7 +192,7 @@ def check_constants(constants: HashConstants, config) -> None:
             f"stored hash multiplier {int(bad[0])} must be odd, positive and below {bound} for "
             f"{config.engram_compressed_vocab_size} classes: the file is damaged, restore it."
         )
-    if config.engram_hash_scheme == "deepseek":
+    if config.engram_hash_scheme != "one_row":
         _check_primes(primes, config.engram_vocab_sizes)
     elif not bool((primes == 1).all()):
         raise EngramFormatError(

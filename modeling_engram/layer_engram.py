@@ -1,8 +1,8 @@
 """EngramLayer: adds memory vectors to the residual stream.
 
 What it chooses: one key for every residual stream and one value for all; a gate from the RMS-normed products of stream
-and key; an optional short causal convolution over the gated values, added to them. The demo, the paper and V4.1 are
-settings of the configuration, not classes.
+and key; an optional short causal convolution over the gated values, added to them. The demo, the paper, V4.1 and
+Qwen4-Exp are settings of the configuration, not classes.
 Promises: rows of zeros give exactly zero (without projection bias); dead positions get exactly zero. Never owns a table
 or a cache.
 Source: Engram (arXiv 2601.07372), sections 2.3 (gate, equations 3 to 5) and 2.4 (streams, equation 6).
@@ -53,12 +53,15 @@ class EngramLayer(GradientCheckpointingLayer):
         self.key_std, self.value_std = config.engram_initializer_range, config.engram_value_initializer_range
         self.place = config.engram_layer_ids.index(layer_id)
         self.kernel_size, self.dilation = config.engram_kernel_size, config.engram_max_ngram_size
+        self.norm_shift = float(config.engram_zero_centred_norms)  # what is added to the weights of norms
+        self.across_documents = config.engram_conv_across_documents
         # Rows of the weight: M keys of D rows each, then the value's D rows (V4.1's `wkv`).
         self.key_value = Projection(config.engram_memory_dim, (streams + 1) * hidden, config.engram_projection_bias)
-        self.key_norm = nn.Parameter(torch.ones(streams, hidden))
-        self.query_norm = nn.Parameter(torch.ones(streams, hidden))
+        norms = torch.full((streams, hidden), 1 - self.norm_shift)
+        self.key_norm = nn.Parameter(norms.clone())
+        self.query_norm = nn.Parameter(norms.clone())
         if self.kernel_size:
-            self.conv_norm = nn.Parameter(torch.ones(streams, hidden))
+            self.conv_norm = nn.Parameter(norms)
             self.conv = nn.Parameter(torch.zeros(self.kernel_size, streams * hidden))
 
     @property
@@ -77,8 +80,8 @@ class EngramLayer(GradientCheckpointingLayer):
         """Computes what the memory adds to the residual stream.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch, length, hidden)` or `(batch, length, streams, hidden)`):
-                The residual stream before the decoder layer.
+            hidden_states (`torch.Tensor` of shape `(batch, length, streams, hidden)` or with the last two as one):
+                The residual streams before the decoder layer.
             vectors (`torch.Tensor` of shape `(batch, length, orders * heads * width)`): rows read for each token.
             alive (`torch.BoolTensor` of shape `(batch, length)`, *optional*): False where the gate is shut.
             cache ([`EngramCacheLayer`], *optional*): convolution history, extended in place.
@@ -102,11 +105,13 @@ class EngramLayer(GradientCheckpointingLayer):
 
     def open_gate(self, stream: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Returns the gate `(B, L, M, 1)` from stream and keys of shape `(B, L, M, D)` in float32."""
-        weight = self.query_norm.float() * self.key_norm.float()  # (M, D)
+        shift = self.norm_shift
+        weight = (shift + self.query_norm.float()) * (shift + self.key_norm.float())  # (M, D)
         score = (stream * keys * weight).sum(-1, keepdim=True) / math.sqrt(self.hidden_size)  # (B, L, M, 1)
         score = score * _rms_scale(stream, self.norm_eps) * _rms_scale(keys, self.norm_eps)
-        if self.gate == "signed_sqrt":
-            score = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
+        if self.gate != "sigmoid":
+            root = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
+            score = root if self.gate == "signed_sqrt" else root * (score != 0)
         return torch.sigmoid(score)
 
     def convolve(
@@ -118,7 +123,7 @@ class EngramLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Applies norm, causal depthwise convolution and SiLU to gated values `(B, L, M, D)`; zero where not alive."""
         batch, length = gated.shape[:2]
-        normed = gated * _rms_scale(gated, self.conv_norm_eps) * self.conv_norm.float()  # (B, L, M, D)
+        normed = gated * _rms_scale(gated, self.conv_norm_eps) * (self.norm_shift + self.conv_norm.float())
         inputs = normed.flatten(2)  # (B, L, M * D)
         if cache is not None and self.receptive_field:
             inputs = cache.extend_convolution(inputs, 1 + self.place, self.receptive_field)
@@ -128,7 +133,7 @@ class EngramLayer(GradientCheckpointingLayer):
         for step, weight in enumerate(self.conv.float()):
             start = step * self.dilation
             seen = window[:, start : start + length]  # (B, L, M * D)
-            if segments is not None:
+            if segments is not None and not self.across_documents:
                 back = segments.shape[1] - length - self.receptive_field + start
                 seen = seen * (segments[:, back : back + length] == segments[:, -length:])[:, :, None]
             mixed += seen * weight

@@ -378,9 +378,9 @@ class InsertMemory:
     def check_stream(self, decoder_layer: nn.Module, hidden_states: torch.Tensor, shape: torch.Size) -> None:
         """Raises ValueError if the residual stream has another shape than the memory was made for."""
         layer = self.layer
-        streams = () if layer.streams == 1 and hidden_states.ndim == 3 else (layer.streams,)
-        expected = (*shape, *streams, layer.hidden_size)
-        if hidden_states.shape != expected:
+        expected = (*shape, layer.streams, layer.hidden_size)
+        side_by_side = (*shape, layer.streams * layer.hidden_size)  # as Qwen4-Exp's, and one stream
+        if hidden_states.shape not in (expected, side_by_side):
             raise ValueError(
                 f"{type(decoder_layer).__name__} {self.layer_id} gets a residual stream of shape "
                 f"{tuple(hidden_states.shape)}, Engram needs {expected}: this backbone's streams are not supported."

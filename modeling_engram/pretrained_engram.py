@@ -155,7 +155,7 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             initialization.copy_(getattr(hasher, name), tensor)
 
     def init_engram_layer(self, layer: EngramLayer) -> None:
-        """Initialises dense weights: keys and value normal, each with its own deviation; norms 1; convolution 0."""
+        """Initialises dense weights: keys and value normal, of their own deviation; norms scale by 1; convolution 0."""
         weight = layer.key_value.weight
         if not is_loaded(weight):
             keys, value = weight.split([len(weight) - layer.hidden_size, layer.hidden_size])
@@ -163,10 +163,9 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
             value.normal_(0.0, layer.value_std)
         if layer.key_value.bias is not None:
             initialization.zeros_(layer.key_value.bias)
-        for norm in (layer.key_norm, layer.query_norm):
-            initialization.ones_(norm)
+        for norm in (layer.key_norm, layer.query_norm, *([layer.conv_norm] if layer.kernel_size else [])):
+            initialization.constant_(norm, 1 - layer.norm_shift)
         if layer.kernel_size:
-            initialization.ones_(layer.conv_norm)
             initialization.zeros_(layer.conv)
 
     def run_with_memory(

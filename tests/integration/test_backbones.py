@@ -22,7 +22,7 @@ LENGTH = 15
 # Caches without the configuration hold keys and values alone: these backbones keep more, and fail with them.
 NEEDS_ITS_OWN_CACHE = (
     *("lfm2", "falcon_h1", "deepseek_v4", "deepseek_v4_compressed", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
-    *("nemotron_h", "granitemoehybrid", "kimi_linear"),
+    *("nemotron_h", "granitemoehybrid", "kimi_linear", "qwen4_exp_text"),
 )
 CACHES = {
     "configured": lambda model: DynamicCache(config=model.config.get_text_config()),

@@ -1,10 +1,13 @@
 """A whole Engram layer against the public demo's forward pass: rows exactly, values to 1e-5 absolute in float32.
 
-The demo keeps one table for all orders, separate key and value projections with biases, and one norm for each stream;
-`demo_layer` shows where each of them lies here. Run with `pytest tests/parity/test_forward_golden.py`.
+The memory is imported from the demo's tensors (conversion/foreign_january_demo.py).
+Run with `pytest tests/parity/test_forward_golden.py`.
 """
 
+import copy
+import functools
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +16,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from engram_transformers import EngramConfig
+from engram_transformers import EngramConfig, EngramForCausalLM
 from engram_transformers.cache_engram import EngramCacheLayer
+from engram_transformers.conversion import import_memory
 from engram_transformers.hash_ngrams_engram import NgramHasher
 from engram_transformers.layer_engram import EngramLayer
 from engram_transformers.rows_table_engram import EngramTable
+
+from ..integration.foreign_memories import demo_backbone, demo_folder, save_backbone
 
 
 FOLDER = Path(__file__).parent / "golden"
@@ -67,42 +73,28 @@ def demo_config(name: str, **changes) -> EngramConfig:
         "engram_seed": demo["seed"],
         "engram_kernel_size": demo["kernel_size"],
         "engram_projection_bias": True,
+        "engram_gate": "signed_sqrt_or_zero",
         "engram_compressed_vocab_size": int(TOKEN_MAP.max()) + 1,
     }
     return EngramConfig(text_config=text_config, **{**fields, **changes})
 
 
+@functools.cache
+def imported(name: str) -> EngramForCausalLM:
+    """A graft with the demo's memory, imported from its files; tests only read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = demo_folder(name, Path(folder, "demo"))
+        backbone = save_backbone(demo_backbone(name), Path(folder, "backbone"))
+        graft = import_memory("january-demo", source, backbone, Path(folder, "graft"))
+        return EngramForCausalLM.from_pretrained(graft, engram_placement="device")
+
+
 def demo_layer(name: str, layer_id: int, **changes) -> Demo:
-    config = demo_config(name, **changes)
+    config, memory = demo_config(name, **changes), copy.deepcopy(imported(name).memory)
     arrays = dict(np.load(FOLDER / f"forward_{name}.npz"))
-    weights = {
-        key.removeprefix(f"L{layer_id}/w/"): torch.from_numpy(array)
-        for key, array in arrays.items()
-        if key.startswith(f"L{layer_id}/w/")
-    }
-    streams = range(config.engram_hc_mult)
-    hasher = NgramHasher.from_config(config, TOKEN_MAP)
-    index = hasher.layer_index(layer_id)
-
-    order_rows = hasher.constants.order_rows()[index]
-    table = EngramTable(order_rows, config.engram_head_dim, 1, torch.float32)
-    rows = weights["multi_head_embedding.embedding.weight"].split(order_rows)
-    table.load_state_dict({f"order{order}.0": part for order, part in enumerate(rows, start=2)})
-    assert torch.equal(weights["multi_head_embedding.offsets"], hasher.offsets[index].flatten())
-
-    projections = [*(f"key_projs.{m}" for m in streams), "value_proj"]
     layer = EngramLayer(config, layer_id).eval()
-    layer.load_state_dict(
-        {
-            "key_value.weight": torch.cat([weights[f"{p}.weight"] for p in projections]),
-            "key_value.bias": torch.cat([weights[f"{p}.bias"] for p in projections]),
-            "key_norm": torch.stack([weights[f"norm1.{m}.weight"] for m in streams]),
-            "query_norm": torch.stack([weights[f"norm2.{m}.weight"] for m in streams]),
-            "conv_norm": torch.stack([weights[f"short_conv.norms.{m}.weight"] for m in streams]),
-            "conv": weights["short_conv.conv.weight"][:, 0].t(),  # (M * D, 1, taps) to (taps, M * D)
-        }
-    )
-    return Demo(config, hasher, table, layer, layer_id, arrays)
+    layer.load_state_dict(memory.layers[str(layer_id)].state_dict())
+    return Demo(config, memory.hashing, memory.tables[str(layer_id)], layer, layer_id, arrays)
 
 
 @pytest.fixture(params=LAYERS, ids=lambda pair: f"{pair[0]}-layer{pair[1]}")

@@ -61,6 +61,10 @@ REFUSALS = {
     "no row in one order": ({"engram_vocab_size": [50, 0]}, ["[50, 0]", "at least 1 row"]),
     "pad outside": ({"engram_pad_token_id": 100}, ["engram_pad_token_id=100", "100 ids", "tokenizer's pad or end"]),
     "pad negative": ({"engram_pad_token_id": -1}, ["engram_pad_token_id=-1", "100 ids", "tokenizer's pad or end"]),
+    "a token map for raw ids": (
+        {"engram_hash_scheme": "qwen", "engram_token_map_sha256": "ab"},
+        ["'qwen'", "engram_token_map_sha256 names one", "'deepseek'"],
+    ),
     "more classes than ids": ({"engram_compressed_vocab_size": 101}, ["=101", "100 ids", "can only merge"]),
     "no norm epsilon": ({"engram_norm_eps": 0.0}, ["engram_norm_eps=0.0", "larger than 0"]),
     "negative conv epsilon": ({"engram_conv_norm_eps": -1e-5}, ["engram_conv_norm_eps=-1e-05", "larger than 0"]),
@@ -239,10 +243,14 @@ def test_streams_of_another_shape_are_refused():
         EngramConfig(text_config=Gemma3nTextConfig())
     with pytest.raises(ValueError, match="prophetnet has ngram=2: streams that predict"):
         EngramConfig(text_config=ProphetNetConfig(is_encoder_decoder=False), engram_layer_ids=[1])
-    text_config = llama()
-    text_config.hc_count = 2
-    with pytest.raises(ValueError, match="hc_count=2.*folded"):
-        tiny(text_config=text_config)
+
+
+def test_streams_are_counted_under_both_names():
+    for name in ("hc_mult", "hc_count"):
+        text_config = llama()
+        setattr(text_config, name, 2)
+        assert tiny(text_config=text_config).engram_hc_mult == 2
+    assert tiny().engram_hc_mult == 1
 
 
 def test_a_backbone_without_one_stack_of_layers_is_refused():

@@ -53,7 +53,7 @@ def formula(made: EngramLayer, settings: EngramConfig, stream: torch.Tensor, vec
         query = query / (query.pow(2).mean() + settings.engram_norm_eps).sqrt() * made.query_norm[m].double()
         key = key / (key.pow(2).mean() + settings.engram_norm_eps).sqrt() * made.key_norm[m].double()
         score = (query @ key).item() / math.sqrt(hidden)
-        if settings.engram_gate == "signed_sqrt":
+        if settings.engram_gate == "signed_sqrt" or (settings.engram_gate != "sigmoid" and score):
             score = math.copysign(math.sqrt(max(abs(score), 1e-6)), score)
         gated[b, t, m] = value / (1 + math.exp(-score))
     if not settings.engram_kernel_size:
@@ -78,6 +78,7 @@ class Case:
     made: EngramLayer
     stream: torch.Tensor  # (B, L, M, D)
     vectors: torch.Tensor  # (B, L, E)
+    fields: dict
 
 
 @st.composite
@@ -86,7 +87,7 @@ def cases(draw, max_length: int = 16) -> Case:
     fields = {
         "engram_kernel_size": draw(st.integers(0, 4)),
         "engram_max_ngram_size": draw(st.integers(2, 4)),
-        "engram_gate": draw(st.sampled_from(["signed_sqrt", "sigmoid"])),
+        "engram_gate": draw(st.sampled_from(["signed_sqrt", "signed_sqrt_or_zero", "sigmoid"])),
     }
     settings = config(streams, **fields)
     made = layer(streams, seed=seed, **fields)
@@ -96,6 +97,7 @@ def cases(draw, max_length: int = 16) -> Case:
         made,
         torch.randn(batch, length, streams, HIDDEN),
         torch.randn(batch, length, settings.engram_memory_dim),
+        fields,
     )
 
 
@@ -110,6 +112,35 @@ def test_the_layer_is_the_papers_formula(case):
     expected = formula(case.made, case.settings, case.stream, case.vectors)
     found = case.made(case.stream, case.vectors)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance(case) * (1 + expected.abs().max()))
+
+
+@torch.no_grad()
+@given(case=cases())
+def test_weights_of_norms_may_be_differences_from_1(case):
+    settings = config(case.settings.engram_hc_mult, **case.fields, engram_zero_centred_norms=True)
+    centred = EngramLayer(settings, 1)
+    fresh = {name: weight for name, weight in centred.named_parameters() if "norm" in name}
+    assert not any(weight.any() for weight in fresh.values())
+    own = case.made.state_dict()
+    centred.load_state_dict({name: weight - 1 if name in fresh else weight for name, weight in own.items()})
+    expected = case.made(case.stream, case.vectors)
+    torch.testing.assert_close(centred(case.stream, case.vectors), expected, rtol=0, atol=tolerance(case))
+
+
+@torch.no_grad()
+def test_a_score_of_zero_opens_the_gate_as_its_name_says():
+    nothing, keys = torch.zeros(1, 1, 1, HIDDEN), torch.randn(1, 1, 1, HIDDEN)
+    gates = {gate: layer(engram_gate=gate).open_gate(nothing, keys).item() for gate in ("signed_sqrt", "sigmoid")}
+    assert gates == {"signed_sqrt": pytest.approx(1 / (1 + math.exp(-1e-3))), "sigmoid": 0.5}
+    assert layer(engram_gate="signed_sqrt_or_zero").open_gate(nothing, keys).item() == 0.5
+
+
+@torch.no_grad()
+def test_a_convolution_may_read_across_documents():
+    across, made = layer(engram_conv_across_documents=True), layer()
+    stream, vectors, segments = torch.randn(1, 12, HIDDEN), torch.randn(1, 12, 12), torch.arange(21)[None]
+    assert torch.equal(across(stream, vectors, segments=segments), made(stream, vectors))
+    assert not torch.allclose(made(stream, vectors, segments=segments), made(stream, vectors))
 
 
 @torch.no_grad()
