@@ -3,7 +3,19 @@
 from .backbone import graft_onto
 from .graft import graft
 from .plan import GraftPlan, plan_graft
+from .readdress import Readdressed, text_blocks
 from .recipes import graft_arguments, read_recipe
+from .resize import resize_memory
 
 
-__all__ = ["GraftPlan", "graft", "graft_arguments", "graft_onto", "plan_graft", "read_recipe"]
+__all__ = [
+    "GraftPlan",
+    "Readdressed",
+    "graft",
+    "graft_arguments",
+    "graft_onto",
+    "plan_graft",
+    "read_recipe",
+    "resize_memory",
+    "text_blocks",
+]

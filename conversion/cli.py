@@ -101,6 +101,13 @@ def _donor_options(
     token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the donor is.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Folder of a memory whose table the graft begins with.")] = None,
+    init_text: Annotated[
+        str | None, typer.Option(help="Text over which that table is re-addressed, if tokenizer or sizes differ.")
+    ] = None,
+    init_reader: Annotated[
+        bool | None, typer.Option("--init-reader", help="Take that memory's projections too.")
+    ] = None,
 ) -> None:
     """Options of `graft` and `plan`, with the names of `EngramConfig` without `engram_`."""
 
