@@ -17,6 +17,7 @@ from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
 from .pack_commands import app as pack_app
 from .recipes import ENDINGS, graft_arguments, read_recipe
+from .surgery_commands import VERBS as SURGERY
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 app.add_typer(pack_app, name="pack")
 app.command()(serve)
+for verb in SURGERY:
+    app.command()(verb)
 
 
 @app.callback()

@@ -24,6 +24,7 @@ from ..rows_storage_engram import CheckpointTables, ShardFile
 
 
 LAYERS_PREFIX = f"{MEMORY_PREFIX}layers."
+_BACKBONE_PREFIX = "backbone."
 
 
 class SourceCheckpoint:
@@ -65,6 +66,11 @@ class SourceCheckpoint:
     def names(self, prefix: str) -> list[str]:
         """Returns the tensors whose names begin so, in the order of the index."""
         return [name for name in self.weight_map if name.startswith(prefix)]
+
+    def backbone(self) -> dict[str, str]:
+        """Returns the names of the backbone's tensors in this checkpoint, by their names in the backbone."""
+        names = [name for name in self.weight_map if not name.startswith(MEMORY_PREFIX)]
+        return {name.removeprefix(_BACKBONE_PREFIX): name for name in names}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Returns a tensor on its mapped file; only read it."""

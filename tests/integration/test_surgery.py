@@ -1,17 +1,26 @@
-"""Surgery on checkpoints: resizing, transplants. What is made loads strictly, is whole, and old files do not change.
+"""Surgery on checkpoints: what is made loads strictly and is whole, and what it is made from does not change.
 
 Run: pytest tests/integration/test_surgery.py
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engram_transformers import verify_checkpoint
-from engram_transformers.conversion import graft, resize_memory
+from engram_transformers import EngramForCausalLM, verify_checkpoint
+from engram_transformers.conversion import (
+    extract_memory,
+    extract_pack,
+    graft,
+    merge_memories,
+    prune_memory,
+    resize_memory,
+    strip_memory,
+)
 from engram_transformers.conversion.new_checkpoint import HOLE, write_but_zeros
 from engram_transformers.conversion.source_checkpoint import SourceCheckpoint
 
@@ -20,14 +29,6 @@ from ..packs import pack_of
 
 TEXT = "The old harbour of Lisbon lies on the river Tagus, and ships of many nations came there to trade in spices."
 FIELDS = {"engram_vocab_size": 211, "engram_n_heads": 2, "engram_head_dim": 4}
-
-
-@pytest.fixture
-def donor(tiny_donor, tiny_tokenizer, tmp_path):
-    """A donor's folder."""
-    tiny_donor().save_pretrained(tmp_path / "donor")
-    tiny_tokenizer.save_pretrained(tmp_path / "donor")
-    return tmp_path / "donor"
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ def logits(tiny_tokenizer):
     @torch.no_grad()
     def run(folder, memory=True):
         model = AutoModelForCausalLM.from_pretrained(folder)
+        memory = memory or not hasattr(model, "memory")
         ids = tiny_tokenizer(TEXT, return_tensors="pt", add_special_tokens=False).input_ids
         if memory:
             return model(ids).logits
@@ -231,3 +233,211 @@ def test_zeros_between_written_rows_are_holes(tmp_path):
             write_but_zeros(file, data.numpy(), at)
         assert path.read_bytes()[at : at + len(data)] == bytes(data.tolist())
         assert path.stat().st_blocks * 512 <= 4 * HOLE < path.stat().st_size
+
+
+def test_small_rows_become_zero_and_others_keep_their_bits(trained, tmp_path):
+    before = content(trained)
+    report = prune_memory(trained, tmp_path / "out", min_norm=1.5)
+    old, new = rows(trained, 2, 3), rows(tmp_path / "out", 2, 3)
+    kept = old.norm(dim=-1) >= 1.5
+    assert torch.equal(new, old * kept[:, None]) and 0 < int(kept.sum()) < len(old)
+    gone = [(rows(trained, layer, order).norm(dim=-1) < 1.5).sum() for layer in (1, 2) for order in (2, 3)]
+    assert report.zeroed == sum(map(int, gone)) and report.were_zero == 0 and report.rows > report.zeroed
+    assert content(trained) == before and receipt(tmp_path / "out")["surgery"][0]["zeroed"] == report.zeroed
+
+
+def test_all_rows_can_go_and_the_backbone_is_left(trained, logits, tmp_path):
+    report = prune_memory(trained, tmp_path / "out", min_norm=float("inf"))
+    assert report.zeroed == report.rows and torch.equal(logits(tmp_path / "out"), logits(trained, memory=False))
+
+
+def test_untouched_rows_become_holes_and_no_value_changes(donor, logits, tmp_path):
+    graft(donor, tmp_path / "graft", [1], engram_vocab_size=20_000, engram_n_heads=2, engram_head_dim=32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "graft")
+    with torch.no_grad():
+        model.memory.tables["1"].order2[0][::1000] = 1.0  # one row in each block that a save leaves out as a hole
+        model.memory.tables["1"].order3[0][:] = 1.0
+    model.save_pretrained(tmp_path / "saved")
+    report = prune_memory(tmp_path / "saved", tmp_path / "out", untouched=True)
+    assert report.zeroed == 0 and report.were_zero > 30_000
+    assert report.disk_after < 0.6 * report.disk_before
+    assert torch.equal(rows(tmp_path / "out"), rows(tmp_path / "saved"))
+    assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "give min_norm"),
+        ({"min_norm": 1.0, "untouched": True}, "give min_norm"),
+        ({"min_norm": 0.0}, "min_norm=0.0 must be larger than 0"),
+        ({"min_norm": float("nan")}, "min_norm=nan must be"),
+        ({"min_norm": 1.0, "max_memory_shard_size": 10}, "more than max_memory_shard_size"),
+    ],
+)
+def test_pruning_that_cannot_be_leaves_nothing(trained, tmp_path, arguments, said):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=said):
+        prune_memory(trained, tmp_path / "out", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_memory_is_taken_out_and_put_back(trained, donor, logits, tmp_path):
+    out = extract_memory(trained, tmp_path / "memory")
+    for path in trained.glob("engram-memory-*"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match="lacks .* backbone weights"):
+        EngramForCausalLM.from_pretrained(out)
+    again = graft(donor, tmp_path / "again", init_from=out, init_reader=True)
+    assert torch.equal(logits(again), logits(trained))
+    assert sum(f.stat().st_size for f in out.iterdir()) < 0.5 * sum(f.stat().st_size for f in trained.iterdir())
+    assert content(extract_memory(out, tmp_path / "twice")).keys() == content(out).keys()
+    with pytest.raises(ValueError, match="a memory without a backbone"):
+        strip_memory(out, tmp_path / "no")
+
+
+def test_a_pack_of_a_text_gives_over_an_empty_table_what_the_table_gave(trained, tiny_tokenizer, logits, tmp_path):
+    ids = tiny_tokenizer(TEXT, return_tensors="pt", add_special_tokens=False).input_ids
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    _, read = model.memory.hashing(ids)  # (layers, 1, L, orders, heads)
+    with torch.no_grad():  # n-grams that reach before the text are in no pack
+        for layer, table in enumerate(model.memory.tables.values()):
+            for order, parts in enumerate(table.orders()):
+                reaching = read[layer, 0, : order + 1, order].flatten()
+                for row in reaching.tolist():
+                    part = min(row // parts.part_height, len(parts) - 1)
+                    parts[part][row - part * parts.part_height] = 0
+    model.save_pretrained(tmp_path / "whole")
+    tiny_tokenizer.save_pretrained(tmp_path / "whole")
+    pack = extract_pack(tmp_path / "whole", tmp_path / "x.engram-pack.safetensors", [TEXT, TEXT])
+    assert len(pack) == len({tuple(w) for n in (2, 3) for w in ids[0].unfold(0, n, 1).tolist()})
+    prune_memory(tmp_path / "whole", tmp_path / "empty", min_norm=float("inf"))
+    empty = AutoModelForCausalLM.from_pretrained(tmp_path / "empty")
+    with torch.no_grad():
+        before = empty(ids).logits
+        empty.load_memory(tmp_path / "x.engram-pack.safetensors")
+        assert torch.equal(empty(ids).logits, logits(tmp_path / "whole"))
+        assert not torch.allclose(empty(ids).logits, before, atol=1e-2)
+
+
+def test_a_pack_that_cannot_be_extracted_is_refused(trained, donor, tmp_path):
+    with pytest.raises(ValueError, match="must end with .engram-pack.safetensors"):
+        extract_pack(trained, tmp_path / "x.safetensors", [TEXT])
+    (tmp_path / "x.engram-pack.safetensors").write_text("mine")
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        extract_pack(trained, tmp_path / "x.engram-pack.safetensors", [TEXT])
+    fresh = graft(donor, tmp_path / "fresh", [1, 2], **FIELDS)
+    with pytest.raises(ValueError, match="gives zeros for every n-gram"):
+        extract_pack(fresh, tmp_path / "y.engram-pack.safetensors", [TEXT])
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": 200_000}], ids=["one file", "several files"])
+def test_stripping_a_graft_gives_the_donors_bytes(tiny_donor, tiny_tokenizer, tmp_path, shards):
+    model = tiny_donor()
+    model.save_pretrained(tmp_path / "donor", **shards)
+    tiny_tokenizer.save_pretrained(tmp_path / "donor")
+    out = strip_memory(graft(tmp_path / "donor", tmp_path / "graft", [1, 2], **FIELDS), tmp_path / "out")
+    theirs = {name: data for name, data in content(tmp_path / "donor").items() if name.endswith(".safetensors")}
+    assert {name: data for name, data in content(out).items() if name.endswith(".safetensors")} == theirs
+    assert not [name for name in content(out) if "engram" in name]
+    ids = torch.randint(3, 4000, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(ids).logits, model(ids).logits)
+
+
+def test_a_saved_checkpoint_is_stripped_to_what_loads_without_this_package(trained, logits, tmp_path):
+    out = strip_memory(trained, tmp_path / "out")
+    assert type(AutoModelForCausalLM.from_pretrained(out)) is LlamaForCausalLM
+    assert torch.equal(logits(out), logits(trained, memory=False))
+    assert "engram" not in (out / "config.json").read_text() and not list(out.glob("*.py"))
+
+
+@pytest.fixture
+def family(donor, fill_memory, tmp_path):
+    """A graft with a trained reader, and two of it whose rows were trained on."""
+    base = fill_memory(AutoModelForCausalLM.from_pretrained(graft(donor, tmp_path / "graft", [1, 2], **FIELDS)))
+    base.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("first", "second"), start=1):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for part in model.memory.tables.parameters():
+                changed = torch.randperm(len(part), generator=generator)[: len(part) // 2]
+                part[changed] += torch.randn(len(changed), 4, generator=generator)
+        model.save_pretrained(tmp_path / name)
+    return tmp_path / "base", tmp_path / "first", tmp_path / "second"
+
+
+@pytest.mark.parametrize(
+    ("how", "weights", "expected"),
+    [
+        ("average", None, lambda base, a, b: (a + b) / 2),
+        ("average", [1, 3], lambda base, a, b: 0.25 * a + 0.75 * b),
+        ("sum", [1, -0.5], lambda base, a, b: a - 0.5 * b),
+        ("task", None, lambda base, a, b: base + (a - base) + (b - base)),
+        ("task", [1, 0], lambda base, a, b: a),
+    ],
+)
+def test_rows_are_merged_by_the_rule(family, tmp_path, how, weights, expected):
+    base, *two = family
+    before = [content(folder) for folder in family]
+    given = {"base": base} if how == "task" else {}
+    report = merge_memories(two, tmp_path / "out", how=how, weights=weights, **given)
+    for layer in (1, 2):
+        for order in (2, 3):
+            held = [rows(folder, layer, order) for folder in family]
+            torch.testing.assert_close(rows(tmp_path / "out", layer, order), expected(*held))
+    starting = rows(base) if how == "task" else torch.zeros(1)
+    moved = [rows(folder) - starting for folder in two]
+    both = moved[0].any(-1) & moved[1].any(-1)
+    own = report.conflicts[0]
+    assert own.table == "memory.tables.1.order2.0" and own.shared == int(both.sum())
+    cosine = torch.cosine_similarity(moved[0][both], moved[1][both]).mean()
+    assert own.cosine == pytest.approx(float(cosine), abs=1e-4)
+    assert [content(folder) for folder in family] == before
+    assert receipt(tmp_path / "out")["surgery"][-1]["how"] == how
+    assert "by several memories, with a mean cosine of" in report.lines()[0]
+
+
+def test_memories_that_do_not_belong_together_are_refused(family, donor, tiny_donor, tmp_path):
+    base, first, second = family
+    other_layout = graft(donor, tmp_path / "layout", [1, 2], **{**FIELDS, "engram_seed": 1})
+    tiny_donor(seed=5).save_pretrained(tmp_path / "donor2")
+    for path in donor.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "donor2")
+    other_backbone = graft(tmp_path / "donor2", tmp_path / "backbone", init_from=first, init_reader=True)
+    fresh = graft(donor, tmp_path / "fresh", init_from=second)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for folders, arguments, said in (
+        ([first, other_layout], {"how": "sum"}, "have other layouts"),
+        ([first, other_backbone], {"how": "sum"}, "the backbones of .* differ"),
+        ([first, fresh], {"how": "sum"}, "a sum of readers reads every row twice"),
+        ([first, fresh], {"how": "average"}, "the readers differ.*merge_readers"),
+        ([first], {"how": "sum"}, "1 memories are given"),
+        ([first, second], {"how": "mean"}, "how='mean' must be one of"),
+        ([first, second], {"how": "task"}, "needs the base"),
+        ([first, second], {"how": "sum", "base": base}, "a base is for how='task'"),
+        ([first, second], {"how": "sum", "weights": [1]}, "must be 2 numbers"),
+        ([first, second], {"how": "average", "weights": [1, -1]}, "a positive sum"),
+        ([first, second], {"how": "sum", "weights": [1, float("inf")]}, "must be 2 numbers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            merge_memories(folders, tmp_path / "out", **arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    report = merge_memories([first, fresh], tmp_path / "out", how="average", merge_readers=True)
+    name = "memory.layers.1.key_value.weight"
+    expected = (SourceCheckpoint(first).tensor(name) + SourceCheckpoint(fresh).tensor(name)) / 2
+    torch.testing.assert_close(SourceCheckpoint(tmp_path / "out").tensor(name), expected)
+    assert report.merged_readers and "measure the loss" in report.lines()[-1]
+
+
+def test_a_failure_on_the_way_leaves_nothing(trained, tmp_path, monkeypatch):
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engram_transformers.conversion.new_checkpoint.write_but_zeros", fail)
+    with pytest.raises(OSError, match="No space left"):
+        prune_memory(trained, tmp_path / "out", min_norm=1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
