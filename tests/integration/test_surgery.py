@@ -22,6 +22,7 @@ from engram_transformers.conversion import (
     strip_memory,
 )
 from engram_transformers.conversion.new_checkpoint import HOLE, write_but_zeros
+from engram_transformers.conversion.reference_copy import copy_by_reference
 from engram_transformers.conversion.source_checkpoint import SourceCheckpoint
 
 from ..packs import pack_of
@@ -429,6 +430,18 @@ def test_memories_that_do_not_belong_together_are_refused(family, donor, tiny_do
     expected = (SourceCheckpoint(first).tensor(name) + SourceCheckpoint(fresh).tensor(name)) / 2
     torch.testing.assert_close(SourceCheckpoint(tmp_path / "out").tensor(name), expected)
     assert report.merged_readers and "measure the loss" in report.lines()[-1]
+
+
+@pytest.mark.parametrize("data", [{}, {0: 1}, {5 << 20: 7, (8 << 20) - 1: 9}], ids=["a hole", "begins", "ends"])
+def test_a_copy_keeps_holes(tmp_path, data):
+    with open(tmp_path / "file", "wb") as file:
+        file.truncate(8 << 20)
+        for place, byte in data.items():
+            file.seek(place)
+            file.write(bytes([byte]))
+    copy_by_reference(tmp_path / "file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "file").read_bytes()
+    assert (tmp_path / "copy").stat().st_blocks * 512 <= len(data) * (1 << 16)
 
 
 def test_a_failure_on_the_way_leaves_nothing(trained, tmp_path, monkeypatch):
