@@ -13,6 +13,7 @@ import argparse
 import gc
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +36,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--rows", type=int, default=20_000, help="least rows of a head")
     made.add_argument("--head-dim", type=int, default=48, help="values in a row")
     made.add_argument("--seeds", type=integers, default=[0, 1, 2], help="of the fresh reader, order and random rows")
+    made.add_argument("--taught", type=Path, help="folder of a memory that was taught before, to go on from there")
     made.add_argument("--steps", type=int, default=100, help="of the memory that the table comes from")
     made.add_argument("--reader-steps", type=int, default=100, help="of each fresh reader")
     made.add_argument("--batch", type=int, default=8, help="sequences in a step")
@@ -50,17 +52,15 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     sizes |= {"reader_steps": asked.reader_steps, "batch": asked.batch, "length": asked.length}
     texts = _Texts(donor, asked)
     with workplace(asked.work, "transplant") as folder:
-        fields = {"engram_vocab_size": asked.rows, "engram_head_dim": asked.head_dim}
-        model = _loaded(graft(donor, folder / "fresh", asked.layers, **fields))
+        taught = asked.taught or _teach(donor, texts.all, asked, folder)
+        model = _loaded(taught)
         with model.disable_memory():
             before = {"donor": texts.losses(model)}
-        _train(model.set_trainable("memory"), texts.all, asked.steps, asked.batch, seed=0)
         before["its own reader"] = texts.losses(model)
         say(f"transplant: {before}")
-        model.save_pretrained(folder / "taught")
         del model
         gc.collect()
-        moved = graft(donor, folder / "moved", init_from=folder / "taught")
+        moved = graft(donor, folder / "moved", init_from=taught)
         for seed in asked.seeds:
             found = dict(before)
             for arm in ARMS:
@@ -72,6 +72,15 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
                 del model
                 gc.collect()
             yield "transplant", {**sizes, "seed": seed}, found
+
+
+def _teach(donor: Path, texts: list[torch.Tensor], asked: argparse.Namespace, folder: Path) -> Path:
+    """A checkpoint whose memory has learned the texts."""
+    fields = {"engram_vocab_size": asked.rows, "engram_head_dim": asked.head_dim}
+    model = _loaded(graft(donor, folder / "fresh", asked.layers, **fields))
+    _train(model.set_trainable("memory"), texts, asked.steps, asked.batch, seed=0)
+    model.save_pretrained(folder / "taught")
+    return folder / "taught"
 
 
 class _Texts:
