@@ -39,6 +39,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--taught", type=Path, help="folder of a memory that was taught before, to go on from there")
     made.add_argument("--steps", type=int, default=100, help="of the memory that the table comes from")
     made.add_argument("--reader-steps", type=int, default=100, help="of each fresh reader")
+    made.add_argument("--reader-rate", type=float, default=2e-3, help="learning rate of each fresh reader")
     made.add_argument("--batch", type=int, default=8, help="sequences in a step")
     made.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     made.add_argument("--measured", type=int, default=32, help="sequences that a loss is measured on")
@@ -49,7 +50,12 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
     """The benchmark: one result for each seed of the fresh reader."""
     donor = whole_donor(asked.donor)
     sizes = {"layers": asked.layers, "rows": asked.rows, "head_dim": asked.head_dim, "steps": asked.steps}
-    sizes |= {"reader_steps": asked.reader_steps, "batch": asked.batch, "length": asked.length}
+    sizes |= {
+        "reader_steps": asked.reader_steps,
+        "reader_rate": asked.reader_rate,
+        "batch": asked.batch,
+        "length": asked.length,
+    }
     texts = _Texts(donor, asked)
     with workplace(asked.work, "transplant") as folder:
         taught = asked.taught or _teach(donor, texts.all, asked, folder)
@@ -61,16 +67,15 @@ def measure(asked: argparse.Namespace) -> Iterator[tuple[str, dict, dict]]:
         del model
         gc.collect()
         moved = graft(donor, folder / "moved", init_from=taught)
+        model = _loaded(moved).set_trainable("reader")
+        rows = [part.clone() for part in model.memory.tables.parameters()]
         for seed in asked.seeds:
             found = dict(before)
             for arm in ARMS:
-                model = _loaded(moved)
-                _prepare(model, arm, seed)
-                _train(model.set_trainable("reader"), texts.taught, asked.reader_steps, asked.batch, seed)
+                _prepare(model, rows, arm, seed)
+                _train(model, texts.taught, asked.reader_steps, asked.batch, seed, asked.reader_rate)
                 found[arm] = texts.losses(model)
                 say(f"transplant, seed {seed}, {arm}: {found[arm]}")
-                del model
-                gc.collect()
             yield "transplant", {**sizes, "seed": seed}, found
 
 
@@ -125,9 +130,9 @@ def _loss(model, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, labels=ids, use_cache=False).loss
 
 
-def _train(model, texts: list[torch.Tensor], steps: int, batch: int, seed: int) -> None:
-    """Trains what may learn, with the default rates and a linear decay."""
-    optimizer, draw = create_optimizer(model, seed=seed), random.Random(seed)
+def _train(model, texts: list[torch.Tensor], steps: int, batch: int, seed: int, rate: float = 2e-3) -> None:
+    """Trains what may learn, with a linear decay."""
+    optimizer, draw = create_optimizer(model, lr=rate, seed=seed), random.Random(seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 5) * (1 - step / steps))
     order: list[torch.Tensor] = []
     for _ in range(steps):
@@ -142,12 +147,13 @@ def _train(model, texts: list[torch.Tensor], steps: int, batch: int, seed: int) 
 
 
 @torch.no_grad()
-def _prepare(model, arm: str, seed: int) -> None:
-    """Gives a graft a fresh reader of a seed, and the rows of an arm."""
+def _prepare(model, originals: list[torch.Tensor], arm: str, seed: int) -> None:
+    """Gives a graft a fresh reader of a seed, and the rows of an arm, made of the transplanted ones."""
     torch.manual_seed(seed)
     for layer in model.memory.layers.values():
         model.init_engram_layer(layer)
-    for part in model.memory.tables.parameters():
+    for part, original in zip(model.memory.tables.parameters(), originals, strict=True):
+        part.copy_(original)
         used = part.any(-1).nonzero()[:, 0]  # (rows that are not zero,)
         rows = part[used]
         if arm == "permuted":
