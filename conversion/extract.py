@@ -38,7 +38,7 @@ def extract_memory(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
 
     Raises:
         `FileExistsError`: if `out` is in use.
-        `ValueError`: if the folder holds no whole checkpoint, or a file holds tables and other weights.
+        `ValueError`: if the folder holds no whole checkpoint.
 
     Example:
 
@@ -51,11 +51,6 @@ def extract_memory(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
     source, out = SourceCheckpoint(folder), Path(out)
     tables = set(source.names(TABLES_PREFIX))
     files = {source.weight_map[name] for name in tables}
-    if mixed := [name for name, file in source.weight_map.items() if file in files and name not in tables]:
-        raise ValueError(
-            f"'{source.weight_map[mixed[0]]}' holds tables and '{mixed[0]}': load the checkpoint, save it with "
-            "save_pretrained, which separates them, and extract that."
-        )
     dense = [name for name in source.names(MEMORY_PREFIX) if name not in tables]
     with new_folder(out) as draft:
         copy_other_files(source.folder, draft)

@@ -85,9 +85,9 @@ def copy_other_files(source: Path, draft: Path, wanted: Callable[[str], bool] = 
 
 
 def copy_weights(
-    source: SourceCheckpoint, draft: Path, changed: Mapping[str, torch.Tensor] | None = None, tables: bool = False
+    source: SourceCheckpoint, draft: Path, changed: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, str]:
-    """Copies weight files without tables, or with `tables` all; a file with a changed tensor is written anew.
+    """Copies the weight files that hold no tables; a file with a changed tensor is written anew.
 
     Returns:
         `dict[str, str]`: file name of every tensor.
@@ -95,7 +95,7 @@ def copy_weights(
     changed, weight_map = changed or {}, {}
     for file_name in sorted(set(source.weight_map.values())):
         names = [name for name, file in source.weight_map.items() if file == file_name]
-        if not tables and all(name.startswith(TABLES_PREFIX) for name in names):
+        if names[0].startswith(TABLES_PREFIX):
             continue
         if any(name in changed for name in names):
             write_shard(draft / file_name, {name: changed.get(name, source.tensor(name)) for name in names})

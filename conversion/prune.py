@@ -121,4 +121,5 @@ def _kept(rows: torch.Tensor, min_norm: float | None, report: Pruned) -> torch.T
 
 def _disk(folder: Path) -> int:
     """Returns the bytes of disk that a folder's memory files take."""
-    return sum(path.stat().st_blocks * 512 for path in folder.glob(f"{MEMORY_STEM}-*.safetensors"))
+    # Windows does not count blocks.
+    return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.glob(f"{MEMORY_STEM}-*.safetensors"))

@@ -57,6 +57,17 @@ class SourceCheckpoint:
         self.hasher.check(self.config)
         self.files = CheckpointTables(self.folder)
         self._maps: dict[ShardFile, mmap.mmap] = {}
+        self._refuse_mixed_files()
+
+    def _refuse_mixed_files(self) -> None:
+        """Raises ValueError for a file with tables and other weights, which no save of this package writes."""
+        tables = {file for name, file in self.weight_map.items() if name.startswith(TABLES_PREFIX)}
+        for name, file in self.weight_map.items():
+            if file in tables and not name.startswith(TABLES_PREFIX):
+                raise ValueError(
+                    f"'{self.folder / file}' holds tables and '{name}': load the checkpoint, save it with "
+                    "save_pretrained, which separates them, and name that folder."
+                )
 
     @property
     def weight_map(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from ..configuration import EngramFormatError
-from ..files_atomic_engram import INDEX_NAME, MODEL_STEM, SINGLE_NAME
+from ..files_atomic_engram import ADAPTER_FILES, INDEX_NAME, MODEL_STEM, SINGLE_NAME
 from ..files_safetensors_engram import read_header, shard_name, write_shard
 from .backbone import auto_class
 from .donor import RECEIPT_NAME
@@ -69,7 +69,7 @@ def strip_memory(folder: str | os.PathLike, out: str | os.PathLike) -> Path:
 
 def _is_of_backbone(name: str) -> bool:
     """Whether a file of a checkpoint's folder belongs to the backbone too."""
-    return not name.endswith("_engram.py") and name not in (RECEIPT_NAME, "README.md")
+    return not name.endswith("_engram.py") and name not in (RECEIPT_NAME, "README.md", *ADAPTER_FILES)
 
 
 def _copy_file(source: SourceCheckpoint, file_name: str, names: dict[str, str], target: Path) -> None:

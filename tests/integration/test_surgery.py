@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -35,7 +36,7 @@ FIELDS = {"engram_vocab_size": 211, "engram_n_heads": 2, "engram_head_dim": 4}
 @pytest.fixture
 def trained(donor, tiny_tokenizer, fill_memory, tmp_path):
     """A checkpoint with a filled memory, in several files and parts."""
-    graft(donor, tmp_path / "trained", [1, 2], engram_table_parts=2, **FIELDS)
+    graft(donor, tmp_path / "trained", [1, 2], engram_table_parts=2, engram_pad_token_id=7, **FIELDS)
     model = fill_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "trained"))
     model.save_pretrained(tmp_path / "trained", max_memory_shard_size=8000)
     return tmp_path / "trained"
@@ -140,7 +141,15 @@ def test_what_is_not_a_whole_checkpoint_is_refused(trained, donor, tmp_path):
     (tmp_path / "used" / "note").write_text("mine")
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         resize_memory(trained, tmp_path / "used", vocab_size=500, texts=[TEXT])
-    next(trained.glob("engram-memory-00002*")).unlink()
+    index = json.loads((trained / "model.safetensors.index.json").read_text())
+    shard = next(trained.glob("engram-memory-00002*"))
+    tensors = load_file(shard)
+    save_file(tensors | {"more": torch.zeros(1)}, shard)
+    index["weight_map"]["more"] = shard.name
+    (trained / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="engram-memory-00002.* holds tables and 'more'"):
+        SourceCheckpoint(trained)
+    shard.unlink()
     with pytest.raises(FileNotFoundError, match="engram-memory-00002"):
         resize_memory(trained, tmp_path / "out", vocab_size=500, texts=[TEXT])
 
