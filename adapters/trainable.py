@@ -2,6 +2,7 @@
 
 - "memory": tables, projections, norms and convolution of the memory; the backbone is frozen.
 - "tables": only the rows.
+- "reader": only projections, norms and convolution, over frozen rows.
 - "memory+lora": the memory, and the PEFT adapters in the backbone.
 - "all": everything.
 
@@ -16,7 +17,7 @@ from operator import attrgetter
 from torch import nn
 
 
-TRAINABLE = ("memory", "tables", "memory+lora", "all")
+TRAINABLE = ("memory", "tables", "reader", "memory+lora", "all")
 
 
 def _check_trainable(trainable: str) -> str:
@@ -44,7 +45,7 @@ def apply_trainable(model, trainable: str, adapters_must_be_there: bool = True) 
             "set_trainable('memory+lora') found no adapter in the backbone: get_peft_model(model, LoraConfig(...)) or "
             "model.add_adapter(LoraConfig(...)) first, or set_trainable('memory')."
         )
-    model.memory.requires_grad_(True)  # first: rows of a quantised table refuse it
+    model.memory.tables.requires_grad_(trainable != "reader")  # first: rows of a quantised table refuse it
     for parameter in model.backbone.parameters():
         # Quantised weights are never trained.
         parameter.requires_grad_(trainable == "all" and parameter.is_floating_point())

@@ -16,7 +16,7 @@ from pathlib import Path
 from .record import RESULTS, ROOT, lines_of
 
 
-PAGES = ("performance.md", "training.md", "packs.md")
+PAGES = ("performance.md", "training.md", "packs.md", "surgery.md")
 FIRST, LAST = "<!-- results of {} -->", "<!-- end of results of {} -->"
 SCALES = {"n": 1.0, "%": 100.0, "GB": 1e-9, "MiB": 2.0**-20, "ms": 1e3}
 
@@ -187,6 +187,17 @@ def harder_facts(results: list[dict]) -> str:
     return table(["harder questions", *HARDER.values()], [[way, *row] for way, row in rows.items()])
 
 
+def transplants(results: list[dict]) -> str:
+    """A table with a row for each seed and table under the reader, from all results."""
+    rows = []
+    for line in results:
+        for name, losses in line["measured"].items():
+            who = name if name in ("donor", "its own reader") else f"{name}, seed {line['sizes']['seed']}"
+            row = [who, *(f"{loss:.3f}" for loss in losses.values())]
+            rows += [row] if row not in rows else []
+    return table(["table", *results[0]["measured"]["donor"]], rows)
+
+
 def taught_as(sizes: dict) -> str:
     """A way of teaching, how much it taught, and what is not the benchmark's default."""
     way = WAYS_OF_FACTS[sizes["arm"]] + (f" at {sizes['rate']:g}" if sizes["rate"] else "")
@@ -199,6 +210,17 @@ def taught_as(sizes: dict) -> str:
 # Name between marks: benchmark, path that its result must have, and blocks of text.
 SECTIONS: dict[str, tuple[str, str, list[str | Table | Callable[[list[dict]], str]]]] = {
     "facts": ("facts", "measured", [facts, harder_facts]),
+    "transplant": (
+        "transplant",
+        "measured",
+        [
+            "SmolLM2-135M, layers {sizes[layers]}, {sizes[rows]:,} rows a head of {sizes[head_dim]} values. The memory "
+            "learned the World Factbook in {sizes[steps]} steps of {sizes[batch]} x {sizes[length]} tokens; fresh "
+            "readers learned one half of it in {sizes[reader_steps]} steps at a rate of {sizes[reader_rate]}, over "
+            "frozen rows. Losses in nats a token:",
+            transplants,
+        ],
+    ),
     "decode": (
         "decode",
         "measured",

@@ -154,7 +154,7 @@ class EngramConfig(PreTrainedConfig):
         engram_reset_token_ids (`list[int]`, *optional*):
             Tokens after which a new document begins: n-grams and convolution do not look back across them (an
             end-of-sequence token, as in Qwen4's memory). None, as in the paper, treats them like any text.
-        engram_trainable (`"memory"`, `"tables"`, `"memory+lora"` or `"all"`, *optional*):
+        engram_trainable (`"memory"`, `"tables"`, `"reader"`, `"memory+lora"` or `"all"`, *optional*):
             Which parameters are trained; set by `model.set_trainable(...)`, restored by `from_pretrained`. None: not
             chosen yet.
         engram_memory_delta (`str`, *optional*):
@@ -210,7 +210,7 @@ class EngramConfig(PreTrainedConfig):
     engram_table_parts: int = 1
     engram_hash_scheme: Literal["deepseek", "qwen", "one_row"] = "deepseek"
     engram_reset_token_ids: list[int] | tuple[int, ...] | None = None
-    engram_trainable: Literal["memory", "tables", "memory+lora", "all"] | None = None
+    engram_trainable: Literal["memory", "tables", "reader", "memory+lora", "all"] | None = None
     engram_memory_delta: str | None = None
     engram_format_version: int = FORMAT_VERSION
     engram_token_map_sha256: str | None = None

@@ -1,22 +1,38 @@
 """Conversion: from a backbone's files to an Engram checkpoint. Never copied into a checkpoint."""
 
 from .backbone import graft_onto
+from .extract import extract_memory, extract_pack
 from .foreign_import import export_memory, import_memory
 from .graft import graft
+from .merge import Merged, merge_memories
 from .plan import GraftPlan, plan_graft
+from .prune import Pruned, prune_memory
+from .readdress import Readdressed, text_blocks
 from .recipes import graft_arguments, read_recipe
+from .resize import resize_memory
+from .strip import strip_memory
 from .table_cast import CastReport, cast
 
 
 __all__ = [
     "CastReport",
     "GraftPlan",
+    "Merged",
+    "Pruned",
+    "Readdressed",
     "cast",
     "export_memory",
+    "extract_memory",
+    "extract_pack",
     "graft",
     "graft_arguments",
     "graft_onto",
     "import_memory",
+    "merge_memories",
     "plan_graft",
+    "prune_memory",
     "read_recipe",
+    "resize_memory",
+    "strip_memory",
+    "text_blocks",
 ]

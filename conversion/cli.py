@@ -20,6 +20,7 @@ from .cast_commands import cast
 from .foreign_commands import export_foreign, import_foreign
 from .pack_commands import app as pack_app
 from .recipes import ENDINGS, graft_arguments, read_recipe
+from .surgery_commands import VERBS as SURGERY
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
 
@@ -36,6 +37,8 @@ for verb in INSPECT_VERBS:
 app.command("import")(import_foreign)
 app.command("export")(export_foreign)
 app.command()(cast)
+for verb in SURGERY:
+    app.command()(verb)
 
 
 @app.callback()
@@ -109,6 +112,13 @@ def _donor_options(
     token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the donor is.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Folder of a memory whose table the graft begins with.")] = None,
+    init_text: Annotated[
+        str | None, typer.Option(help="Text over which that table is re-addressed, if tokenizer or sizes differ.")
+    ] = None,
+    init_reader: Annotated[
+        bool | None, typer.Option("--init-reader", help="Take that memory's projections too.")
+    ] = None,
 ) -> None:
     """Options of `graft` and `plan`, with the names of `EngramConfig` without `engram_`."""
 

@@ -39,7 +39,8 @@ from .foreign_layouts import (
 )
 from .foreign_rows import RowPiece, fill_pieces, read_rows, row_blocks
 from .foreign_weights import from_memory, to_memory
-from .graft import dry_load, graft
+from .graft import graft
+from .new_checkpoint import dry_load
 
 
 LAYOUTS = {

@@ -39,8 +39,10 @@ from ..rows_placement_engram import TABLES_PREFIX
 from ..rows_quantised_engram import row_bytes
 from .backbone import left_out, load_donor
 from .donor import RECEIPT_NAME, donor_folder, donor_weight_files, read_donor
+from .new_checkpoint import dry_load
 from .reference_copy import copy_by_reference
 from .sizes import log_size
+from .transplant import transplant
 
 
 # Files of a composite model's processor, but for its tokenizer.
@@ -60,6 +62,9 @@ def graft(
     token: str | bool | None = None,
     subfolder: str = "",
     cache_dir: str | os.PathLike | None = None,
+    init_from: str | os.PathLike | None = None,
+    init_text: str | os.PathLike | None = None,
+    init_reader: bool = False,
     **engram_fields,
 ) -> Path:
     """Writes a checkpoint of `donor` with a fresh memory; its logits are the backbone's.
@@ -79,6 +84,12 @@ def graft(
         token (`str` or `bool`, *optional*): for a private or gated repository; that of your login if None.
         subfolder (`str`, *optional*, defaults to `""`): subfolder of the folder or repository.
         cache_dir (`str` or `os.PathLike`, *optional*): where downloads are stored; the Hub's cache if None.
+        init_from (`str` or `os.PathLike`, *optional*):
+            Folder of another memory, whose table the graft begins with; sizes that are not given are that memory's.
+        init_text (`str` or `os.PathLike`, *optional*):
+            Text file over which that table is re-addressed, if tokenizer or sizes differ.
+        init_reader (`bool`, *optional*, defaults to `False`):
+            Also take that memory's projections, norms and convolution; else they are fresh.
         engram_fields: fields of [`EngramConfig`], such as `engram_vocab_size=200_000` or `engram_head_dim=48`, or
             `**PRESETS["engram-27b"]`. Without `engram_vocab_size`, all tables together take at most 2 bytes for each
             parameter of the backbone, in whole thousands of rows a head: at least 1,000, at most 200,000.
@@ -88,8 +99,8 @@ def graft(
 
     Raises:
         `FileExistsError`: if `out` is in use.
-        `ValueError`: if the backbone has a memory already, does not load cleanly, or cannot take one, or if tables of
-            the default size would take more than half of the free disk.
+        `ValueError`: if the backbone has a memory already, does not load cleanly, or cannot take one, if tables of
+            the default size would take more than half of the free disk, or if the memory of `init_from` does not fit.
 
     Example:
 
@@ -104,13 +115,17 @@ def graft(
     hub = {"token": token, "cache_dir": cache_dir}
     folder = donor_folder(donor, subfolder, revision=revision, **hub)
     read = read_donor(folder, tokenizer, text_only, trust_remote_code, **hub)
-    made = read.fresh_memory(engram_layer_ids, **engram_fields)
+    other = transplant(init_from, init_text, init_reader)
+    if other is None:
+        made = read.fresh_memory(engram_layer_ids, **engram_fields)
+    else:
+        made = other.fresh_memory(read, engram_layer_ids, engram_fields)
     config, token_map = made.config, made.token_map
     # Zero tables take no disk: what needs room is a save of trained rows.
     log_size(config, shutil.disk_usage(existing(out)).free, "disk once they are trained and saved", made.parameters)
     shard_bytes = parse_size(max_memory_shard_size)
     if "engram_table_parts" not in engram_fields:
-        config.engram_table_parts = _parts_for(config, shard_bytes)
+        config.engram_table_parts = parts_for(config, shard_bytes)
     with torch.device("meta"):
         empty = EngramForCausalLM.class_for(config)(config)
     config.engram_hash_sha256 = derive_constants(config, token_map).sha256()
@@ -132,10 +147,13 @@ def graft(
             problem_left = dry_load(draft)
             if problem_left:
                 raise ValueError(f"the graft of '{donor}' does not load cleanly: {problem_left}.")
+        if other is not None:
+            other.fill(draft)
         # Of a local folder only the name: receipts are published, and paths hold names of users and machines.
         name = Path(donor).resolve().name if Path(donor).is_dir() else os.fspath(donor)
         source = {"donor": name, "subfolder": subfolder, "revision": commit_of(folder)}
         source |= {"left_out": lost} if read.cuts else {}
+        source |= other.told() if other is not None else {}
         _write_receipt(draft, source, config, engram_fields, "rewritten: " + problem if problem else "reused")
         if out.exists():
             out.rmdir()
@@ -150,7 +168,7 @@ def existing(folder: Path) -> Path:
     return next(above for above in (folder, *folder.absolute().parents) if above.is_dir())
 
 
-def _parts_for(config: EngramConfig, shard_bytes: int) -> int:
+def parts_for(config: EngramConfig, shard_bytes: int) -> int:
     """Returns the least number of parts with which every part of a table fits into a memory file."""
     most = shard_bytes // row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
     orders = {rows for layer in derive_constants(config, None).order_rows() for rows in layer}
@@ -258,18 +276,6 @@ def _fresh_tables(empty: EngramForCausalLM) -> dict[str, ZeroTensor]:
         for name, tensor in empty.memory.state_dict().items()
         if (MEMORY_PREFIX + name).startswith(TABLES_PREFIX)
     }
-
-
-def dry_load(draft: Path) -> str | None:
-    """Loads a finished graft with its tables on disk; returns what is wrong with it, or None."""
-    try:
-        _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)
-    except (EngramFormatError, RuntimeError) as error:  # RuntimeError: Transformers' report of misshapen tensors
-        return str(error).splitlines()[0]
-    left = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in ("unexpected_keys", "mismatched_keys")]
-    return "; ".join(
-        text for text, kind in zip(left, ("unexpected_keys", "mismatched_keys"), strict=True) if info[kind]
-    )
 
 
 def _write_receipt(draft: Path, source: dict, config: EngramConfig, fields: dict, donor_files: str) -> None:

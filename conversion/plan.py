@@ -18,6 +18,7 @@ from ..modeling_engram import EngramForCausalLM
 from .donor import donor_folder, donor_weight_files, read_donor
 from .graft import existing
 from .sizes import count_parameters, table_bytes, table_rows
+from .transplant import transplant
 
 
 @dataclass
@@ -104,6 +105,9 @@ def plan_graft(
     token: str | bool | None = None,
     subfolder: str = "",
     cache_dir: str | os.PathLike | None = None,
+    init_from: str | os.PathLike | None = None,
+    init_text: str | os.PathLike | None = None,
+    init_reader: bool = False,
     **engram_fields,
 ) -> GraftPlan:
     """Works out what [`graft`] would do with the same arguments; nothing is written but the Hub's cache.
@@ -120,7 +124,11 @@ def plan_graft(
     hub = {"token": token, "cache_dir": cache_dir}
     folder = donor_folder(donor, subfolder, revision=revision, weights=False, **hub)
     read = read_donor(folder, tokenizer, text_only, trust_remote_code, **hub)
-    made = read.fresh_memory(engram_layer_ids, **engram_fields)
+    other = transplant(init_from, init_text, init_reader)
+    if other is None:
+        made = read.fresh_memory(engram_layer_ids, **engram_fields)
+    else:
+        made = other.fresh_memory(read, engram_layer_ids, engram_fields)
     config = made.config
     parameters = count_parameters(read.config, read.make) if made.parameters is None else made.parameters
     config.dtype = config.dtype or torch.float32

@@ -26,7 +26,17 @@ from ..configuration import PRESETS, EngramConfig
 ENDINGS = (".yaml", ".yml")
 
 # Names that are arguments of `graft` as they are; all others are fields of EngramConfig without "engram_".
-_ARGUMENTS = ("donor", "revision", "subfolder", "tokenizer", "text_only", "max_memory_shard_size")
+_ARGUMENTS = (
+    "donor",
+    "revision",
+    "subfolder",
+    "tokenizer",
+    "text_only",
+    "max_memory_shard_size",
+    "init_from",
+    "init_text",
+    "init_reader",
+)
 # What the graft itself finds out is not among them.
 _FOUND = ("engram_format_version", "engram_memory_delta", "engram_compressed_vocab_size")
 _FIELDS = tuple(

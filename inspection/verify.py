@@ -99,7 +99,7 @@ def _files_section(folder: Path, config: EngramConfig) -> str:
 
 def _constants_section(folder: Path, config: EngramConfig) -> str:
     """Checks digests and rules of the stored constants, and whether they can be derived again."""
-    hashing = _stored_hashing(folder, config)
+    hashing = stored_hashing(folder, config)
     hashing.check(config)
     derived = derive_constants(config, hashing.token_map).named()
     for name, stored in hashing.constants.named().items():
@@ -133,7 +133,7 @@ def _generation_section(folder: Path, tokenizer: str | Path | None) -> Finding:
     return Finding("generation", report.ok, report.summary() + (f": {named}" if named else ""), report)
 
 
-def _stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:
+def stored_hashing(folder: Path, config: EngramConfig) -> NgramHasher:
     """Returns the hasher that a checkpoint stores."""
     names = ["multipliers", "primes", "offsets", "pad_class", "token_map"]
     tensors = _read_tensors(folder, names)

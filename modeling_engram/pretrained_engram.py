@@ -283,8 +283,8 @@ class EngramPreTrainedModel(EngramCheckpointMixin, PreTrainedModel):
         loading.
 
         Args:
-            trainable (`str`): "memory" (tables, projections, norms, convolution), "tables" (only rows), "memory+lora"
-                (the memory and the PEFT adapters in the backbone) or "all".
+            trainable (`str`): "memory" (tables, projections, norms, convolution), "tables" (only rows), "reader" (all
+                of the memory but the rows), "memory+lora" (the memory and the PEFT adapters in the backbone) or "all".
 
         Returns:
             The model.

@@ -388,8 +388,8 @@ def _choose_what_learns(model) -> None:
         model.set_trainable("memory")
         logger.warning(
             "every parameter required a gradient: the memory alone is trained now, as by "
-            'model.set_trainable("memory"). Choose with model.set_trainable("memory" | "tables" | "memory+lora" | '
-            '"all").'
+            'model.set_trainable("memory"). Choose with model.set_trainable("memory" | "tables" | "reader" | '
+            '"memory+lora" | "all").'
         )
 
 

@@ -53,7 +53,7 @@ class EngramTrainingArguments(TrainingArguments):
         table_state_dtype (`str`, *optional*, defaults to `"float32"`): "float32" or "bfloat16".
         l2_sp (`float`, *optional*, defaults to 0): strength of the pull of rows towards their initial values.
         trainable (`str`, *optional*):
-            "memory", "tables", "memory+lora" or "all"; the argument of [`EngramTrainer`] takes precedence.
+            "memory", "tables", "reader", "memory+lora" or "all"; the argument of [`EngramTrainer`] takes precedence.
 
     Example:
 
@@ -211,7 +211,10 @@ class EngramTrainerMixin:
         This is so if only the memory is trained, and its base stays available outside of this run.
         """
         files = self.engram.checkpoint_tables
-        alone = self.engram.config.engram_trainable in ("memory", "tables") and self.engram is self.accelerator_model
+        alone = (
+            self.engram.config.engram_trainable in ("memory", "tables", "reader")
+            and self.engram is self.accelerator_model
+        )
         if not alone or files is None:
             return False
         if files.locate is not None:  # on the Hub
@@ -282,8 +285,8 @@ class EngramTrainer(EngramTrainerMixin, Trainer):
         args ([`EngramTrainingArguments`] or `TrainingArguments`):
             As for Trainer; `learning_rate` is that of the dense weights, also in logs.
         trainable (`str`, *optional*):
-            "memory", "tables", "memory+lora" or "all" (`model.set_trainable`). The choice in the model's configuration
-            if None, or "memory" without one.
+            "memory", "tables", "reader", "memory+lora" or "all" (`model.set_trainable`). The choice in the model's
+            configuration if None, or "memory" without one.
         kwargs: further arguments of Trainer.
 
     Raises:

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks import big, fact_sets, facts, grafts, offload, peer, publish, side, speed, training
+from benchmarks import big, fact_sets, facts, grafts, offload, peer, publish, side, speed, training, transplant
 from benchmarks.command import CannotMeasure, run
 
 
@@ -67,6 +67,14 @@ def test_training_measures_every_way_and_size(measured):
     assert ways["lora"]["state_bytes"] < ways["full"]["state_bytes"]
     assert line["measured"]["first_step"]["disk"]["touched_values"] > 0
     assert "| memory + LoRA |" in measured.figures("training")
+
+
+def test_a_transplant_is_compared_with_permuted_and_random_rows(measured):
+    options = ["--rows", "50", "--head-dim", "4", "--seeds", "0", "--steps", "2", "--reader-steps", "1"]
+    (line,) = measured(transplant, *options, "--batch", "2", "--length", "16", "--measured", "2")
+    assert list(line["measured"]) == ["donor", "its own reader", *transplant.ARMS]
+    assert all(len(losses) == 3 for losses in line["measured"].values())
+    assert "| transplanted, seed 0 |" in measured.figures("transplant")
 
 
 def test_facts_compares_a_pack_with_its_controls_and_with_every_other_way(measured):
