@@ -17,6 +17,7 @@ from ..configuration import EngramConfig
 from ..modeling_engram import EngramForCausalLM
 from .donor import donor_folder, donor_weight_files, read_donor
 from .graft import existing
+from .initial_tables import Init
 from .sizes import count_parameters, table_bytes, table_rows
 
 
@@ -33,6 +34,7 @@ class GraftPlan:
         rows (`int`): of all tables.
         table_bytes (`int`): of all tables; they take no disk until they are trained.
         dense_bytes (`int`): of the memory's other weights.
+        start ([`Init`]): what the tables start from.
         free_disk (`int`): bytes, where the graft would be written.
         free_memory (`int`): bytes of host memory.
     """
@@ -45,6 +47,7 @@ class GraftPlan:
     rows: int
     table_bytes: int
     dense_bytes: int
+    start: Init
     free_disk: int
     free_memory: int
 
@@ -62,18 +65,27 @@ class GraftPlan:
             found.append(f"the tables are larger than the donor ({self.donor_bytes:,} bytes).")
         places = {
             'memory, so they cannot be trained on "device" or "cpu"': self.free_memory,
-            "disk, so they cannot be saved once they are trained": self.free_disk,
+            f"disk, so they cannot be {'saved once they are trained' if self.zero else 'written'}": self.free_disk,
         }
         for place, free in places.items():
             if self.table_bytes > free:
                 found.append(f"the tables do not fit into the {free:,} bytes of free {place}.")
         return found
 
+    @property
+    def zero(self) -> bool:
+        """Whether the tables start as zeros."""
+        return self.start.kind == "zero"
+
     def lines(self) -> list[str]:
         """Returns the plan as lines for people."""
         config, running = self.config, self.donor_bytes + self.dense_bytes
         heads = f"{config.engram_n_heads} heads of {config.engram_vocab_size} rows or more"
         depth = config.text_config.num_hidden_layers
+        text = "" if self.start.text is None else f" and {self.start.text}"
+        writes = f"{running:,} bytes; tables of zeros take no disk until they are trained"
+        if not self.zero:
+            writes = f"{'up to ' if text else ''}{running + self.table_bytes:,} bytes, tables included"
         told = {
             "donor": f"{self.donor}: {self.model_type}, {self.parameters:,} parameters, {self.donor_bytes:,} bytes",
             "layers": f"{', '.join(map(str, config.engram_layer_ids))} of {depth}, counted from 0",
@@ -82,8 +94,11 @@ class GraftPlan:
             f"{self.table_bytes:,} bytes",
             "other weights": f"{self.dense_bytes:,} bytes of projections, norms and convolution",
             "share": f"{self.memory_share:.1%} of all parameters are memory",
-            "a graft reads": f"{self.donor_bytes:,} bytes",
-            "and writes": f"{running:,} bytes; tables of zeros take no disk until they are trained",
+            "starts as": "the donor, because tables are zeros"
+            if self.zero
+            else f"the donor nearly, not exactly: its tables are not zeros (init: {self.start.kind})",
+            "a graft reads": f"{self.donor_bytes:,} bytes{text}",
+            "and writes": writes,
             "runs with": f'{running + self.table_bytes:,} bytes on the device; placed on "cpu", {running:,} there and '
             f'{self.table_bytes:,} on the host; on "disk", rows alone are read',
         }
@@ -98,6 +113,9 @@ def plan_graft(
     out: str | os.PathLike = ".",
     tokenizer: str | os.PathLike | None = None,
     text_only: bool | None = None,
+    init: str = "zero",
+    init_text: str | os.PathLike | None = None,
+    init_std: float | None = None,
     max_memory_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -117,6 +135,7 @@ def plan_graft(
 
     >>> print(*plan_graft("runs/donor", [1, 10], engram_vocab_size=200_000).lines(), sep="\\n")
     ```"""
+    start = Init(init, init_text and Path(init_text), init_std)
     hub = {"token": token, "cache_dir": cache_dir}
     folder = donor_folder(donor, subfolder, revision=revision, weights=False, **hub)
     read = read_donor(folder, tokenizer, text_only, trust_remote_code, **hub)
@@ -137,6 +156,7 @@ def plan_graft(
         rows=table_rows(config),
         table_bytes=table_bytes(config),
         dense_bytes=sum(weight.numel() for weight in layers.parameters()) * config.dtype.itemsize,
+        start=start,
         free_disk=shutil.disk_usage(existing(Path(out))).free,
         free_memory=psutil.virtual_memory().available,
     )

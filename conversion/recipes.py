@@ -27,6 +27,7 @@ ENDINGS = (".yaml", ".yml")
 
 # Names that are arguments of `graft` as they are; all others are fields of EngramConfig without "engram_".
 _ARGUMENTS = ("donor", "revision", "subfolder", "tokenizer", "text_only", "max_memory_shard_size")
+_ARGUMENTS += ("init", "init_text", "init_std")
 # What the graft itself finds out is not among them.
 _FOUND = ("engram_format_version", "engram_memory_delta", "engram_compressed_vocab_size")
 _FIELDS = tuple(
