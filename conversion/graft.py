@@ -145,7 +145,7 @@ def graft(
         told = {"donor": _without_path(donor), "subfolder": subfolder, "revision": commit_of(folder)}
         told |= _write_zero_graft(draft, folder, read, made, shard_bytes)
         if start.kind != "zero":
-            fill_tables(draft, start, ids, receipt)
+            fill_tables(draft, start, made.config, ids, receipt)
         for prefix, paths in inputs.items():
             receipt.read(paths, prefix)
         if told["donor_files"] == "reused":

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from transformers.utils.logging import tqdm
 
 from ..backbone_engram import find_decoder_layers
+from ..configuration import EngramConfig
 from ..files_atomic_engram import MEMORY_STEM
 from ..files_safetensors_engram import read_header, start_of_data, torch_dtype
 from ..modeling_engram import EngramForCausalLM
@@ -86,28 +87,28 @@ class Init:
             raise ValueError(f"init_std={self.std!r} must be a number above 0, such as 0.02.")
 
 
-def fill_tables(draft: Path, init: Init, ids: torch.Tensor | None, receipt: Receipt) -> None:
+def fill_tables(draft: Path, init: Init, config: EngramConfig, ids: torch.Tensor | None, receipt: Receipt) -> None:
     """Fills the tables of a graft, which are zeros, file by file; files that the receipt lists are finished.
 
     Args:
         draft (`Path`): the graft, complete but for its tables' rows.
         init ([`Init`]): not "zero".
+        config ([`EngramConfig`]): the graft's.
         ids (`torch.LongTensor` of shape `(tokens,)`, *optional*): the text, from [`text_ids`].
         receipt ([`Receipt`]): is told of each finished file.
     """
     files = [path for path in table_files(draft) if path.name not in receipt.outputs]
-    if not files:
-        return
-    model = EngramForCausalLM.from_pretrained(draft, engram_placement="none")
     std = init.std or _STD[init.kind]
     if init.kind == "normal":
         for path in files:
-            receipt.finish(path.name, _draw(path, std, model.config.engram_seed))
+            receipt.finish(path.name, _draw(path, std, config.engram_seed))
         return
+    if not files:
+        return
+    model = EngramForCausalLM.from_pretrained(draft, engram_placement="none")
     with tempfile.TemporaryDirectory(dir=draft) as spool:
-        states = (
-            partial(_ngram_means, model, ids) if init.kind == "embeddings" else _hidden_states(model, ids, Path(spool))
-        )
+        of_embeddings = init.kind == "embeddings"
+        states = partial(_ngram_means, model, ids) if of_embeddings else _hidden_states(model, ids, Path(spool))
         filler = _TextFiller(model, ids, states, std)
         for path in files:
             filler.fill(path)
@@ -205,6 +206,7 @@ def _hidden_states(model, ids: torch.Tensor, spool: Path) -> Callable[..., torch
         layer: np.memmap(spool / str(layer), np.float16, "w+", shape=(len(ids), width))
         for layer in model.config.engram_layer_ids
     }
+    longest = min(_WINDOW, getattr(model.config.text_config, "max_position_embeddings", None) or _WINDOW)
     place = [0]
 
     def store(layer: int, module, args: tuple, kwargs: dict) -> None:
@@ -216,7 +218,7 @@ def _hidden_states(model, ids: torch.Tensor, spool: Path) -> Callable[..., torch
     bar = tqdm(total=len(ids), unit=" tokens", desc="reading the text", leave=False)
     try:
         with torch.no_grad(), model.disable_memory(), bar:
-            for window in ids.split(_WINDOW):
+            for window in ids.split(longest):
                 model.backbone.base_model(input_ids=window[None], use_cache=False)
                 place[0] += len(window)
                 bar.update(len(window))
@@ -250,10 +252,8 @@ class _TextFiller:
             layer, order, part = int(layer), int(order.removeprefix("order")), int(part)
             index = self.config.engram_layer_ids.index(layer)
             height = self.order_rows[index][order - 2] // self.config.engram_table_parts
-            offset = start_of_data(path) + entry.begin
-            table = np.memmap(
-                path, np.uint8, "r+", offset, (entry.shape[0], (entry.end - entry.begin) // entry.shape[0])
-            )
+            shape = (entry.shape[0], (entry.end - entry.begin) // entry.shape[0])
+            table = np.memmap(path, np.uint8, "r+", start_of_data(path) + entry.begin, shape)
             for head in tqdm(range(self.config.engram_n_heads), desc=f"filling {name}", leave=False):
                 rows = self.rows[layer][:, order - 2, head] - part * height  # (tokens,)
                 found, values = self.means(rows, entry.shape[0], layer, order, head)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers.utils.logging import tqdm
 
-from ..files_atomic_engram import flush
+from ..files_atomic_engram import MEMORY_STEM, flush
 from ..files_safetensors_engram import start_of_data
 from .donor import RECEIPT_NAME
 
@@ -50,9 +50,11 @@ class Receipt:
         """Keeps tables that an earlier run has finished, if they have their size and digest still; removes all else."""
         path = self.draft / RECEIPT_NAME
         listed = json.loads(path.read_text(encoding="utf-8"))["outputs"] if path.is_file() else {}
+        finished = {name: said for name, said in listed.items() if name.startswith(MEMORY_STEM)}
         for found in self.draft.iterdir():
-            if found.name in listed and self.entry(found) == listed[found.name]:
-                self.outputs[found.name] = listed[found.name]
+            said = finished.get(found.name)
+            if said is not None and self.entry(found, zeros="data" in said) == said:
+                self.outputs[found.name] = said
             elif found.is_dir():
                 shutil.rmtree(found)
             elif found != path:
@@ -101,6 +103,7 @@ class Receipt:
     def _replace(self, content: dict) -> None:
         unfinished = self.draft / f"{RECEIPT_NAME}.unfinished"
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        flush(unfinished)
         os.replace(unfinished, self.draft / RECEIPT_NAME)
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from engram_transformers import graft
 from engram_transformers.conversion import initial_tables, plan_graft
+from engram_transformers.conversion.cli import app
 from engram_transformers.conversion.initial_tables import generator
 from engram_transformers.hash_ngrams_engram import naive_hash_ids
 
@@ -154,8 +156,19 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(fields, error, says, dono
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_recipe_and_the_receipt_hold_what_tables_start_from(donor, tmp_path):
+def test_the_command_and_a_recipe_take_what_tables_start_from(donor, tmp_path):
     folder, _ = donor()
-    out = graft(folder, tmp_path / "out", [1], **given("embeddings", tmp_path), **FIELDS)
-    recipe = json.loads((out / "engram_graft.json").read_text())["recipe"]
-    assert {"init": "embeddings", "init_std": STD, "init_text": "text.txt"}.items() <= recipe.items()
+    text = tmp_path / "text.txt"
+    sizes = "layer_ids: [1]\nvocab_size: 53\nn_heads: 2\nhead_dim: 4\n"
+    (tmp_path / "recipe.yaml").write_text(f"donor: {folder}\n{sizes}init: embeddings\ninit_text: {text}\n")
+    arguments = ["graft", str(tmp_path / "recipe.yaml"), str(tmp_path / "out"), "--init-std", "0.5", "--no-digests"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and done.stdout == f"{tmp_path / 'out'}\n", done.output
+    receipt = json.loads((tmp_path / "out" / "engram_graft.json").read_text())
+    assert {"init": "embeddings", "init_std": 0.5, "init_text": "text.txt"}.items() <= receipt["recipe"].items()
+    assert "sha256" not in receipt["outputs"]["config.json"]
+    made = graft(folder, tmp_path / "made", [1], **given("embeddings", tmp_path), **FIELDS)
+    tables = [next(out.glob("engram-memory-*")).read_bytes() for out in (made, tmp_path / "out")]
+    assert tables[0] == tables[1]
+    wrong = CliRunner().invoke(app, ["graft", str(folder), str(tmp_path / "wrong"), "--init", "corpus"])
+    assert wrong.exit_code == 2 and "needs init_text" in wrong.output and not (tmp_path / "wrong").exists()
