@@ -130,7 +130,7 @@ def text_ids(path: Path, tokenizer) -> torch.Tensor:
         raise ValueError(f"init_text '{path}' is not text in UTF-8 ({error}): save it in this encoding.") from error
     if not ids:
         raise ValueError(f"init_text '{path}' is empty: give a text.")
-    return torch.tensor(ids)
+    return torch.tensor(ids, device="cpu")
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -269,7 +269,7 @@ class _TextFiller:
             (hidden, width), dtype=np.float32
         )
         projection = torch.from_numpy(drawn) * (self.std / math.sqrt(hidden))  # (D, W)
-        sums = torch.zeros(len(found), width)
+        sums = torch.zeros(len(found), width, device="cpu")
         for first in range(0, len(rows), _CHUNK):
             last = min(first + _CHUNK, len(rows))
             sums.index_add_(0, place[first:last], self.states(layer, order, first, last) @ projection)
