@@ -97,6 +97,24 @@ def _donor_options(
     table_parts: Annotated[int | None, typer.Option(help="Parameters for each layer and order.")] = None,
     pad_token_id: Annotated[int | None, typer.Option(help="Id that stands for nothing.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the hash and of the fresh dense weights.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="What rows start from: zero, normal, embeddings or corpus; zero if left out.")
+    ] = None,
+    init_text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text in UTF-8 whose n-grams embeddings and corpus are for, or over which --init-from is re-addressed."
+        ),
+    ] = None,
+    init_std: Annotated[
+        float | None, typer.Option(help="Size of the rows' values; 0.02 for normal, 0.1 for a text if left out.")
+    ] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Folder of another memory, whose table the graft begins with.")
+    ] = None,
+    init_reader: Annotated[
+        bool | None, typer.Option("--init-reader", help="Take that memory's projections too.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or id, if the donor has no tokenizer.")] = None,
     text_only: Annotated[
         bool | None,
@@ -112,13 +130,6 @@ def _donor_options(
     token: Annotated[str | None, typer.Option(help="For a private donor, if you are not logged in.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the donor is.")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
-    init_from: Annotated[str | None, typer.Option(help="Folder of a memory whose table the graft begins with.")] = None,
-    init_text: Annotated[
-        str | None, typer.Option(help="Text over which that table is re-addressed, if tokenizer or sizes differ.")
-    ] = None,
-    init_reader: Annotated[
-        bool | None, typer.Option("--init-reader", help="Take that memory's projections too.")
-    ] = None,
 ) -> None:
     """Options of `graft` and `plan`, with the names of `EngramConfig` without `engram_`."""
 
@@ -147,17 +158,21 @@ def _graft_arguments(donor: str, trust_remote_code: bool, token: str | None, cac
 @user_errors
 @_takes_donor_options
 def graft(
-    donor: _Donor, out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")], **options
+    donor: _Donor,
+    out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    digests: Annotated[bool, typer.Option(help="Write SHA-256 of all files into the receipt.")] = True,
+    **options,
 ) -> None:
     """Give a model a fresh memory; its answers stay the same until the memory is trained.
 
-    Options have the names of `EngramConfig` without `engram_`, and so has a recipe.
+    Options have the names of `EngramConfig` without `engram_`, and so has a recipe. A run that was killed goes on when
+    the same command is given again. For example: engram graft HuggingFaceTB/SmolLM2-135M-Instruct my-graft
     """
     from .graft import graft as graft_donor
 
     arguments = _graft_arguments(donor, **options)
-    with progress.status(f"grafting {donor}"):
-        folder = graft_donor(out=out, **arguments)
+    progress.print(f"grafting {escape(visible(donor))}", highlight=False)
+    folder = graft_donor(out=out, digests=digests, **arguments)
     files = list(folder.glob("*.safetensors"))
     size = sum(f.stat().st_size for f in files)
     blocks = [getattr(f.stat(), "st_blocks", None) for f in files]  # Windows does not count them

@@ -30,6 +30,21 @@ DONOR_FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
 # Names of weight files and indexes, in the order in which Transformers looks for them.
 WEIGHT_FILES = [SINGLE_NAME, INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json"]
 
+# Files that describe a model and its tokenizer, besides those that the tokenizer's class names.
+_DESCRIPTIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
@@ -145,6 +160,19 @@ def donor_weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_NAME).is_file():
         return [folder / name for name in _indexed_files(folder / INDEX_NAME)]
     return []
+
+
+def input_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Path]:
+    """Returns the files of a donor, or of a tokenizer's folder, that a graft reads."""
+    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    indexed = [] if weights is None or weights.suffix != ".json" else _indexed_files(weights)
+    names = {
+        *_DESCRIPTIONS,
+        *tokenizer.vocab_files_names.values(),
+        *([] if weights is None else [weights.name]),
+        *indexed,
+    }
+    return sorted(folder / name for name in names if (folder / name).is_file())
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

@@ -212,7 +212,7 @@ def dry_load(draft: Path) -> str | None:
     try:
         _, info = EngramForCausalLM.from_pretrained(draft, engram_placement="disk", output_loading_info=True)
     except (EngramFormatError, RuntimeError) as error:  # RuntimeError: Transformers' report of misshapen tensors
-        return str(error).splitlines()[0]
+        return str(error).splitlines()[0].replace(f"{draft}{os.sep}", "")  # it may go into a receipt
     left = [f"{kind}: {', '.join(sorted(map(str, info[kind]))[:3])}" for kind in ("unexpected_keys", "mismatched_keys")]
     return "; ".join(
         text for text, kind in zip(left, ("unexpected_keys", "mismatched_keys"), strict=True) if info[kind]

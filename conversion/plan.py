@@ -16,7 +16,8 @@ import torch
 from ..configuration import EngramConfig
 from ..modeling_engram import EngramForCausalLM
 from .donor import donor_folder, donor_weight_files, read_donor
-from .graft import existing
+from .graft import check_start, checked_start, existing, fresh_memory_of
+from .initial_tables import Init
 from .sizes import count_parameters, table_bytes, table_rows
 from .transplant import transplant
 
@@ -34,6 +35,8 @@ class GraftPlan:
         rows (`int`): of all tables.
         table_bytes (`int`): of all tables; they take no disk until they are trained.
         dense_bytes (`int`): of the memory's other weights.
+        start ([`Init`]): what the tables start from.
+        init_from (`str`, *optional*): the memory whose rows they start from.
         free_disk (`int`): bytes, where the graft would be written.
         free_memory (`int`): bytes of host memory.
     """
@@ -46,6 +49,8 @@ class GraftPlan:
     rows: int
     table_bytes: int
     dense_bytes: int
+    start: Init
+    init_from: str | None
     free_disk: int
     free_memory: int
 
@@ -63,18 +68,27 @@ class GraftPlan:
             found.append(f"the tables are larger than the donor ({self.donor_bytes:,} bytes).")
         places = {
             'memory, so they cannot be trained on "device" or "cpu"': self.free_memory,
-            "disk, so they cannot be saved once they are trained": self.free_disk,
+            f"disk, so they cannot be {'saved once they are trained' if self.zero else 'written'}": self.free_disk,
         }
         for place, free in places.items():
             if self.table_bytes > free:
                 found.append(f"the tables do not fit into the {free:,} bytes of free {place}.")
         return found
 
+    @property
+    def zero(self) -> bool:
+        """Whether the tables start as zeros."""
+        return self.start.kind == "zero" and self.init_from is None
+
     def lines(self) -> list[str]:
         """Returns the plan as lines for people."""
         config, running = self.config, self.donor_bytes + self.dense_bytes
         heads = f"{config.engram_n_heads} heads of {config.engram_vocab_size} rows or more"
         depth = config.text_config.num_hidden_layers
+        text = "" if self.start.text is None else f" and {self.start.text}"
+        writes = f"{running:,} bytes; tables of zeros take no disk until they are trained"
+        if not self.zero:
+            writes = f"{'up to ' if text else ''}{running + self.table_bytes:,} bytes, tables included"
         told = {
             "donor": f"{self.donor}: {self.model_type}, {self.parameters:,} parameters, {self.donor_bytes:,} bytes",
             "layers": f"{', '.join(map(str, config.engram_layer_ids))} of {depth}, counted from 0",
@@ -83,8 +97,11 @@ class GraftPlan:
             f"{self.table_bytes:,} bytes",
             "other weights": f"{self.dense_bytes:,} bytes of projections, norms and convolution",
             "share": f"{self.memory_share:.1%} of all parameters are memory",
-            "a graft reads": f"{self.donor_bytes:,} bytes",
-            "and writes": f"{running:,} bytes; tables of zeros take no disk until they are trained",
+            "starts as": "the donor, because tables are zeros"
+            if self.zero
+            else f"the donor nearly, not exactly: its tables are not zeros (init: {self.init_from or self.start.kind})",
+            "a graft reads": f"{self.donor_bytes:,} bytes{text}",
+            "and writes": writes,
             "runs with": f'{running + self.table_bytes:,} bytes on the device; placed on "cpu", {running:,} there and '
             f'{self.table_bytes:,} on the host; on "disk", rows alone are read',
         }
@@ -99,15 +116,17 @@ def plan_graft(
     out: str | os.PathLike = ".",
     tokenizer: str | os.PathLike | None = None,
     text_only: bool | None = None,
+    init: str = "zero",
+    init_text: str | os.PathLike | None = None,
+    init_std: float | None = None,
+    init_from: str | os.PathLike | None = None,
+    init_reader: bool = False,
     max_memory_shard_size: int | str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     subfolder: str = "",
     cache_dir: str | os.PathLike | None = None,
-    init_from: str | os.PathLike | None = None,
-    init_text: str | os.PathLike | None = None,
-    init_reader: bool = False,
     **engram_fields,
 ) -> GraftPlan:
     """Works out what [`graft`] would do with the same arguments; nothing is written but the Hub's cache.
@@ -121,14 +140,13 @@ def plan_graft(
 
     >>> print(*plan_graft("runs/donor", [1, 10], engram_vocab_size=200_000).lines(), sep="\\n")
     ```"""
+    start = checked_start(init, init_text, init_std, init_from)
     hub = {"token": token, "cache_dir": cache_dir}
     folder = donor_folder(donor, subfolder, revision=revision, weights=False, **hub)
     read = read_donor(folder, tokenizer, text_only, trust_remote_code, **hub)
-    other = transplant(init_from, init_text, init_reader)
-    if other is None:
-        made = read.fresh_memory(engram_layer_ids, **engram_fields)
-    else:
-        made = other.fresh_memory(read, engram_layer_ids, engram_fields)
+    other = transplant(init_from, None if start.text else init_text, init_reader)
+    made = fresh_memory_of(read, other, engram_layer_ids, engram_fields)
+    check_start(made.config, start)
     config = made.config
     parameters = count_parameters(read.config, read.make) if made.parameters is None else made.parameters
     config.dtype = config.dtype or torch.float32
@@ -145,6 +163,8 @@ def plan_graft(
         rows=table_rows(config),
         table_bytes=table_bytes(config),
         dense_bytes=sum(weight.numel() for weight in layers.parameters()) * config.dtype.itemsize,
+        start=start,
+        init_from=None if init_from is None else os.fspath(init_from),
         free_disk=shutil.disk_usage(existing(Path(out))).free,
         free_memory=psutil.virtual_memory().available,
     )

@@ -33,6 +33,8 @@ _ARGUMENTS = (
     "tokenizer",
     "text_only",
     "max_memory_shard_size",
+    "init",
+    "init_std",
     "init_from",
     "init_text",
     "init_reader",

@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from ..configuration import EngramConfig
+from ..files_atomic_engram import CONFIG_NAME
 from ..hash_constants_engram import derive_constants
 from ..hash_ngrams_engram import NgramHasher
 from ..memory_engram import EngramMemory
@@ -131,6 +132,11 @@ class Transplant:
         # One tokenizer reads the text once, and then it need not say where its tokens are.
         old = tokenizer if same_tokens else self.source.tokenizer()
         self.ngrams = TextNgrams(self.texts, self.source.hasher, self.layout, old, tokenizer)
+
+    def input_files(self) -> list[Path]:
+        """Returns the files of the other memory that are read."""
+        weights = sorted({self.source.folder / file_name for file_name in self.source.weight_map.values()})
+        return [self.source.folder / CONFIG_NAME, *weights]
 
     def fill(self, draft: Path) -> None:
         """Writes the rows, and if wanted the reader, into a graft's draft.

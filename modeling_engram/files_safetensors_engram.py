@@ -157,12 +157,13 @@ def write_data(file, tensor: Written) -> None:
 
 
 def write_shards(folder: Path, stem: str, tensors: Mapping[str, Written], max_bytes: int) -> dict[str, str]:
-    """Writes tensors into as many files as needed; returns the file name of every tensor."""
+    """Writes tensors into as many files as needed, unless they are there; returns the file name of every tensor."""
     groups = group_tensors(tensors, max_bytes)
     weight_map = {}
     for number, names in enumerate(groups, start=1):
         file_name = shard_name(stem, number, len(groups))
-        write_shard(folder / file_name, {name: tensors[name] for name in names})
+        if not (folder / file_name).exists():
+            write_shard(folder / file_name, {name: tensors[name] for name in names})
         weight_map.update(dict.fromkeys(names, file_name))
     return weight_map
 
