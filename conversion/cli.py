@@ -76,7 +76,7 @@ def _donor_options(
         str | None,
         typer.Option(help="Least rows of a head, or one number for each order; from the donor's size if left out."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Sizes of the paper: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Sizes of a known memory: {', '.join(PRESETS)}.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
     n_heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
     max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,
