@@ -3,7 +3,7 @@
 from .backbone import graft_onto
 from .graft import graft
 from .plan import GraftPlan, plan_graft
-from .recipes import graft_arguments, read_recipe
+from .recipes import family_recipes, graft_arguments, read_recipe
 
 
-__all__ = ["GraftPlan", "graft", "graft_arguments", "graft_onto", "plan_graft", "read_recipe"]
+__all__ = ["GraftPlan", "family_recipes", "graft", "graft_arguments", "graft_onto", "plan_graft", "read_recipe"]

@@ -16,6 +16,7 @@ from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
 from .pack_commands import app as pack_app
+from .recipe_commands import recipes
 from .recipes import ENDINGS, graft_arguments, read_recipe
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(pack_app, name="pack")
 app.command()(serve)
+app.command()(recipes)
 
 
 @app.callback()
