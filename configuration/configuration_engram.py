@@ -336,10 +336,17 @@ class EngramConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers; of a composite backbone, the language model's part is stored once."""
+        """As in Transformers; of a composite backbone, the language model's part is stored once.
+
+        Where the backbone was loaded from is left out, as Transformers leaves it out of a configuration that is not
+        part of another one: it may be a path, and `config.json` is published.
+        """
         output = super().to_dict()
         if self.composite_config is not None:
             del output["text_config"]
+        for part in (output.get("text_config"), output.get("composite_config")):
+            if isinstance(part, dict):
+                part.pop("_name_or_path", None)
         return output
 
     def __getattr__(self, name: str):

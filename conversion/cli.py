@@ -15,6 +15,8 @@ from rich.table import Table
 from ..configuration import PRESETS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
+from .budget_commands import budget
+from .hub_commands import card, publish
 from .pack_commands import app as pack_app
 from .recipe_commands import recipes
 from .recipes import ENDINGS, graft_arguments, read_recipe
@@ -30,6 +32,9 @@ app = typer.Typer(
 app.add_typer(pack_app, name="pack")
 app.command()(serve)
 app.command()(recipes)
+app.command()(budget)
+app.command()(card)
+app.command()(publish)
 
 
 @app.callback()
