@@ -155,8 +155,8 @@ def _send(hub: HfApi, repo_id: str, additions: list[CommitOperationAdd], private
         commit = hub.create_commit(repo_id, [*additions, *gone], **message)
     except (HTTPError, RuntimeError) as error:  # RuntimeError: huggingface_hub's own around the first file's error
         raise OSError(
-            f"'{repo_id}' could not be published ({error.__cause__ or error}). The files appear in one commit or not at "
-            "all, so what was there before is whole: publish again, and what arrived is not sent a second time."
+            f"'{repo_id}' could not be published ({error.__cause__ or error}). The files appear in one commit or not "
+            "at all, so what was there before is whole: publish again, and what arrived is not sent a second time."
         ) from error
     try:
         wrong = list(_differing(hub, repo_id, commit.oid, additions))
