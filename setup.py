@@ -54,6 +54,7 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={
+        "engram_transformers.conversion": ["families/*.yaml"],
         "engram_transformers.model_cards": ["*.md"],
         "engram_transformers.training": ["general_english.*"],
         "engram_transformers.inspection": ["page.*"],

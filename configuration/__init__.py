@@ -1,7 +1,6 @@
 """Configuration of Engram checkpoints. No torch tensors, no files, no models."""
 
-from .configuration_engram import EngramConfig, EngramFormatError
-from .presets import PRESETS
+from .configuration_engram import PRESETS, EngramConfig, EngramFormatError
 
 
 __all__ = ["PRESETS", "EngramConfig", "EngramFormatError"]

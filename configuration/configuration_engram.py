@@ -4,14 +4,16 @@ Promises: field names follow the released DeepSeek-V4.1 checkpoint where it has 
 out of range and an impossible combination are refused with the value, what is needed and what to do; another model's
 `config.json` is never read as an Engram with default values. Never imports a model or touches a weight file.
 Source: Engram (arXiv 2601.07372), sections 2 and 4.1 and Table 5; the demo `engram_demo_v1.py` for what the paper
-leaves open.
+leaves open; config.json of deepseek-ai/DeepSeek-V4.1-Flash for the preset of that name.
 """
 
 import difflib
 import math
 import re
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, Literal
 
 from packaging.version import Version
@@ -80,6 +82,49 @@ PLACEHOLDER_FIELD = re.compile(r"(image|video|audio|vision|visual|frame|speech|b
 
 class EngramFormatError(ValueError):
     """A checkpoint does not hold what its configuration and index say: damaged, incomplete or of another memory."""
+
+
+class Presets(dict[str, Mapping[str, Any]]):
+    """Sizes of known memories, fields of [`EngramConfig`] by name, which cannot be changed; `PRESETS` has them all.
+
+    Which layers read is not among them, because it depends on the backbone's depth.
+
+    Raises:
+        `ValueError`: for another name.
+
+    Example:
+
+    ```python
+    >>> from engram_transformers.configuration import PRESETS
+
+    >>> PRESETS["engram-27b"]["engram_vocab_size"]
+    2262400
+    ```"""
+
+    def __missing__(self, name: str):
+        raise ValueError(f"there is no preset {name!r}: choose from {', '.join(self)}, or give sizes.")
+
+
+def _sizes(rows: int, width: int, **others) -> Mapping[str, Any]:
+    """Returns the fields of a memory with this many rows for each head, 8 heads, and orders 2 and 3 unless said."""
+    usual = {"engram_max_ngram_size": 3, "engram_n_heads": 8, "engram_kernel_size": 4}
+    return MappingProxyType({"engram_vocab_size": rows, "engram_head_dim": width} | usual | others)
+
+
+PRESETS = Presets(
+    {
+        # The paper's Table 5: 5.79 and 18.53 billion values in two layers
+        "engram-27b": _sizes(2_262_400, 80),
+        "engram-40b": _sizes(7_239_680, 80),
+        # What `engram_demo_v1.py` sets; its vocabulary is 129,280, of which it takes 5 rows each
+        "demo": _sizes(646_400, 64, engram_projection_bias=True),
+        # DeepSeek-V4.1-Flash as released: 384,006,168 and 384,016,682 rows in layers 1 and 14. Its type of rows, e4m3
+        # with scales, is left to `engram_table_dtype`.
+        "deepseek-v4.1": _sizes(16_000_000, 256, engram_max_ngram_size=4, engram_kernel_size=0, engram_norm_eps=1e-20),
+        # Ours, to try things out: 128 KB a layer in float32
+        "tiny": _sizes(1000, 8, engram_n_heads=2),
+    }
+)
 
 
 # Names of fields before 0.1; files with them are still read.
@@ -261,6 +306,27 @@ class EngramConfig(PreTrainedConfig):
         _check_streams(self)
 
     @classmethod
+    def preset(cls, name: str, **fields) -> "EngramConfig":
+        """Makes a configuration with the sizes of a known memory.
+
+        Args:
+            name (`str`): "engram-27b", "engram-40b", "demo", "deepseek-v4.1" or "tiny"; `PRESETS` has their fields.
+            fields: other fields, such as `text_config`; those that a preset has too go before it.
+
+        Raises:
+            `ValueError`: for another name, or sizes that the backbone cannot take.
+
+        Example:
+
+        ```python
+        >>> from engram_transformers import EngramConfig
+
+        >>> EngramConfig.preset("engram-40b", engram_layer_ids=[1, 10]).engram_vocab_size
+        7239680
+        ```"""
+        return cls(**{**PRESETS[name], **fields})
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Reads a `config.json`, refusing one that belongs to another kind of model.
 
@@ -282,10 +348,17 @@ class EngramConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers; of a composite backbone, the language model's part is stored once."""
+        """As in Transformers; of a composite backbone, the language model's part is stored once.
+
+        Where the backbone was loaded from is left out, as Transformers leaves it out of a configuration that is not
+        part of another one: it may be a path, and `config.json` is published.
+        """
         output = super().to_dict()
         if self.composite_config is not None:
             del output["text_config"]
+        for part in (output.get("text_config"), output.get("composite_config")):
+            if isinstance(part, dict):
+                part.pop("_name_or_path", None)
         return output
 
     def __getattr__(self, name: str):

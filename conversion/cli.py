@@ -16,9 +16,12 @@ from ..configuration import PRESETS
 from ..inspection.inspect_commands import VERBS as INSPECT_VERBS
 from ..knowledge_pack_engram import SUFFIX
 from ..serving.serve_command import serve
+from .budget_commands import budget
 from .cast_commands import cast
 from .foreign_commands import export_foreign, import_foreign
+from .hub_commands import card, publish
 from .pack_commands import app as pack_app
+from .recipe_commands import recipes
 from .recipes import ENDINGS, graft_arguments, read_recipe
 from .surgery_commands import VERBS as SURGERY
 from .terminal import check_new_file, load_tokenizer, progress, result, user_errors, visible
@@ -39,6 +42,10 @@ app.command("export")(export_foreign)
 app.command()(cast)
 for verb in SURGERY:
     app.command()(verb)
+app.command()(recipes)
+app.command()(budget)
+app.command()(card)
+app.command()(publish)
 
 
 @app.callback()
@@ -87,7 +94,7 @@ def _donor_options(
         str | None,
         typer.Option(help="Least rows of a head, or one number for each order; from the donor's size if left out."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Sizes of the paper: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Sizes of a known memory: {', '.join(PRESETS)}.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Values in a row.")] = None,
     n_heads: Annotated[int | None, typer.Option(help="Heads for each order.")] = None,
     max_ngram_size: Annotated[int | None, typer.Option(help="Longest n-gram.")] = None,

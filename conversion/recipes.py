@@ -49,6 +49,10 @@ _FIELDS = tuple(
 NAMES = (*_ARGUMENTS, "preset", *_FIELDS)
 
 
+# One recipe for each family of backbones; they come with the package.
+FAMILIES = Path(__file__).parent / "families"
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader; refuses a name that is given twice, of which it would silently take the last."""
 
@@ -57,6 +61,11 @@ class _Loader(yaml.SafeLoader):
         if twice := {str(name) for name in names if names.count(name) > 1}:
             raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)[0]!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def family_recipes() -> dict[str, Path]:
+    """Returns the files of the package's recipes by family, such as "qwen3"."""
+    return {path.stem: path for path in sorted(FAMILIES.glob("*.yaml"))}
 
 
 def read_recipe(path: str | os.PathLike) -> dict:

@@ -1,7 +1,7 @@
 """Model cards: descriptions of checkpoints and of knowledge packs on their Hub pages."""
 
-from .card import write_model_card
+from .card import model_card, write_model_card
 from .pack_card import pack_card, publish_pack
 
 
-__all__ = ["pack_card", "publish_pack", "write_model_card"]
+__all__ = ["model_card", "pack_card", "publish_pack", "write_model_card"]

@@ -1,79 +1,123 @@
-"""Writes a checkpoint's model card from its configuration and from measured results.
+"""The model card of a checkpoint: what it is, how it was made, what was measured, what it needs.
 
-Promises: sizes come from the checkpoint's own files; results that were not measured are marked so.
+Promises: every figure is evidence that lies in the folder or is given, and a blank says that it was not measured; the
+metadata are made by huggingface_hub's own class. Never reads a weight, never asks the Hub.
+Source: docs/publishing.md; the Hub's page on model cards.
 """
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from huggingface_hub import ModelCardData
 
 from ..configuration import EngramConfig
-from ..files_checkpoint_engram import expected_shards
-from ..rows_quantised_engram import row_bytes
+from ..knowledge_pack_engram import SUFFIX
+from .evidence import (
+    NOT_MEASURED,
+    NOT_SAID,
+    checks,
+    how_grafted,
+    memory_sizes,
+    needs,
+    packs,
+    plain,
+    read_json,
+    training_log,
+)
 
 
 TEMPLATE = Path(__file__).parent / "template.md"
-NOT_MEASURED = "not measured"
 
 
-def write_model_card(
-    checkpoint: str | Path,
-    base_model: str,
-    results: str | None = None,
-    text: str = "",
-    name: str | None = None,
-    license: str | None = None,
-) -> Path:
-    """Writes `README.md` into a checkpoint's folder.
-
-    Args:
-        checkpoint (`str` or `Path`): the checkpoint.
-        base_model (`str`): name or Hub id of the backbone.
-        results (`str`, *optional*): a Markdown table of measurements.
-        text (`str`, *optional*): how the memory was made.
-        name (`str`, *optional*): name of the model; the folder's if None.
-        license (`str`, *optional*): licence of the weights, as the Hub names it.
+def write_model_card(checkpoint: str | Path, base_model: str | None = None, results: str | None = None, **told) -> Path:
+    """Writes [`model_card`] as `README.md` into a checkpoint's folder; the arguments are the same.
 
     Returns:
         `Path` of the card.
-    """
-    checkpoint = Path(checkpoint)
-    config = EngramConfig.from_pretrained(checkpoint)
-    on_hub = base_model.count("/") == 1 and " " not in base_model
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["engram"],
-        license=license,
-        base_model=base_model if on_hub else None,
-    )
-    values = {
-        "name": name or checkpoint.name,
-        "base_model": base_model,
-        "base_link": f"https://huggingface.co/{base_model}" if on_hub else "#memory",
-        "memory": _memory_table(config),
-        "results": results or NOT_MEASURED,
-        "text": text,
-    }
-    body = TEMPLATE.read_text(encoding="utf-8")
-    for key, value in values.items():
-        body = body.replace("{{ " + key + " }}", value)
-    path = checkpoint / "README.md"
-    path.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+
+    Example:
+
+    ```python
+    >>> write_model_card("my-graft", "HuggingFaceTB/SmolLM2-135M-Instruct", license="apache-2.0")
+    ```"""
+    path = Path(checkpoint) / "README.md"
+    path.write_text(model_card(checkpoint, base_model, results, **told), encoding="utf-8")
     return path
 
 
-def _memory_table(config: EngramConfig) -> str:
-    """Returns the memory's sizes as a Markdown table."""
-    tables = {name: shape for name, (shape, _) in expected_shards(config).items() if name.startswith("memory.tables.")}
-    rows = sum(shape[0] for shape in tables.values())
-    size = rows * row_bytes(getattr(torch, config.engram_table_dtype), config.engram_head_dim)
+def model_card(
+    checkpoint: str | Path,
+    base_model: str | None = None,
+    results: str | None = None,
+    *,
+    text: str = "",
+    name: str | None = None,
+    license: str | None = None,
+    base_license: str | None = None,
+    data: str | None = None,
+    findings: Iterable = (),
+    trainer_state: str | Path | None = None,
+    receipt_file: str | Path | None = None,
+    pack_files: Iterable[str | Path] | None = None,
+) -> str:
+    """Returns the card of a checkpoint as Markdown.
+
+    Args:
+        checkpoint (`str` or `Path`): the checkpoint's folder; weights may be elsewhere.
+        base_model (`str`, *optional*): name or Hub id of the backbone; that of the receipt if None.
+        results (`str`, *optional*): measurements as Markdown.
+        text (`str`, *optional*): Markdown on how the memory was made.
+        name (`str`, *optional*): the model's name or Hub id; the folder's if None.
+        license (`str`, *optional*): licence of the weights, as the Hub names it.
+        base_license (`str`, *optional*): licence of the backbone.
+        data (`str`, *optional*): what the memory was trained on, and its licence.
+        findings (iterable of [`Finding`], *optional*): what `verify_checkpoint` found.
+        trainer_state (`str` or `Path`, *optional*): log of the training; `trainer_state.json` of the folder if None.
+        receipt_file (`str` or `Path`, *optional*): receipt of the graft; `engram_graft.json` of the folder if None.
+        pack_files (iterable of `str` or `Path`, *optional*): knowledge packs; those in the folder if None.
+
+    Raises:
+        `FileNotFoundError`: if the folder has no configuration or index.
+        `ValueError`: if a file is not what its name says.
+    """
+    checkpoint = Path(checkpoint)
+    config = EngramConfig.from_pretrained(checkpoint)
+    graft = read_json(Path(receipt_file or checkpoint / "engram_graft.json"))
+    base_model = base_model or graft.get("donor")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model or "")
+    reads_images = config.composite_config is not None
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text" if reads_images else "text-generation",
+        tags=["engram", config.whole_config.model_type],
+        license=license,
+        base_model=base_model if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+    )
+    found = sorted(checkpoint.glob(f"*{SUFFIX}")) if pack_files is None else map(Path, pack_files)
     values = {
-        "layers (from 0)": ", ".join(map(str, config.engram_layer_ids)),
-        "orders x heads": f"2..{config.engram_max_ngram_size} x {config.engram_n_heads}",
-        "rows": f"{rows:,} of {config.engram_head_dim} values ({config.engram_table_dtype}), {size:,} bytes",
-        "classes of token ids": f"{config.engram_compressed_vocab_size:,}",
-        "convolution": f"kernel size {config.engram_kernel_size}" if config.engram_kernel_size else "none",
+        "name": name or checkpoint.resolve().name,
+        "auto_class": "AutoModelForImageTextToText" if reads_images else "AutoModelForCausalLM",
+        "base_model": base_model or NOT_SAID,
+        "base": f"[{base_model}](https://huggingface.co/{base_model})" if on_hub else plain(base_model or "A model"),
+        "memory": memory_sizes(config),
+        "needs": needs(checkpoint, config),
+        "graft": how_grafted(graft),
+        "text": text,
+        "training": training_log(read_json(Path(trainer_state or checkpoint / "trainer_state.json"))),
+        "results": results or NOT_MEASURED,
+        "checks": checks(findings),
+        "packs": packs(found),
+        "license": license or NOT_SAID,
+        "base_license": base_license or NOT_SAID,
+        "data": data or NOT_SAID,
     }
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in values.items())])
+    return fill(TEMPLATE, metadata, values)
+
+
+def fill(template: Path, metadata: ModelCardData, values: Mapping[str, str]) -> str:
+    """Returns a template with its blanks filled in, below the metadata; a value is never filled in itself."""
+    body = re.sub(r"\{\{ (\w+) \}\}", lambda blank: values[blank[1]], template.read_text(encoding="utf-8"))
+    body = re.sub(r"\n{3,}", "\n\n", body)  # a blank that is filled with nothing
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"

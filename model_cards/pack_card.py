@@ -6,14 +6,14 @@ Source: docs/packs.md, "On the Hub".
 """
 
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from ..knowledge_pack_engram import SUFFIX, KnowledgePack
-from .card import NOT_MEASURED
+from .card import fill
+from .evidence import NOT_SAID, pack_report, plain
 
 
 TEMPLATE = Path(__file__).parent / "pack_template.md"
@@ -73,8 +73,7 @@ def pack_card(pack: KnowledgePack, file_name: str, repo_id: str, base_model: str
         base_model=base_model,
         base_model_relation="adapter",
     )
-    provenance = dict(pack.provenance)
-    report = provenance.pop("report", None)
+    provenance = {name: value for name, value in pack.provenance.items() if name != "report"}
     values = {
         "repo_id": repo_id,
         "name": file_name.removesuffix(SUFFIX),
@@ -84,29 +83,7 @@ def pack_card(pack: KnowledgePack, file_name: str, repo_id: str, base_model: str
         "bytes": f"{pack.nbytes:,}",
         "mode": pack.mode,
         "layers": ", ".join(map(str, pack.fits["layers"])),
-        "report": "\n".join(_report_table(report)) if isinstance(report, Mapping) else NOT_MEASURED,
-        "provenance": "\n".join(f"- {_plain(name)}: {_plain(value)}" for name, value in provenance.items())
-        or "not said",
+        "report": pack_report(pack),
+        "provenance": "\n".join(f"- {plain(name)}: {plain(value)}" for name, value in provenance.items()) or NOT_SAID,
     }
-    body = TEMPLATE.read_text(encoding="utf-8")
-    for key, value in values.items():
-        body = body.replace("{{ " + key + " }}", value)
-    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
-
-
-def _report_table(report: Mapping) -> Iterator[str]:
-    """Yields the rows of a report from [`report_pack`]."""
-    yield from ("| texts | number | with the pack | without |", "| --- | ---: | ---: | ---: |")
-    for kind in ("taught", "unseen"):
-        if kind in report:
-            now = report[kind]
-            right, before = f"{now['right']:.1%} right", f"{now['before']['right']:.1%} right"
-            yield f"| {kind} phrasings | {now['texts']} | {right} | {before} |"
-    for kind, found in report["other_texts"].items():
-        same = f"loss {found['loss']:.4f}, {found['texts_identical']:.1%} identical bit for bit"
-        yield f"| {_plain(kind)} | {found['texts']} | {same} | loss {found['loss_before']:.4f} |"
-
-
-def _plain(value: object) -> str:
-    """Returns a value as text in which Markdown finds no marks, tables or lines."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|" else c for c in " ".join(str(value).split()))
+    return fill(TEMPLATE, metadata, values)

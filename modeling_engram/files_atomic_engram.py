@@ -114,7 +114,7 @@ def _has_own_delta(folder: Path) -> bool:
     return delta_file(folder) is not None and not named_delta(folder / ADAPTER_NAME)
 
 
-def _is_own(name: str) -> bool:
+def is_own(name: str) -> bool:
     """Whether a file of this name in a checkpoint's folder is read as part of it."""
     return name in (DELTA_NAME, OLD_DELTA_NAME, *ADAPTER_FILES) or WEIGHT_FILE.fullmatch(name) is not None
 
@@ -125,7 +125,7 @@ def remove_checkpoint(folder: Path) -> None:
         for name in (CONFIG_NAME, *INDEX_NAMES):
             (folder / name).unlink(missing_ok=True)
         for path in folder.iterdir():
-            if _is_own(path.name):
+            if is_own(path.name):
                 path.unlink()
 
 
@@ -286,7 +286,7 @@ def publish(draft: Path, folder: Path) -> None:
         if name in left or name not in fresh:
             (folder / name).unlink(missing_ok=True)
     for path in folder.iterdir():
-        if _is_own(path.name) and path.name not in fresh:
+        if is_own(path.name) and path.name not in fresh:
             path.unlink()
             if path.name == ADAPTER_NAME:
                 logger.warning(f"removed an older adapter from '{folder}': it would be put on top of what is saved.")

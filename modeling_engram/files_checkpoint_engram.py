@@ -276,7 +276,9 @@ class EngramCheckpointMixin:
             super().save_pretrained(draft, state_dict=rest, max_shard_size=max_shard_size, **kwargs)
             weight_map = number_rest_files(draft)
             weight_map |= write_shards(draft, MEMORY_STEM, shards, parse_size(max_memory_shard_size))
-            write_index(draft, weight_map, sum(tensor.nbytes for tensor in state.values()), shards)
+            # Tied weights are in the files once.
+            total = sum(tensor.nbytes for name, tensor in state.items() if name in weight_map)
+            write_index(draft, weight_map, total, shards)
         self.read_on_from(folder, own_state=state_dict is None)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", folder.name), token=kwargs.get("token"), **hub)

@@ -1,8 +1,10 @@
 """What the tests of this folder share: a filled memory, its checkpoint and the device that counts; processes that work
-together and the graft that they load; a donor's folder; a memory that learns."""
+together and the graft that they load; a donor's folder; a memory that learns; a stand-in for the Hub."""
 
 import os
 import shutil
+import threading
+from http.server import ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from engram_transformers import EngramForCausalLM
 from ..faults import shard_of
 from ..tiny import engram_on
 from .backbones import HEADS
+from .forked import Forked
+from .hub_server import Hub, forget
 from .placed import loaded
 from .process_models import small_model
 from .ranks import Ranks
@@ -114,3 +118,41 @@ def memory(tiny_engram):
         return model
 
     return make
+
+
+@pytest.fixture(scope="module")
+def hub_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def hub_process(hub_server, tmp_path_factory):
+    """What runs programs for which the stand-in is the Hub, and their home."""
+    home = tmp_path_factory.mktemp("home")
+    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HOME": home, "NO_PROXY": "127.0.0.1"}
+    endpoint = f"http://127.0.0.1:{hub_server.server_port}"  # read when huggingface_hub is imported
+    with Forked("from engram_transformers import EngramTrainer, graft", HF_ENDPOINT=endpoint, **settings) as forked:
+        yield forked, home
+
+
+@pytest.fixture
+def hub(hub_server, hub_process):
+    """The stand-in, which knows of nothing yet."""
+    forget(hub_server, hub_process[1])
+    return hub_server
+
+
+@pytest.fixture
+def with_hub(hub, hub_process, tmp_path):
+    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub."""
+
+    def run(script: str, *arguments):
+        done = hub_process[0].run(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 from engram_transformers import EngramConfig, EngramForCausalLM, EngramFormatError
 from engram_transformers.compat_engram import CACHE
 from engram_transformers.files_atomic_engram import INDEX_NAME, MEMORY_STEM, WITHOUT_TABLES_NAME
+from engram_transformers.files_safetensors_engram import read_header, total_size
 
 
 pytestmark = pytest.mark.core
@@ -46,6 +47,14 @@ def test_a_saved_model_comes_back_bit_for_bit(saved, ids):
     state, expected = loaded.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_index_counts_the_bytes_of_the_files(tied, tiny_llama_config, tiny_donor, tiny_engram, tmp_path):
+    tiny_llama_config.tie_word_embeddings = tied
+    tiny_engram(donor=tiny_donor(tiny_llama_config)).save_pretrained(tmp_path)
+    entries = [entry for path in tmp_path.glob("*.safetensors") for entry in read_header(path).values()]
+    assert total_size(tmp_path) == sum(entry.end - entry.begin for entry in entries)
 
 
 def test_memory_shards_hold_tables_and_nothing_else(saved):

@@ -1,14 +1,11 @@
-"""A local stand-in for the Hub's HTTP calls: what a push sends, what a graft fetches, and that no token is kept.
+"""Against a stand-in for the Hub: what a push sends, what a graft fetches, and that no token is kept.
 
 Run: pytest tests/integration/test_hub.py
 """
 
 import json
 import shutil
-import threading
 from base64 import b64decode
-from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -16,161 +13,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from ..packs import classes_of, ngrams_in, pack_of
-from .forked import Forked
-
-
-COMMIT = "c" * 40
-TOKEN = "hf_stand_in_for_a_secret"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers what an upload asks, and keeps what it is sent in `server.received`; hands out the files of
-    `server.folder` as those of "me/private" to whoever has the token, and notes their names in `server.fetched`."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def answer(self, body: dict | list | None = None, status: int = 200):
-        data = json.dumps(body or {}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            data = b""
-            while size := int(self.rfile.readline(), 16):
-                data += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return data
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def do_HEAD(self):
-        self.hand_out()
-
-    def do_GET(self):
-        self.hand_out()
-
-    def hand_out(self):
-        """A repository's list of files, or one of them."""
-        path = self.path.split("?")[0].removeprefix("/api/models").removeprefix("/me/private/")
-        revision, _, name = path.partition("/")[2].partition("/")
-        if self.server.folder is None or not self.path.startswith(("/api/models/me/private/", "/me/private/")):
-            self.answer(status=404)
-        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.answer({"error": "Invalid credentials"}, status=401)
-        elif path.startswith(("revision/", "tree/")):
-            files = [file for file in sorted(self.server.folder.rglob("*")) if file.is_file()]
-            named = {file.relative_to(self.server.folder).as_posix(): file.stat().st_size for file in files}
-            self.server.revisions.append(revision)
-            if path.startswith("tree/"):
-                self.answer([{"type": "file", "path": name, "size": size, "oid": name} for name, size in named.items()])
-                return
-            self.answer({"id": "me/private", "sha": COMMIT, "siblings": [{"rfilename": name} for name in named]})
-        elif path.startswith("resolve/") and (self.server.folder / name).is_file():
-            data = (self.server.folder / name).read_bytes()
-            self.send_response(200)
-            for key, value in {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}.items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command == "GET":
-                self.server.fetched.append(name)
-                self.wfile.write(data)
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def do_PUT(self):
-        self.server.received[self.path.rsplit("/", 1)[-1]] = self.body()
-        self.answer()
-
-    def do_POST(self):
-        body = self.body()
-        host = f"http://127.0.0.1:{self.server.server_port}"
-        if self.path == "/api/repos/create":
-            self.answer({"url": f"{host}/me/memory", "name": "me/memory"})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            self.answer(
-                {
-                    "files": [
-                        {
-                            "path": file["path"],
-                            "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                            "shouldIgnore": False,
-                        }
-                        for file in files
-                    ]
-                }
-            )
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            self.answer(
-                {
-                    "transfer": "basic",
-                    "objects": [
-                        {**entry, "actions": {"upload": {"href": f"{host}/lfs/{entry['oid']}"}}} for entry in objects
-                    ],
-                }
-            )
-        elif "/commit/" in self.path:
-            self.server.commit = [json.loads(line) for line in body.splitlines()]
-            self.answer(
-                {"commitUrl": f"{host}/me/memory/commit/1", "commitOid": "1", "pullRequestUrl": None, "success": True}
-            )
-        else:
-            self.answer()
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="module")
-def process(server, tmp_path_factory):
-    """What runs programs for which the stand-in is the Hub, and their home."""
-    home = tmp_path_factory.mktemp("home")
-    settings = {"HF_HUB_DISABLE_XET": "1", "HF_HOME": home, "NO_PROXY": "127.0.0.1"}
-    endpoint = f"http://127.0.0.1:{server.server_port}"  # read when huggingface_hub is imported
-    with Forked("from engram_transformers import EngramTrainer, graft", HF_ENDPOINT=endpoint, **settings) as forked:
-        yield forked, home
-
-
-@pytest.fixture
-def hub(server, process):
-    """The stand-in, which knows of nothing yet."""
-    server.received, server.commit = {}, []
-    server.folder, server.fetched, server.revisions = None, [], []
-    server.home = process[1]
-    shutil.rmtree(server.home)
-    server.home.mkdir()
-    return server
-
-
-@pytest.fixture
-def with_hub(hub, process, tmp_path):
-    """`with_hub(script, *arguments)`: runs a program for which the stand-in is the Hub."""
-
-    def run(script: str, *arguments):
-        done = process[0].run(script, *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-
-    return run
+from .hub_server import COMMIT, TOKEN
 
 
 SCRIPT = """
@@ -383,7 +226,7 @@ for wrong, more in (("me/nothing", {}), ("people.engram-pack.safetensors", {"rev
 
 
 @torch.no_grad()
-def test_a_pack_is_published_with_its_card_and_read_from_the_hub(hub, with_hub, process, tiny_engram, tmp_path):
+def test_a_pack_is_published_with_its_card_and_read_from_the_hub(hub, with_hub, hub_process, tiny_engram, tmp_path):
     model = tiny_engram(trained=True)
     model.save_pretrained(tmp_path / "graft")
     pack = pack_of(model, ngrams_in(classes_of(model, torch.arange(3, 20))))
@@ -421,17 +264,17 @@ def test_a_pack_is_published_with_its_card_and_read_from_the_hub(hub, with_hub, 
 
     shutil.copy(file, hub.folder / "law.engram-pack.safetensors")
     shutil.rmtree(hub.home / "hub")  # the stand-in has one commit, whose list of files is kept there
-    done = process[0].run(PACK, tmp_path / "graft", TOKEN, cwd=tmp_path)
+    done = hub_process[0].run(PACK, tmp_path / "graft", TOKEN, cwd=tmp_path)
     assert done.returncode and "'me/private' holds 2 knowledge packs ['law" in done.stderr
 
 
-def test_a_pack_that_could_not_be_loaded_again_is_not_published(hub, process, tiny_engram, tmp_path):
+def test_a_pack_that_could_not_be_loaded_again_is_not_published(hub, hub_process, tiny_engram, tmp_path):
     model = tiny_engram(trained=True)
     pack = pack_of(model, ngrams_in(classes_of(model, torch.arange(3, 20))))
     good, other = (pack.save(tmp_path / name) for name in ("people.engram-pack.safetensors", "people.safetensors"))
     damaged = tmp_path / "damaged.engram-pack.safetensors"
     damaged.write_bytes(good.read_bytes()[:-8])
     for file, repository in ((other, "me/memory"), (good, "people"), (good, "me/a/b"), (damaged, "me/memory")):
-        done = process[0].run(PACK, tmp_path, TOKEN, file, repository, cwd=tmp_path)
+        done = hub_process[0].run(PACK, tmp_path, TOKEN, file, repository, cwd=tmp_path)
         assert done.returncode == 2 and "error:" in done.stdout, done.stdout + done.stderr[-500:]
     assert not hub.received and not hub.commit

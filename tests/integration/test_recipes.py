@@ -54,6 +54,8 @@ def test_a_recipe_is_the_options_and_options_go_before_it(donor, recipe, tmp_pat
     receipts = {out: json.loads((tmp_path / out / "engram_graft.json").read_text()) for out in made}
     assert receipts["flags"] == receipts["file"] and receipts["seed"]["recipe"]["engram_seed"] == 7
     assert receipts["file"]["donor"] == "donor", "a path of this machine in what is published"
+    for described in (tmp_path / "file").glob("*.json"):
+        assert str(tmp_path) not in described.read_text(), described
     assert EngramConfig.from_pretrained(tmp_path / "file").engram_vocab_size == [200, 300]
 
 

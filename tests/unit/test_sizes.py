@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from engram_transformers import EngramConfig
 from engram_transformers.configuration import PRESETS
 from engram_transformers.conversion.sizes import count_parameters, default_rows, log_size, table_bytes, table_rows
+from engram_transformers.memory_engram import EngramMemory
 
 
 @pytest.mark.parametrize(
@@ -61,18 +62,67 @@ def test_a_default_of_more_than_half_of_what_is_free_is_refused_and_one_that_was
     assert not caplog.messages
 
 
-@pytest.mark.parametrize(("name", "values"), [("engram-27b", 5.792e9), ("engram-40b", 18.534e9)])
-def test_presets_are_the_papers(name, values):
-    config = EngramConfig(**PRESETS[name])
-    assert table_bytes(config) / 4 == pytest.approx(values, rel=1e-4)
-    assert config.engram_memory_dim == 1280 and config.engram_layer_ids == [1, 14]
+# Rows of each layer: of "deepseek-v4.1" those of the released tables, of "demo" what the demo computes.
+@pytest.mark.parametrize(
+    ("name", "rows", "values"),
+    [
+        ("engram-27b", [36_199_972, 36_204_260], "5.79"),
+        ("engram-40b", None, "18.53"),
+        ("demo", [10_344_164, 10_348_242], "1.32"),
+        ("deepseek-v4.1", [384_006_168, 384_016_682], "196.61"),
+        ("tiny", None, "0.00"),
+    ],
+)
+def test_presets_have_the_parameters_that_were_published(name, rows, values):
+    config = EngramConfig.preset(name, engram_layer_ids=[1, 14])
+    with torch.device("meta"):
+        tables = EngramMemory(config).tables
+    found = {layer: sum(part.numel() for part in table.parameters()) for layer, table in tables.items()}
+    assert f"{sum(found.values()) / 1e9:.2f}" == values
+    assert rows is None or [found[layer] // config.engram_head_dim for layer in ("1", "14")] == rows
+    assert sum(found.values()) == table_rows(config) * config.engram_head_dim
 
 
-def test_an_unknown_preset_is_refused_and_none_can_be_changed():
-    with pytest.raises(ValueError, match=r"no preset 'engram-7b': choose from engram-27b, engram-40b"):
-        PRESETS["engram-7b"]
+def papers_backbone(experts: int) -> int:
+    """Parameters of the paper's MoE, but for its token embedding; see docs/grafting.md for what it leaves open."""
+    config = DeepseekV3Config(
+        vocab_size=129_280,
+        hidden_size=2560,
+        intermediate_size=12_288,
+        moe_intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        n_routed_experts=experts,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+    )
+    return count_parameters(config, AutoModelForCausalLM.from_config) - 129_280 * 2560
+
+
+def test_the_memory_takes_the_place_of_the_papers_17_experts():
+    mixture, fewer = papers_backbone(72), papers_backbone(55)
+    sizes = {name: table_rows(EngramConfig.preset(name)) * 80 for name in ("engram-27b", "engram-40b")}
+    assert mixture - fewer == pytest.approx(sizes["engram-27b"], rel=0.01)
+    totals = [mixture, *(fewer + values for values in sizes.values())]
+    assert [f"{total / 1e9:.1f}" for total in totals] == ["26.7", "26.7", "39.4"]
+
+
+def test_a_preset_gives_way_and_an_unknown_one_is_refused():
+    backbone = LlamaConfig(num_hidden_layers=2, vocab_size=500)
+    config = EngramConfig.preset("tiny", text_config=backbone, engram_layer_ids=[1], engram_n_heads=4)
+    assert (config.engram_vocab_size, config.engram_n_heads, config.text_config.vocab_size) == (1000, 4, 500)
+    for asked in (EngramConfig.preset, PRESETS.__getitem__):
+        with pytest.raises(ValueError, match=r"no preset 'engram-7b': choose from engram-27b, engram-40b, demo"):
+            asked("engram-7b")
     with pytest.raises(TypeError):
         PRESETS["engram-27b"]["engram_vocab_size"] = 1
+    bare = EngramConfig()
+    assert all(getattr(bare, name) == value for name, value in PRESETS["engram-27b"].items()), "the defaults"
 
 
 @pytest.mark.parametrize("rows", [2_262_400, 26_000])
