@@ -139,4 +139,4 @@ def _vectors(source: SourceCheckpoint, layer: int, order: int, grams: torch.Tens
     missing = grams.new_full((hasher.context_length + 1 - order, 1, len(grams)), int(hasher.pad_class))
     backwards = torch.cat([grams.flip(1).T[:, None], missing])  # (N, 1, records)
     rows = rows_of(hasher, backwards)[hasher.layer_index(layer), :, order - 2]  # (records, heads)
-    return read_parts(rows, len(parts[0]), parts).flatten(1)  # (records, heads * width)
+    return source.values(read_parts(rows, len(parts[0]), parts)).flatten(1)  # (records, heads * width)

@@ -256,8 +256,9 @@ def _merge_table(
     found, cosines = TableConflicts(name, len(tables[0])), 0.0
     for first, rows in pieces(tables[0]):
         part = slice(first, first + len(rows))
-        held = torch.stack([table[part].float() for table in tables])  # (memories, rows, width)
-        base = None if first_table is None else first_table[part].float()
+        read = [source.values(table[part]).float() for source, table in zip(sources, tables, strict=True)]
+        held = torch.stack(read)  # (memories, rows, width)
+        base = None if start is None else start.values(first_table[part]).float()  # (rows, width)
         new.write(name, _combined(held, weights, how, base), first)
         moved = held if base is None else held - base
         used = moved.any(-1).sum(0)  # (rows,), how many memories hold each

@@ -33,6 +33,7 @@ from ..files_safetensors_engram import (
 )
 from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
+from ..rows_quantised_engram import QUANTISED, quantise
 from .donor import RECEIPT_NAME
 from .reference_copy import copy_by_reference
 from .source_checkpoint import SourceCheckpoint
@@ -124,7 +125,7 @@ class NewTensors:
     """Tensors in the weight files of a draft that are still zero, written piece by piece.
 
     Args:
-        folder (`Path`): the draft, with its indexes.
+        folder (`Path`): the draft, with its configuration and indexes.
     """
 
     def __init__(self, folder: Path):
@@ -132,11 +133,14 @@ class NewTensors:
         files = set(self.weight_map.values())
         self.headers = {file_name: read_header(folder / file_name) for file_name in files}
         self.starts = {file_name: start_of_data(folder / file_name) for file_name in files}
+        self.table_dtype = getattr(torch, EngramConfig.from_pretrained(folder).engram_table_dtype)
 
     def write(self, name: str, rows: torch.Tensor, first: int = 0) -> None:
-        """Writes rows of a tensor, from row `first` on, in its own type."""
+        """Writes rows of a tensor, from row `first` on, in its own type; values of a quantised table as records."""
         file_name = self.weight_map[name]
         entry = self.headers[file_name][name]
+        if self.table_dtype in QUANTISED and name.startswith(TABLES_PREFIX) and rows.is_floating_point():
+            rows = quantise(rows, self.table_dtype)
         if tuple(rows.shape[1:]) != entry.shape[1:] or first + len(rows) > entry.shape[0]:
             raise ValueError(f"rows {first} to {first + len(rows)} of {tuple(rows.shape)} do not fit into '{name}'.")
         rows = rows.to(torch_dtype(entry.dtype))

@@ -99,7 +99,7 @@ def prune_memory(
         new = NewTensors(draft)
         for name in source.names(TABLES_PREFIX):
             for first, rows in pieces(source.tensor(name)):
-                new.write(name, _kept(rows, min_norm, report), first)
+                new.write(name, _kept(source, rows, min_norm, report), first)
         report.disk_after = _disk(draft)
         said = {"min_norm": str(min_norm)} if min_norm is not None else {"untouched": True}
         write_receipt(draft, source.folder, source.config, "prune", **said, rows=report.rows, zeroed=report.zeroed)
@@ -107,14 +107,14 @@ def prune_memory(
     return report
 
 
-def _kept(rows: torch.Tensor, min_norm: float | None, report: Pruned) -> torch.Tensor:
+def _kept(source: SourceCheckpoint, rows: torch.Tensor, min_norm: float | None, report: Pruned) -> torch.Tensor:
     """Returns rows `(rows, width)`, those below a norm as zeros, and counts them."""
-    live = rows.any(-1)  # (rows,)
+    live = (rows != 0).any(-1)  # (rows,); of uint8, `any` gives uint8
     report.rows += len(rows)
     report.were_zero += int((~live).sum())
     if min_norm is None:
         return rows
-    gone = live & (rows.float().norm(dim=-1) < min_norm)  # (rows,)
+    gone = live & (source.values(rows).float().norm(dim=-1) < min_norm)  # (rows,)
     report.zeroed += int(gone.sum())
     return rows.masked_fill(gone[:, None], 0)
 

@@ -255,7 +255,7 @@ def readdress(
             for order in part.orders:
                 parts = tables[layer][order - 2]
                 read = old_rows[layer, :, order - 2][:, from_heads].flatten()  # (count * heads,)
-                values = read_parts(read, len(parts[0]), parts)  # (count * heads, width)
+                values = source.values(read_parts(read, len(parts[0]), parts))  # (count * heads, width)
                 means[layer][order - 2].add(new_rows[layer, :, order - 2].flatten(), values)
     if not count:
         raise ValueError("not one n-gram was found: give a text whose n-grams the table has learned.")

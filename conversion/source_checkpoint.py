@@ -20,6 +20,7 @@ from ..hash_tokens_engram import check_token_map
 from ..inspection.verify import stored_hashing
 from ..memory_engram import MEMORY_PREFIX
 from ..rows_placement_engram import TABLES_PREFIX
+from ..rows_quantised_engram import vectors_of
 from ..rows_storage_engram import CheckpointTables, ShardFile
 
 
@@ -94,6 +95,10 @@ class SourceCheckpoint:
         """Returns the parts `(rows, width)` of an order's table, mapped."""
         parts = range(self.config.engram_table_parts)
         return [self.tensor(f"{TABLES_PREFIX}{layer}.order{order}.{part}") for part in parts]
+
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        """Returns the values of rows `(..., stored width)` of a table: `(..., width)`; quantised ones in float32."""
+        return vectors_of(rows, getattr(torch, self.config.engram_table_dtype), self.config.engram_head_dim)
 
     def tokenizer(self):
         """Loads the checkpoint's own tokenizer.

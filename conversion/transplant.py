@@ -156,7 +156,8 @@ class Transplant:
                 begin = 0
                 for part in self.source.order_parts(layer, order):
                     for first, rows in pieces(part):
-                        new.write_order(layer, order, rows, begin + first)
+                        same = new.table_dtype == getattr(torch, self.source.config.engram_table_dtype)
+                        new.write_order(layer, order, rows if same else self.source.values(rows), begin + first)
                     begin += len(part)
 
     def told(self) -> dict:
