@@ -239,6 +239,7 @@ def test_a_delta_holds_changed_records_and_layers(kind, place, quantised, tmp_pa
     assert torch.equal(logits(again), logits(base)) and not torch.equal(logits(again), before)
     assert torch.equal(again.memory.named_parts()["memory.tables.1.order2.0"].read(rows), part.read(rows))
 
+
 @every_kind
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.usefixtures("counting_device")
