@@ -114,7 +114,7 @@ def cast(
         dtype (`str`): "int8", "float8_e4m3fn", "bfloat16", "float16" or "float32".
         text (`str`, *optional*): a text on which the loss is measured before and after, with the rows on disk.
         max_memory_shard_size (`int` or `str`, *optional*, defaults to `"8GB"`): largest memory file.
-        advance (callable, *optional*): told the bytes of tables that were read, and of how many.
+        advance (callable, *optional*): told the bytes of all tables, and how many of them were read.
 
     Returns:
         [`CastReport`] with the error that the cast introduced. `engram_graft.json` has it too, under "casts".
@@ -134,7 +134,7 @@ def cast(
     >>> report = cast("runs/graft", "runs/graft-int8", "int8")
     >>> print(*report.lines(), sep="\\n")
     ```"""
-    folder, out = Path(checkpoint), Path(out)
+    folder, out, most = Path(checkpoint), Path(out), parse_size(max_memory_shard_size)
     config = _checked(folder, out, dtype)
     fresh = copy.deepcopy(config)
     fresh.engram_table_dtype = dtype
@@ -149,13 +149,13 @@ def cast(
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.casting-", dir=out.parent))
     draft.chmod(0o755)
     try:
-        weight_map = _write_tables(draft, folder, fresh, parse_size(max_memory_shard_size), report, advance)
+        weight_map = _write_tables(draft, folder, fresh, most, report, advance)
         _write_rest(draft, folder, fresh, weight_map)
         check_folder(draft, expected_shards(fresh))
         if ids is not None:
             report.loss_after = text_loss(draft, ids)
         _write_receipt(draft, folder, report)
-        for path in (*(path for path in draft.rglob("*")), draft):
+        for path in (*draft.rglob("*"), draft):
             flush(path)
         if out.exists():
             out.rmdir()

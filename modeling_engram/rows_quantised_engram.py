@@ -25,6 +25,9 @@ BLOCK = 32
 # Beyond it, the largest value of a record might not be finite in float32.
 LARGEST = 2.0**127
 
+# Value of each byte: on a CPU, looking values up is several times faster than torch's conversion.
+_E4M3 = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
+
 # The least scale of int8: below it bfloat16 has fewer bits.
 _LEAST = 2.0**-126
 
@@ -106,7 +109,11 @@ def dequantise(records: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     exponents = records[..., width:].int()  # (..., width / 32)
     # By bits, because torch 2.6 has no type for them: 0 is 2 ** -127, a subnormal number.
     bits = torch.where(exponents == 0, 0x400000, exponents << 23).masked_fill(exponents == 255, 0x7FC00000)
-    steps = records[..., :width].view(torch.float8_e4m3fn).float().unflatten(-1, (-1, BLOCK))  # (..., width / 32, 32)
+    steps = records[..., :width].unflatten(-1, (-1, BLOCK))  # (..., width / 32, 32)
+    if records.is_cpu:
+        steps = _E4M3.index_select(0, steps.int().flatten()).view(steps.shape)
+    else:
+        steps = steps.view(torch.float8_e4m3fn).float()
     return (steps * bits.int().view(torch.float32)[..., None]).flatten(-2)  # (..., width)
 
 

@@ -16,6 +16,7 @@ from engram_transformers.conversion.sizes import table_bytes
 from engram_transformers.rows_quantised_engram import dequantise, quantise, row_bytes
 from engram_transformers.training import create_optimizer
 
+from ..counting_device import counted
 from ..faults import shard_of
 from ..packs import classes_of, ngrams_in, pack_of
 from .test_dtypes import step_by_step
@@ -219,3 +220,39 @@ def test_a_configuration_says_which_widths_fp8_needs(tiny_llama_config):
         EngramConfig(**fields, engram_head_dim=48, engram_table_dtype="float8_e4m3fn")
     for kind, width in (("int8", 48), ("float8_e4m3fn", 64)):
         assert EngramConfig(**fields, engram_head_dim=width, engram_table_dtype=kind).engram_table_dtype == kind
+
+
+@every_kind
+@pytest.mark.parametrize("place", PLACES)
+@torch.no_grad()
+def test_a_delta_holds_changed_records_and_layers(kind, place, quantised, tmp_path):
+    quantised(kind).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", engram_placement=place)
+    before = logits(base)
+    part = base.memory.named_parts()["memory.tables.1.order2.0"]
+    rows = torch.arange(0, len(quantised(kind).memory.tables["1"].order2[0]), 2)
+    part.write(rows, quantise(torch.randn(len(rows), 32), getattr(torch, kind)))
+    base.memory.layers["1"].key_norm.mul_(1.5)
+    base.save_memory_delta(tmp_path / "delta", base=tmp_path / "base")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", engram_placement=place)
+    again.load_memory_delta(tmp_path / "delta", base=tmp_path / "base")
+    assert torch.equal(logits(again), logits(base)) and not torch.equal(logits(again), before)
+    assert torch.equal(again.memory.named_parts()["memory.tables.1.order2.0"].read(rows), part.read(rows))
+
+
+@every_kind
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.usefixtures("counting_device")
+def test_records_travel_to_a_device_and_become_values_there(kind, place, quantised, tmp_path):
+    model = quantised(kind)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, engram_placement="cpu").to("counting").place_memory(place)
+    texts = TEXTS.to("counting")
+    torch.testing.assert_close(logits(placed, texts).cpu(), expected, rtol=0, atol=1e-5)
+    with counted() as block:
+        logits(placed, texts)
+    reads = TEXTS.numel() * 2 * 2 * 2  # layers, orders, heads
+    most = 0 if place == "device" else reads * row_bytes(getattr(torch, kind), 32)
+    values = 4 * 32 * reads
+    assert block.h2d < most + values / 4
