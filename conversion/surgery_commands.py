@@ -1,4 +1,4 @@
-"""`engram resize`, `prune`, `merge`, `extract` and `strip`: new checkpoints from old ones.
+"""Verbs that make new checkpoints from old ones: `engram resize`, `prune`, `merge`, `extract` and `strip`.
 
 Every verb calls the library and contains no logic. Promises: those of `engram` (see `cli.py`). Never changes a
 checkpoint that it reads.
