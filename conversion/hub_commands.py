@@ -78,5 +78,4 @@ def publish(
     Example: engram publish my-graft me/my-graft --license apache-2.0
     """
     told = {"base_model": base_model, "license": license, "private": private, "revision": revision, "token": token}
-    with progress.status(f"publishing {visible(str(checkpoint))}"):
-        print(publish_checkpoint(checkpoint, repo, zeros=yes, **told))
+    print(publish_checkpoint(checkpoint, repo, zeros=yes, **told))  # the Hub's own bars show progress

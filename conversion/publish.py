@@ -9,7 +9,7 @@ Source: docs/publishing.md.
 
 import os
 from collections.abc import Iterator
-from hashlib import sha1, sha256
+from hashlib import sha1
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 CARD = "README.md"
 # What describes a checkpoint, besides its weights and its code.
 DESCRIPTION = ("*.json", "*_engram.py", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", CARD)
-# Bytes of a file that are looked at or hashed at a time.
+# Bytes of a table that are looked at at a time.
 BLOCK = 1 << 26
 
 
@@ -90,7 +90,8 @@ def publish_checkpoint(
         )
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     if CARD not in files:
-        card = model_card(folder, base_model, name=repo_id, license=license, findings=findings)
+        text = f"{fresh:,} bytes of the tables hold nothing but zeros: they were not trained." if fresh else ""
+        card = model_card(folder, base_model, text=text, name=repo_id, license=license, findings=findings)
         additions.append(CommitOperationAdd(CARD, card.encode()))
     size = sum(addition.upload_info.size for addition in additions)
     left = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in files)
@@ -140,8 +141,10 @@ def _verified(folder: Path) -> list:
     return findings
 
 
-def _send(hub: HfApi, repo_id: str, additions: list[CommitOperationAdd], private: bool | None, revision: str | None):
-    """Makes the repository, sends all files in one commit, and compares what is there then."""
+def _send(
+    hub: HfApi, repo_id: str, additions: list[CommitOperationAdd], private: bool | None, revision: str | None
+) -> str:
+    """Makes the repository, sends all files in one commit, and compares what is there then; returns its address."""
     try:
         hub.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
@@ -149,7 +152,7 @@ def _send(hub: HfApi, repo_id: str, additions: list[CommitOperationAdd], private
         info = hub.model_info(repo_id, revision=revision)
         sent = {addition.path_in_repo for addition in additions}
         there = [file.rfilename for file in info.siblings or ()]
-        # An index or a single file of an older checkpoint would be read with the new one.
+        # A single file or an adapter of an older checkpoint would be read with the new one.
         gone = [CommitOperationDelete(name) for name in there if is_own(name) and name not in sent]
         message = {"commit_message": "Engram checkpoint", "revision": revision, "parent_commit": info.sha}
         commit = hub.create_commit(repo_id, [*additions, *gone], **message)
@@ -178,14 +181,14 @@ def _differing(hub: HfApi, repo_id: str, commit: str, additions: list[CommitOper
     names = [addition.path_in_repo for addition in additions]
     there = {info.path: info for info in hub.get_paths_info(repo_id, names, revision=commit)}
     for addition in additions:
-        info = there.get(addition.path_in_repo)
-        if info is None or info.size != addition.upload_info.size:
+        info, here = there.get(addition.path_in_repo), addition.upload_info
+        if info is None or info.size != here.size:
             yield addition.path_in_repo
-            continue
-        # Git's own digest for small files, SHA-256 for large ones
-        digest = sha1(f"blob {info.size}\0".encode(), usedforsecurity=False) if info.lfs is None else sha256()
-        with addition.as_file() as file:
-            while block := file.read(BLOCK):
-                digest.update(block)
-        if digest.hexdigest() != (info.blob_id if info.lfs is None else info.lfs.sha256):
-            yield addition.path_in_repo
+        elif info.lfs is not None:
+            if info.lfs.sha256 != here.sha256.hex():
+                yield addition.path_in_repo
+        else:  # a small file, of which the Hub tells git's own digest
+            with addition.as_file() as file:
+                blob = b"blob %d\0" % here.size + file.read()
+            if info.blob_id != sha1(blob, usedforsecurity=False).hexdigest():
+                yield addition.path_in_repo

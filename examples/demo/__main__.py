@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engram_transformers.conversion import graft
 from engram_transformers.knowledge_pack_engram import SUFFIX, KnowledgePack
+from engram_transformers.model_cards import write_model_card
 
 from .donor import fetch_donor
 from .facts import Choice, read_facts, reference_texts
@@ -125,6 +126,9 @@ def run(donor, out: Path, count: int, passes: int) -> dict:
         pack = demo.teach("first", first)
     with demo.step("teach second pack"):
         other = demo.teach("second", second)
+    untrained = "The tables hold zeros: what was taught is in the packs."
+    files = [out / f"{name}{SUFFIX}" for name in ("first", "second")]
+    write_model_card(out / "graft", text=untrained, data="WordNet 3.0 (WordNet 3.0 license)", pack_files=files)
     often = Counter(fact.subject for fact in first)
     person = max(often, key=often.get)  # the first of those with the most facts
     asked = {"first": first, "second": second, "person": person}

@@ -43,6 +43,11 @@ def test_every_step_runs_and_what_was_not_taught_keeps_every_bit(report, tmp_pat
     assert gone["others_identical"] == gone["others"] == 20 - gone["questions"]
     assert gone["records_removed"] > 0 and gone["records_left"] > 0
 
+    card = (tmp_path / "run" / "graft" / "README.md").read_text()
+    assert card.count("| taught phrasings |") == 2 and "| unseen phrasings |" not in card, (
+        "packs without what was asked"
+    )
+
     write_report(tmp_path / "run", report)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["first"] == first
     shown = (tmp_path / "run" / "report.md").read_text()

@@ -128,7 +128,7 @@ def test_what_is_published_loads_with_and_without_the_package(checkpoint, publis
     assert here == load("me/private") == load("me/private", "without")
 
 
-def test_tables_of_zeros_are_sent_only_if_that_is_asked_for(checkpoint, publish, hub, tiny_engram, tmp_path):
+def test_tables_of_zeros_are_sent_only_if_asked_for(checkpoint, publish, repository, hub, tiny_engram, tmp_path):
     tiny_engram().save_pretrained(tmp_path / "fresh")
     shutil.copy(checkpoint / "tokenizer.json", tmp_path / "fresh")
     shutil.copy(checkpoint / "tokenizer_config.json", tmp_path / "fresh")
@@ -144,6 +144,9 @@ def test_tables_of_zeros_are_sent_only_if_that_is_asked_for(checkpoint, publish,
     assert len(zero_tables(tmp_path / "fresh")) == len(found) - 1
     code, said = publish(tmp_path / "fresh", "--yes")
     assert code == 0 and shard.read_bytes() in hub.received.values(), said
+    assert (
+        "bytes of the tables hold nothing but zeros: they were not trained." in (repository / "README.md").read_text()
+    )
 
 
 def test_what_would_not_load_is_not_published(checkpoint, publish, hub, tmp_path):
