@@ -17,7 +17,16 @@ from typing import Any
 import torch
 
 from ..configuration import EngramConfig, EngramFormatError
-from ..files_safetensors_engram import DTYPE_NAMES, read_header, read_index, start_of_data, write_index, write_shard
+from ..files_checkpoint_engram import expected_shards
+from ..files_safetensors_engram import (
+    DTYPE_NAMES,
+    check_folder,
+    read_header,
+    read_index,
+    start_of_data,
+    write_index,
+    write_shard,
+)
 from ..hash_constants_engram import HashConstants, derive_constants
 from ..layer_engram import EngramLayer
 from ..memory_engram import MEMORY_PREFIX
@@ -155,6 +164,7 @@ def export_memory(
     Raises:
         `FileExistsError`: if `out` is in use.
         `ValueError`: for an unknown layout, or a memory with settings that it does not have.
+        `FileNotFoundError` or [`EngramFormatError`]: if the graft is incomplete or damaged.
 
     Example:
 
@@ -179,6 +189,7 @@ def export_memory(
     _check_settings(foreign, config, foreign.fixed)
     told = foreign.write(config, numbers)
     _check_settings(foreign, config, foreign.read(told, {}).fields)
+    _check_memory(folder, config)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.exporting-", dir=out.parent) as folder_of_draft:
@@ -241,9 +252,7 @@ def _read_weights(
     dense, kept = {}, {}
     for number, layer in enumerate(config.engram_layer_ids):
         weights, given = foreign.weight_map(config, number, numbers), tensors[layer]
-        with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in EngramLayer(config, layer).state_dict().items()}
-        made = to_memory(weights, given, shapes)
+        made = to_memory(weights, given, _layer_shapes(config, layer))
         dense |= {f"{_LAYERS}{layer}.{name}": tensor for name, tensor in made.items()}
         for name, place in weights.items():
             if isinstance(place, Kept):
@@ -368,6 +377,23 @@ def _signature(folder: Path, layout: str) -> dict:
     path = folder / RECEIPT_NAME
     imported = json.loads(path.read_text(encoding="utf-8")).get("imported", {}) if path.is_file() else {}
     return imported if imported.get("layout") == layout else {}
+
+
+def _layer_shapes(config: EngramConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a layer's dense tensors by name."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in EngramLayer(config, layer).state_dict().items()}
+
+
+def _check_memory(folder: Path, config: EngramConfig) -> None:
+    """Raises FileNotFoundError or EngramFormatError unless a graft's memory is complete."""
+    check_folder(folder, expected_shards(config))
+    weight_map = read_index(folder)
+    for layer in config.engram_layer_ids:
+        for name, shape in _layer_shapes(config, layer).items():
+            stored = f"{_LAYERS}{layer}.{name}"
+            if stored not in weight_map or read_header(folder / weight_map[stored])[stored].shape != shape:
+                raise EngramFormatError(f"'{folder}' lacks '{stored}' of the shape {list(shape)}: restore its files.")
 
 
 def _check_settings(foreign: Layout, config: EngramConfig, held: Mapping[str, Any]) -> None:

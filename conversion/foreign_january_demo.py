@@ -48,7 +48,10 @@ def _read(told: dict, tensors: dict) -> ForeignMemory:
     return ForeignMemory(
         layer_ids=layers,
         fields=fields
-        | {"engram_head_dim": width // fields["engram_n_heads"], "engram_table_dtype": table_dtype(tensors, _TABLE)},
+        | {
+            "engram_head_dim": width // max(1, fields["engram_n_heads"]),
+            "engram_table_dtype": table_dtype(tensors, _TABLE),
+        },
         backbone={"hidden_size": hidden},
     )
 

@@ -221,6 +221,8 @@ def read_config(folder: Path) -> dict:
 
 def needed(told: Mapping, names: Iterable[str], layout: str) -> list:
     """Returns values of a configuration by their names; refuses it if one is missing."""
+    if not isinstance(told, Mapping):
+        raise EngramFormatError(f"config.json holds {told!r} in the place of names and values: copy it again.")
     missing = [name for name in names if told.get(name) is None]
     if missing:
         raise EngramFormatError(

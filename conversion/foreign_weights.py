@@ -107,7 +107,7 @@ def to_blocks(values: torch.Tensor, scales: torch.Tensor | None = None) -> tuple
 
 def _exact(values: torch.Tensor, scales: torch.Tensor, name: str) -> torch.Tensor:
     """Returns float8 blocks in bfloat16."""
-    made = torch.empty(values.shape, dtype=torch.bfloat16)
+    made = torch.empty(values.shape, dtype=torch.bfloat16, device="cpu")
     for target, *pair in zip(made.split(BLOCK * BLOCK), values.split(BLOCK * BLOCK), scales.split(BLOCK), strict=True):
         exact = from_blocks(*pair)
         if not torch.equal(target.copy_(exact).float(), exact):  # also for NaN

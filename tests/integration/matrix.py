@@ -113,7 +113,7 @@ Explanations:
   nothing but windows, of 8 tokens here: a window must hold more tokens than the memory reads before each, 9 with the
   default convolution.
 - Positions that are not text are -1 in `engram_input_ids`, also in `generate`.
-- Of the 189 causal model types of transformers 5.23.0, 160 work with a memory, 24 are refused when it is put in, and 5
+- Of the 189 causal model types of transformers 5.23.0, 162 work with a memory, 22 are refused when it is put in, and 5
   could not be built: [backbones.md](backbones.md) has each of them, in fewer ways. Whole models that read images are on
   [a page of their own](composite.md).
 - `~` comes from the published gate: if its score is close to 0, the signed square root is so steep that rounding of

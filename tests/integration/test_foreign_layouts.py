@@ -168,6 +168,7 @@ def test_a_truncated_file_and_one_that_is_there_twice_are_refused(source, tmp_pa
 
 CONFIGURATIONS = {
     "seed": (7.5, "engram_seed"),
+    "n_head_per_ngram": (0, "engram_n_heads=0"),
     "kernel_size": (None, "config.json lacks kernel_size"),
     "hidden_size": (24, "needs a backbone with hidden_size=24"),
     "hc_mult": (4, "engram_hc_mult=4"),
@@ -216,6 +217,18 @@ def test_a_memory_with_settings_that_a_layout_lacks_is_not_exported(layout, tmp_
     engram_on(LlamaConfig(**HEADS), engram_gate="sigmoid").save_pretrained(tmp_path / "graft")
     with pytest.raises(ValueError, match=r"layout .* has engram_\w+="):
         export_memory(layout, tmp_path / "graft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_graft_is_not_exported(grafts, tmp_path):
+    shutil.copytree(grafts[QWEN], tmp_path / "graft")
+    index = tmp_path / "graft" / "model.safetensors.index.json"
+    told = json.loads(index.read_text())
+    for name in ("memory.layers.2.conv", "memory.tables.2.order3.0"):
+        left = {own: file for own, file in told["weight_map"].items() if own != name}
+        index.write_text(json.dumps(told | {"weight_map": left}))
+        with pytest.raises(EngramFormatError, match=name):
+            export_memory(QWEN, tmp_path / "graft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
