@@ -9,7 +9,6 @@ Source: docs/foreign.md.
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ from .foreign_layouts import (
 from .foreign_rows import RowPiece, fill_pieces, read_rows, row_blocks
 from .foreign_weights import from_memory, to_memory
 from .graft import graft
-from .new_checkpoint import dry_load
+from .new_checkpoint import dry_load, new_folder, refuse_used
 
 
 LAYOUTS = {
@@ -106,8 +105,7 @@ def import_memory(
     >>> import_memory("january-demo", "demo-weights", "backbone", "my-graft")
     ```"""
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"'{out}' exists and is not empty: an import never overwrites. Name another folder.")
+    refuse_used(out)
     foreign = _layout(layout)
     told = read_config(source)
     if told.get("model_type") == "engram" or (source / "engram_adapters.safetensors").exists():
@@ -123,9 +121,8 @@ def import_memory(
     foreign.check(config, constants, tensors, numbers)
     dense, kept = _read_weights(foreign, config, tensors, numbers)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.importing-", dir=out.parent) as folder:
-        draft = graft(backbone, Path(folder, "graft"), memory.layer_ids, **fields, **graft_options)
+    with new_folder(out) as draft:
+        graft(backbone, draft, memory.layer_ids, **fields, **graft_options)
         config = EngramConfig.from_pretrained(draft)
         _replace_dense(draft, dense)
         if kept:
@@ -137,9 +134,6 @@ def import_memory(
         _sign(draft, {"layout": layout, "source": source.resolve().name, "prefix": prefix, "numbers": numbers})
         if problem := dry_load(draft):
             raise EngramFormatError(f"the import of '{source}' does not load cleanly: {problem}.")
-        if out.exists():
-            out.rmdir()
-        os.replace(draft, out)
     return out
 
 
@@ -174,8 +168,7 @@ def export_memory(
     >>> export_memory("january-demo", "my-graft", "demo-weights")
     ```"""
     folder, out = Path(checkpoint), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"'{out}' exists and is not empty: an export never overwrites. Name another folder.")
+    refuse_used(out)
     foreign = _layout(layout)
     config = EngramConfig.from_pretrained(folder)
     if config.engram_memory_delta is not None:
@@ -191,10 +184,7 @@ def export_memory(
     _check_settings(foreign, config, foreign.read(told, {}).fields)
     _check_memory(folder, config)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.exporting-", dir=out.parent) as folder_of_draft:
-        draft = Path(folder_of_draft, "memory")
-        draft.mkdir()
+    with new_folder(out) as draft:
         for number, layer in enumerate(config.engram_layer_ids):
             names = f"{signed.get('prefix', '')}layers.{layer}.{foreign.inside}."
             tensors = _foreign_layer(folder, foreign, config, constants, number, numbers)
@@ -202,9 +192,6 @@ def export_memory(
             for written in _write_stream(path, {names + name: tensor for name, tensor in tensors.items()}):
                 on_bytes(written)
         (draft / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        os.replace(draft, out)
     return out
 
 
@@ -369,6 +356,7 @@ def _sign(draft: Path, imported: dict) -> None:
     """Notes in the receipt of a graft what was imported."""
     path = draft / RECEIPT_NAME
     receipt = json.loads(path.read_text(encoding="utf-8")) | {"imported": imported}
+    del receipt["outputs"]  # of the files as the graft left them
     path.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 
 

@@ -79,10 +79,12 @@ def refuse_used(out: Path) -> None:
 
 def copy_other_files(source: Path, draft: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
     """Copies the files of a checkpoint's folder other than configuration, indexes and weights."""
-    for path in sorted(source.iterdir()):
+    for path in sorted((*source.iterdir(), *source.glob("additional_chat_templates/*"))):
         own = path.name == CONFIG_NAME or path.name in INDEX_NAMES or WEIGHT_FILE.fullmatch(path.name)
         if path.is_file() and not own and not path.name.startswith(".") and wanted(path.name):
-            copy_by_reference(path, draft / path.name)
+            target = draft / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            copy_by_reference(path, target)
 
 
 def copy_weights(
@@ -198,6 +200,7 @@ def write_receipt(draft: Path, source: Path, config: EngramConfig, verb: str, **
     """Adds to the receipt of the checkpoint that this one is made from what was done."""
     path = source / RECEIPT_NAME
     receipt = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    receipt.pop("outputs", None)  # files of the checkpoint that this one is made from
     receipt |= {"token_map_sha256": config.engram_token_map_sha256, "hash_sha256": config.engram_hash_sha256}
     versions = {name: version(name) for name in ("engram-transformers", "transformers", "torch")}
     receipt.setdefault("surgery", []).append({"verb": verb, **said, "versions": versions})

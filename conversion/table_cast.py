@@ -9,15 +9,11 @@ Source: docs/format.md, docs/grafting.md.
 """
 
 import copy
-import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
@@ -27,7 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from ..configuration import EngramConfig
 from ..configuration.configuration_engram import TableDtype
-from ..files_atomic_engram import CONFIG_NAME, INDEX_NAMES, MEMORY_STEM, checkpoint_in, flush
+from ..files_atomic_engram import CONFIG_NAME, INDEX_NAMES, MEMORY_STEM, checkpoint_in
 from ..files_checkpoint_engram import auto_map, expected_shards
 from ..files_safetensors_engram import (
     MAX_MEMORY_SHARD_SIZE,
@@ -43,7 +39,7 @@ from ..modeling_engram import EngramForCausalLM
 from ..rows_placement_engram import TABLES_PREFIX
 from ..rows_quantised_engram import QUANTISED, dequantise, quantise, stored_as
 from ..rows_storage_engram import CheckpointTables, FilePart
-from .donor import RECEIPT_NAME
+from .new_checkpoint import new_folder, refuse_used, write_receipt
 from .reference_copy import copy_by_reference
 
 
@@ -117,7 +113,7 @@ def cast(
         advance (callable, *optional*): told the bytes of all tables, and how many of them were read.
 
     Returns:
-        [`CastReport`] with the error that the cast introduced. `engram_graft.json` has it too, under "casts".
+        [`CastReport`] with the error that the cast introduced. `engram_graft.json` has it too.
 
     Raises:
         `FileNotFoundError`: if there is no checkpoint, or a file of it is missing.
@@ -145,24 +141,14 @@ def cast(
     report = CastReport(out, config.engram_table_dtype, dtype)
     if ids is not None:
         report.loss_before = text_loss(folder, ids)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.casting-", dir=out.parent))
-    draft.chmod(0o755)
-    try:
+    with new_folder(out) as draft:
         weight_map = _write_tables(draft, folder, fresh, most, report, advance)
         _write_rest(draft, folder, fresh, weight_map)
         check_folder(draft, expected_shards(fresh))
         if ids is not None:
             report.loss_after = text_loss(draft, ids)
-        _write_receipt(draft, folder, report)
-        for path in (*draft.rglob("*"), draft):
-            flush(path)
-        if out.exists():
-            out.rmdir()
-        os.replace(draft, out)
-        flush(out.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        told = {name: value for name, value in asdict(report).items() if name != "folder" and value is not None}
+        write_receipt(draft, folder, fresh, "cast", **told)
     return report
 
 
@@ -171,8 +157,7 @@ def _checked(folder: Path, out: Path, dtype: str) -> EngramConfig:
     known = get_args(TableDtype)
     if dtype not in known:
         raise ValueError(f"dtype {dtype!r} of a table must be one of {', '.join(map(repr, known))}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"'{out}' exists and is not empty: a cast never overwrites. Name another folder.")
+    refuse_used(out)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"'{folder}' has no {CONFIG_NAME}: name the folder of an Engram checkpoint.")
     config = EngramConfig.from_pretrained(folder)
@@ -280,17 +265,6 @@ def _write_rest(draft: Path, folder: Path, fresh: EngramConfig, weight_map: dict
             copy_by_reference(path, target)
     total = sum(entry.end - entry.begin for path in draft.glob("*.safetensors") for entry in read_header(path).values())
     write_index(draft, before | weight_map, total, weight_map)
-
-
-def _write_receipt(draft: Path, folder: Path, report: CastReport) -> None:
-    """Adds the cast to the receipt of the graft."""
-    path = folder / RECEIPT_NAME
-    receipt = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    told = {name: value for name, value in asdict(report).items() if name != "folder" and value is not None}
-    told["versions"] = {name: version(name) for name in ("engram-transformers", "torch")}
-    receipt["casts"] = [*receipt.get("casts", []), told]
-    (draft / RECEIPT_NAME).unlink(missing_ok=True)
-    (draft / RECEIPT_NAME).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokens(folder: Path, text: str) -> torch.Tensor:

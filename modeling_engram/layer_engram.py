@@ -105,14 +105,17 @@ class EngramLayer(GradientCheckpointingLayer):
 
     def open_gate(self, stream: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Returns the gate `(B, L, M, 1)` from stream and keys of shape `(B, L, M, D)` in float32."""
-        shift = self.norm_shift
-        weight = (shift + self.query_norm.float()) * (shift + self.key_norm.float())  # (M, D)
+        weight = self.norm_weight(self.query_norm) * self.norm_weight(self.key_norm)  # (M, D)
         score = (stream * keys * weight).sum(-1, keepdim=True) / math.sqrt(self.hidden_size)  # (B, L, M, 1)
         score = score * _rms_scale(stream, self.norm_eps) * _rms_scale(keys, self.norm_eps)
         if self.gate != "sigmoid":
             root = torch.copysign(score.abs().clamp(min=GATE_FLOOR).sqrt(), score)
             score = root if self.gate == "signed_sqrt" else root * (score != 0)
         return torch.sigmoid(score)
+
+    def norm_weight(self, norm: nn.Parameter) -> torch.Tensor:
+        """Returns the factors `(M, D)` of a norm, in float32."""
+        return norm.float() + self.norm_shift if self.norm_shift else norm.float()
 
     def convolve(
         self,
@@ -123,7 +126,7 @@ class EngramLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Applies norm, causal depthwise convolution and SiLU to gated values `(B, L, M, D)`; zero where not alive."""
         batch, length = gated.shape[:2]
-        normed = gated * _rms_scale(gated, self.conv_norm_eps) * (self.norm_shift + self.conv_norm.float())
+        normed = gated * _rms_scale(gated, self.conv_norm_eps) * self.norm_weight(self.conv_norm)
         inputs = normed.flatten(2)  # (B, L, M * D)
         if cache is not None and self.receptive_field:
             inputs = cache.extend_convolution(inputs, 1 + self.place, self.receptive_field)

@@ -94,7 +94,7 @@ def test_what_is_not_a_table_is_kept_and_a_model_of_it_works(kind, saved, tmp_pa
     index = json.loads(after["model.safetensors.index.json"])
     total = sum(rows.nbytes for path in report.folder.glob("*.safetensors") for rows in load_file(path).values())
     assert index["metadata"]["total_size"] == total
-    assert json.loads(after["engram_graft.json"])["casts"][0]["after"] == kind
+    assert json.loads(after["engram_graft.json"])["surgery"][0]["after"] == kind
     model = AutoModelForCausalLM.from_pretrained(report.folder, engram_placement="disk")
     twin = AutoModelForCausalLM.from_pretrained(folder)
     twin.load_state_dict({**twin.state_dict(), **values(report.folder)})
@@ -110,7 +110,7 @@ def test_there_and_back_gives_the_same_records(kind, saved, tmp_path):
     assert back.max_error == 0.0
     if kind == "int8":
         assert shard_of(back.folder).read_bytes() == shard_of(folder).read_bytes()
-    casts = json.loads((back.folder / "engram_graft.json").read_text())["casts"]
+    casts = json.loads((back.folder / "engram_graft.json").read_text())["surgery"]
     assert [(told["before"], told["after"]) for told in casts] == [(kind, "float32"), ("float32", kind)]
 
 
@@ -147,7 +147,9 @@ def test_the_loss_on_a_text_is_measured_before_and_after(saved, tmp_path, tiny_t
             expected = torch.stack([model(each[None], labels=each[None]).loss for each in windows]).mean()
         assert loss == pytest.approx(float(expected), abs=1e-5)
     assert report.loss_before != report.loss_after
-    assert json.loads((report.folder / "engram_graft.json").read_text())["casts"][0]["loss_after"] == report.loss_after
+    assert (
+        json.loads((report.folder / "engram_graft.json").read_text())["surgery"][0]["loss_after"] == report.loss_after
+    )
 
 
 def spoilt(folder, value: float) -> None:

@@ -238,7 +238,7 @@ def test_a_folder_that_is_in_use_is_kept(folders, grafts, tmp_path):
         lambda: import_memory(QWEN, *folders[QWEN], tmp_path),
         lambda: export_memory(QWEN, grafts[QWEN], tmp_path),
     ):
-        with pytest.raises(FileExistsError, match="never overwrites"):
+        with pytest.raises(FileExistsError, match="nothing is overwritten"):
             action()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 

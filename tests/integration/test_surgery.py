@@ -73,6 +73,8 @@ def receipt(folder):
 
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_resized_memory_reads_on_its_text_what_it_read_before(trained, logits, tmp_path, heads):
+    (trained / "additional_chat_templates").mkdir()
+    (trained / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     before = content(trained)
     report = resize_memory(trained, tmp_path / "out", vocab_size=20_000, n_heads=heads, texts=[TEXT])
     out = tmp_path / "out"
@@ -85,7 +87,8 @@ def test_a_resized_memory_reads_on_its_text_what_it_read_before(trained, logits,
     assert (config.engram_vocab_size, config.engram_n_heads) == (20_000, heads)
     assert all(finding.ok for finding in verify_checkpoint(out, generation=False))
     assert receipt(out)["surgery"][0]["verb"] == "resize" and receipt(out)["hash_sha256"] == config.engram_hash_sha256
-    assert content(trained) == before
+    assert content(trained) == before and "outputs" in receipt(trained) and "outputs" not in receipt(out)
+    assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     assert sum(f.stat().st_blocks * 512 for f in out.glob("engram-memory*")) < out.stat().st_size + 3_000_000
 
 
