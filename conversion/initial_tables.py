@@ -75,7 +75,9 @@ class Init:
         if self.kind not in INITS:
             raise ValueError(f"init={self.kind!r} is unknown: choose one of {', '.join(INITS)}.")
         if (self.text is not None) != (self.kind in OF_A_TEXT):
-            wrong = "needs init_text, a file in UTF-8" if self.text is None else "reads no text: leave init_text out"
+            wrong = "needs init_text, a file in UTF-8"
+            if self.text is not None:
+                wrong = "reads no text: leave init_text out, or name with init_from the memory that it is about"
             raise ValueError(f"init={self.kind!r} {wrong}.")
         if self.text is not None and not Path(self.text).is_file():
             raise FileNotFoundError(f"init_text '{self.text}' is missing or no file: give the path of a text in UTF-8.")

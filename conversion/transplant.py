@@ -52,12 +52,12 @@ def transplant(folder: str | os.PathLike | None, text: str | os.PathLike | None,
     """Returns the memory that a graft begins with, from the arguments of [`graft`]; None if there is none.
 
     Raises:
-        `ValueError`: for a text or a reader without a memory.
+        `ValueError`: for a reader without a memory.
     """
     if folder is not None:
         return Transplant(folder, None if text is None else text_blocks(text), reader)
-    if text is not None or reader:
-        raise ValueError("init_text and init_reader are about the memory that init_from names: name it as well.")
+    if reader:
+        raise ValueError("init_reader is about the memory that init_from names: name it as well.")
     return None
 
 

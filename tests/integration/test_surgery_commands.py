@@ -80,7 +80,7 @@ def test_a_verb_prints_the_new_place_and_says_what_was_done_on_stderr(places, li
         ("extract donor out", "without an Engram memory"),
         ("strip donor out", "without an Engram memory"),
         ("graft donor out --init-from a --vocab-size 500", "--init-text"),
-        ("graft donor out --init-text text", "memory that init_from names"),
+        ("graft donor out --init-text text", "name with init_from the memory"),
         ("plan donor --init-from a --head-dim 8", "engram_head_dim=8, and the rows of"),
     ],
 )

@@ -67,7 +67,8 @@ def source_of(hasher: NgramHasher, parts: int = 1) -> SimpleNamespace:
                 table[cut * (parts - 1) :],
             ]
     config = SimpleNamespace(engram_head_dim=WIDTH, engram_orders=[2, 3])
-    return SimpleNamespace(config=config, hasher=hasher, order_parts=lambda layer, order: rows[layer, order])
+    read = {"order_parts": lambda layer, order: rows[layer, order], "values": lambda rows: rows}
+    return SimpleNamespace(config=config, hasher=hasher, **read)
 
 
 class Written(dict):
