@@ -49,6 +49,7 @@ def test_a_hostile_text_makes_no_element(reads):
     parsed = Elements()
     parsed.feed(page)
     assert parsed.found.count("script") == 2 and "img" not in parsed.found
+    assert not set("<>&") & set(parsed.data), "no text can end the element, begin a comment or a script in it"
     data = json.loads(parsed.data)
     assert "".join(data["tokens"]) == HOSTILE and data["ngrams"] == [HOSTILE]
     assert re.search(r"default-src 'none'; style-src 'sha256-[^ ]+'; script-src 'sha256-[^ ]+'", page)
